@@ -1,0 +1,191 @@
+"""The host-side asynchronous scheduler: one thread, state in, state out.
+
+JAX dispatch is asynchronous: each call returns at once, each device works through its own queue,
+and a program starts when its inputs are there. So one loop that dispatches the actions of a tick
+keeps all devices busy. Nothing in it waits for a device, except that it stays at most ``max_ahead``
+ticks ahead of the slowest.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fdg_jax.layer import Key, Layer, LossFn, PyTree, typed_key
+from fdg_jax.placement import stage_meshes
+from fdg_jax.schedule import Schedule
+from fdg_jax.stage import Stage
+from fdg_jax.state import PipelineState, StageState
+from fdg_jax.tick import Metrics, Tick, send
+
+GRADIENTS = ("stale",)
+
+
+class Pipeline:
+    """Trains a network cut into K stages, each on its own devices, by a schedule.
+
+    Args:
+      stages: K layers, input first; `partition` makes them.
+      loss_fn: ``loss_fn(outputs, labels) -> (mean loss, dict of metrics)``.
+      optimizer: ``optimizer(k)`` is the ``optax.GradientTransformation`` of stage k. A
+        learning-rate schedule in it counts the stage's own updates.
+      schedule: who does what when, for K stages.
+      devices: K contiguous groups of equal size are made of them; fewer devices than stages are
+        shared. None: one device per stage, the first of ``jax.devices()``.
+      gradient: which weights the backward uses. "stale": those of the batch's own forward; kept per
+        batch in flight are its residuals and that weight version.
+      max_ahead: how many ticks the host may be ahead of the slowest stage, >= 1.
+
+    Raises:
+      ValueError: arguments that do not fit together; the message names the argument and the remedy.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fdg_jax as fdg
+      >>> layers = [fdg.Layer(lambda key, x: (jnp.ones(()), ()),
+      ...                     lambda p, s, x, *, train, key: (p * x, s)) for _ in range(2)]
+      >>> pipe = fdg.Pipeline(layers, lambda y, t: (jnp.mean((y - t) ** 2), {}),
+      ...                     lambda k: optax.sgd(0.1), fdg.schedule.fdg(2))
+      >>> state = pipe.init(jax.random.key(0), jnp.ones((4, 1)))
+      >>> state, metrics = pipe.step(state, (jnp.ones((4, 1)), jnp.zeros((4, 1))))
+      >>> print(metrics)  # still filling
+      None
+      >>> state, metrics = pipe.drain(state)
+      >>> metrics[0]["batch"], float(metrics[0]["loss"])
+      (0, 1.0)
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Layer],
+        loss_fn: LossFn,
+        optimizer: Callable[[int], optax.GradientTransformation],
+        schedule: Schedule,
+        devices: Sequence[jax.Device] | None = None,
+        gradient: str = "stale",
+        max_ahead: int = 4,
+    ) -> None:
+        stages = list(stages)
+        if len(stages) != schedule.num_stages:
+            raise ValueError(
+                f"schedule: {schedule.name} is made for {schedule.num_stages} stages, but stages "
+                f"has {len(stages)}; make both with the same number"
+            )
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient={gradient!r}: allowed are {', '.join(GRADIENTS)}")
+        if max_ahead < 1:
+            raise ValueError(f"max_ahead={max_ahead}: the host must be allowed at least one tick")
+        schedule.in_flight(
+            0
+        )  # a schedule that is no pipeline says so now, not in the middle of a run
+        self.schedule = schedule
+        self.gradient = gradient
+        self.max_ahead = max_ahead
+        self.num_stages = len(stages)
+        self.stages: list[Stage] = []
+        index = 0
+        for k, mesh in enumerate(stage_meshes(len(stages), devices)):
+            last = k == len(stages) - 1
+            placed, index = stages[k].at(index), index + stages[k].size
+            self.stages.append(
+                Stage(placed, optimizer(k), mesh, first=k == 0, loss_fn=loss_fn if last else None)
+            )
+        # One token of every stage for each of the last ticks; no part of the training state.
+        self._tokens: collections.deque[list[jax.Array]] = collections.deque()
+
+    def init(self, key: Key, example_inputs: PyTree) -> PipelineState:
+        """A state with fresh parameters, each on its own stage's devices.
+
+        Args:
+          key: root of every random number of the run.
+          example_inputs: an input with its batch axis; only shapes and dtypes are looked at.
+
+        Returns:
+          A state in which no batch has entered yet.
+        """
+        x = jax.eval_shape(lambda v: v, example_inputs)
+        with jax.transfer_guard("allow"):
+            key = jnp.copy(typed_key(key))
+        states = []
+        for stage in self.stages:
+            params, model_state, opt_state, x = stage.init(key, x)
+            own_key, number = jax.device_put((key, np.zeros((), np.int32)), stage.replicated)
+            states.append(
+                StageState(
+                    params, model_state, opt_state, None, 0, 0, own_key, number, {}, {}, {}, {}
+                )
+            )
+        return PipelineState(0, 0, key, tuple(states))
+
+    def step(
+        self, state: PipelineState, batch: tuple[PyTree, PyTree]
+    ) -> tuple[PipelineState, Metrics | None]:
+        """One tick: one mini-batch enters. Returns at once, before the devices are done.
+
+        Args:
+          state: consumed; its buffers may be donated.
+          batch: (inputs, labels), batch axis first, numpy or JAX arrays.
+
+        Returns:
+          The new state, and the metrics of the batch that reached the loss in this tick, as arrays
+          that may not be computed yet: ``{"batch": n, "loss": array, ...}``. None while filling.
+        """
+        tick = Tick(self.stages, state)
+        tick.enter(*batch)
+        self._wait()
+        tick.run(self.schedule.tick(state.tick - state.origin))
+        self._tokens.append(tick.tokens())
+        metrics = tick.metrics[-1] if tick.metrics else None
+        return tick.state(state.tick + 1, state.origin), metrics
+
+    def drain(self, state: PipelineState) -> tuple[PipelineState, list[Metrics]]:
+        """Applies every gradient still in flight; no new batch enters.
+
+        What is left of an accumulation is applied as the mean of what it holds. `step` after it
+        fills the pipeline again.
+
+        Args:
+          state: consumed.
+
+        Returns:
+          The new state, with nothing in flight, and the metrics of the batches that reached the
+          loss, in order.
+        """
+        batches = state.tick - state.origin
+        tick, t = Tick(self.stages, state), batches
+        while any(s.flights or s.activations for s in tick.stages):
+            self._wait()
+            tick.run(self.schedule.tick(t, batches))
+            self._tokens.append(tick.tokens())
+            t += 1
+        for k, s in enumerate(tick.stages):
+            if s.held:
+                tick.update(k)
+        return tick.state(state.tick, state.tick), tick.metrics
+
+    def predict(self, state: PipelineState, x: PyTree) -> PyTree:
+        """Outputs in evaluation mode, through the stages where they are.
+
+        Args:
+          state: any state; it is not consumed.
+          x: inputs, batch axis first.
+
+        Returns:
+          The network's outputs, on the last stage's devices, perhaps not computed yet.
+        """
+        for stage, own in zip(self.stages, state.stages, strict=True):
+            x = stage.evaluate(own.params, own.model_state, send(x, stage))
+        return x
+
+    def params(self, state: PipelineState) -> list[PyTree]:
+        """The parameters of each stage, where they are; valid until the next step."""
+        return [stage.params for stage in state.stages]
+
+    def _wait(self) -> None:
+        if len(self._tokens) >= self.max_ahead:
+            jax.block_until_ready(self._tokens.popleft())

@@ -1,0 +1,15 @@
+"""Every test runs in float64 on four CPU devices, with a compilation cache kept between runs."""
+
+import os
+import pathlib
+
+# A cuda plugin that is installed without a GPU warns at start-up; the tests need no accelerator.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_enable_x64", True)
+CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
