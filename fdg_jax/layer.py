@@ -221,7 +221,8 @@ def repeat(
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         parts = [init_one(key, jnp.uint32(first + i * layer.size), x) for i in range(n)]
-        y = output_of(layer, *parts[0], x)
+        params, state = parts[0]
+        y = output_of(layer, params, state, x)
         if jax.tree.map(_signature, y) != jax.tree.map(_signature, x):
             raise ValueError(
                 f"layer: a repeated layer must keep its input's shape, but it maps "

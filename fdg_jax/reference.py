@@ -1,8 +1,8 @@
 """The oracle: training with delayed gradients, written from the equations.
 
 With :math:`w_k^{(v)}` the weights of stage k after v updates and :math:`v_k(n)` the number of
-updates that stage k had made when it forwarded batch n, the gradient of batch n is the ordinary gradient of
-the *whole* network at a tuple of weights of mixed age,
+updates that stage k had made when it forwarded batch n, the gradient of batch n is the ordinary
+gradient of the *whole* network at a tuple of weights of mixed age,
 
 .. math::
     g(n) = \\nabla L_n\\left(w_0^{(v_0(n))}, \\dots, w_{K-1}^{(v_{K-1}(n))}\\right),

@@ -1,8 +1,8 @@
 """Who does what when: schedules as streams of actions.
 
 A schedule is a rule that maps a tick to actions. ``F3@1``: stage 1 forwards batch 3; ``B1@0``:
-stage 0 back-propagates batch 1; ``U@0``: stage 0 applies the gradient that it has accumulated. Everything
-else (delay, staleness, what is in flight) is counted from the stream of actions.
+stage 0 back-propagates batch 1; ``U@0``: stage 0 applies the gradient that it has accumulated.
+Everything else (delay, staleness, what is in flight) is counted from the stream of actions.
 
 FDG with three stages, ticks downwards; no stage waits for another inside a tick:
 
