@@ -1,0 +1,51 @@
+"""The networks of the papers, each as a list of layers that `partition` cuts into stages."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+
+from fdg_jax.layer import Layer
+from fdg_jax.models.resnet import resnet, small_resnet, thin_resnet, wide_resnet
+
+THIN_DEPTHS = (20, 32, 44, 56, 110, 1202)
+DEPTHS = (18, 34, 50, 101)
+
+
+def create(
+    name: str, num_classes: int = 10, channels: int = 3, unroll: bool | None = None
+) -> list[Layer]:
+    """A network by its name.
+
+    Args:
+      name: "small_resnet"; "resnet20", 32, 44, 56, 110, 1202 (thin); "resnet18", 34, 50, 101;
+        "wrn28_10" and any other "wrn<6n+4>_<k>".
+      num_classes: size of the output.
+      channels: of the images.
+      unroll: whether equal blocks are written out or scanned, see `fdg_jax.repeat`.
+
+    Returns:
+      Layers, input first.
+
+    Raises:
+      ValueError: no such network.
+
+    Example:
+      >>> len(create("wrn28_10", num_classes=100))
+      8
+    """
+    makers: dict[str, Callable[..., list[Layer]]] = {
+        **{f"resnet{d}": functools.partial(thin_resnet, d, unroll=unroll) for d in THIN_DEPTHS},
+        **{f"resnet{d}": functools.partial(resnet, d, unroll=unroll) for d in DEPTHS},
+        "small_resnet": small_resnet,
+    }
+    if wide := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
+        depth, widen = map(int, wide.groups())
+        return wide_resnet(depth, widen, num_classes, channels, unroll)
+    if name not in makers:
+        raise ValueError(f"model={name!r}: allowed are {', '.join(makers)}, wrn28_10 (wrn<d>_<k>)")
+    return makers[name](num_classes=num_classes, channels=channels)
+
+
+__all__ = ["create", "resnet", "small_resnet", "thin_resnet", "wide_resnet"]

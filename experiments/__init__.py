@@ -1,0 +1,1 @@
+"""Programs that train with fdg_jax: python -m experiments.<name>."""

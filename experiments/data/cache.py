@@ -1,0 +1,108 @@
+"""Decoded data sets on disk, so that decoding happens once.
+
+The folder may be deleted at any time.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from experiments.data.arrays import Arrays
+
+_LOG = logging.getLogger(__name__)
+# Part of the key: raise it when decoding or the file's layout changes.
+_FORMAT = 1
+# What numpy and zipfile raise on damaged files, and on intact ones that hold something else.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def directory() -> Path:
+    """``$FDG_CACHE_DIR``, else ``$XDG_CACHE_HOME/fdg_jax``, else ``~/.cache/fdg_jax``."""
+    if own := os.environ.get("FDG_CACHE_DIR"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "fdg_jax"
+
+
+def key(spec: str, root: Path, files: Iterable[Path]) -> str:
+    """The sha256 of a source and of the files it is made from.
+
+    Args:
+        spec: Says which source it is and how it is read.
+        root: The folder that holds the files.
+        files: Counted with path relative to `root`, size and time of last change.
+    """
+    listing = []
+    for file in files:
+        status = file.stat()
+        listing.append((file.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns))
+    text = json.dumps([_FORMAT, spec, str(root.resolve()), sorted(listing)])
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def cached(name: str, decode: Callable[[], Arrays]) -> Arrays:
+    """Reads the entry `name`, or calls `decode` and writes it.
+
+    A damaged entry is decoded again. Where nothing can be written, the program goes on without.
+    """
+    path = directory() / f"{name}.npz"
+    found = _read(path)
+    if found is not None:
+        return found
+    arrays = decode()
+    try:
+        _write(path, arrays)
+    except OSError as error:
+        _LOG.warning("decoded images are not cached in %s: %s", path.parent, error)
+    return arrays
+
+
+def _read(path: Path) -> Arrays | None:
+    try:
+        # np.load leaves a file that it opened itself open when the content is damaged.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            fields = {field: file[field] for field in Arrays._fields}
+        names = tuple(str(name) for name in fields.pop("class_names"))
+        arrays = Arrays(**fields, class_names=names)
+        arrays.check()
+    except FileNotFoundError:
+        return None
+    except _DAMAGED as error:
+        _LOG.warning("ignoring the damaged cache entry %s: %s", path, error)
+        return None
+    return arrays
+
+
+def _write(path: Path, arrays: Arrays) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A file of its own, renamed when complete: two programs may write the same entry at once.
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        try:
+            fields = arrays._asdict() | {"class_names": np.array(arrays.class_names)}
+            np.savez(file, allow_pickle=False, **fields)
+            file.close()
+            os.replace(file.name, path)
+        except BaseException:
+            file.close()
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+            raise

@@ -1,0 +1,101 @@
+"""PNG and JPEG bytes to one array."""
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from experiments.data.arrays import Images
+from experiments.data.progress import progress
+from experiments.errors import UsageError
+
+_GRAY = ("1", "L", "LA")
+_COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+# What Pillow's decoders are known to raise on damaged files.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+# One task decodes a block, so that the pool's own cost is small against that of 32x32 images.
+_BLOCK = 128
+
+
+def decode(encoded: bytes, name: str, flag: str) -> Images:
+    """One image, uint8 [H, W, 1] if it is grayscale, else [H, W, 3].
+
+    Args:
+        encoded: PNG or JPEG bytes.
+        name: What the error calls the image.
+        flag: The argument that the error names, as in ``--dataset=folder:/x``.
+
+    Raises:
+        UsageError: The image is broken, or neither 8-bit grayscale nor colour.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")) as image:
+            if image.mode not in _GRAY + _COLOUR:
+                raise UsageError(
+                    f"{flag}: {name} has the Pillow mode {image.mode!r}, which is neither 8-bit "
+                    "grayscale nor colour; convert it"
+                )
+            pixels = np.asarray(image.convert("L" if image.mode in _GRAY else "RGB"))
+    except UsageError:
+        raise
+    except (*_BROKEN, Image.DecompressionBombError) as error:
+        # Pillow names the in-memory buffer, which tells the user nothing.
+        reason = "no PNG or JPEG" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UsageError(
+            f"{flag}: {name} is a broken image ({reason}); replace or delete it"
+        ) from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def decode_all(
+    count: int, read: Callable[[int], bytes], describe: Callable[[int], str], flag: str
+) -> Images:
+    """Decodes `count` images with a pool of threads; Pillow works outside the interpreter's lock.
+
+    Args:
+        count: The number of images, at least 1.
+        read: Gives the encoded bytes of image i; called from several threads.
+        describe: Gives the name of image i for an error.
+        flag: The argument that an error names.
+
+    Returns:
+        uint8 [count, H, W, C]; C is 1 if every image is grayscale, else 3.
+
+    Raises:
+        UsageError: An image is broken, or has another size than the first one.
+    """
+    height, width, _ = decode(read(0), describe(0), flag).shape
+    images = np.empty((count, height, width, 3), np.uint8)
+    gray = np.empty(count, np.bool_)
+
+    def block(start: int) -> int:
+        stop = min(start + _BLOCK, count)
+        for i in range(start, stop):
+            pixels = decode(read(i), describe(i), flag)
+            if pixels.shape[:2] != (height, width):
+                raise UsageError(
+                    f"{flag}: all images must have one size, but {describe(i)} is "
+                    f"{pixels.shape[1]}x{pixels.shape[0]} and {describe(0)} is {width}x{height} "
+                    "(width x height); resize them"
+                )
+            images[i] = pixels
+            gray[i] = pixels.shape[2] == 1
+        return stop - start
+
+    with (
+        progress("decoding images", count) as advance,
+        ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool,
+    ):
+        tasks = [pool.submit(block, start) for start in range(0, count, _BLOCK)]
+        try:
+            for task in tasks:
+                advance(task.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return np.ascontiguousarray(images[..., :1]) if gray.all() else images

@@ -1,0 +1,115 @@
+"""Mini-batches out of arrays in memory."""
+
+from collections.abc import Iterator
+from typing import Self, cast
+
+import grain
+import numpy as np
+
+from experiments.data.arrays import Images, Labels
+from experiments.errors import UsageError
+
+
+class Loader:
+    """An endless iterator of shuffled mini-batches ``(images, labels)``.
+
+    Every epoch is a new permutation of the examples, cut into full batches; the remainder is
+    dropped. Grain shuffles and batches the *indices*; one gather per batch fetches the images,
+    which is faster than fetching them one by one.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        labels: int32 [N].
+        batch_size: The number of examples B of each batch, 1..N.
+        seed: The order depends on this and on nothing else, not negative.
+
+    Raises:
+        UsageError: The batch size or the seed is out of bounds.
+
+    >>> loader = Loader(np.zeros((10, 8, 8, 1), np.uint8), np.arange(10, dtype=np.int32), 4, seed=0)
+    >>> loader.steps_per_epoch
+    2
+    >>> images, labels = next(loader)
+    >>> images.shape, labels.shape
+    ((4, 8, 8, 1), (4,))
+    """
+
+    def __init__(self, images: Images, labels: Labels, batch_size: int, seed: int) -> None:
+        if len(images) != len(labels):
+            raise ValueError(f"there are {len(images)} images but {len(labels)} labels")
+        if not 1 <= batch_size <= len(images):
+            raise UsageError(
+                f"--batch_size={batch_size}: must lie in 1..{len(images)}, the number of train "
+                "images; choose such a size"
+            )
+        if seed < 0:
+            raise UsageError(f"--seed={seed}: must not be negative; choose 0 or more")
+        self._images, self._labels = images, labels
+        # Indices repeat for ever, and Grain folds the number of the epoch into the seed. They are
+        # asked for by position: an iterator would start threads, for less than there is to win.
+        epoch = grain.MapDataset.range(len(images)).seed(seed).shuffle()
+        epoch = epoch.batch(batch_size, drop_remainder=True)
+        self.steps_per_epoch: int = len(epoch)
+        self._indices = epoch.repeat()
+        self._identity = {"num_examples": len(images), "batch_size": batch_size, "seed": seed}
+        self._position = 0
+
+    def __iter__(self) -> Self:
+        """The loader is its own iterator: two loops over it share one position."""
+        return self
+
+    def __next__(self) -> tuple[Images, Labels]:
+        """The next mini-batch: uint8 [B, H, W, C] and int32 [B]."""
+        indices = cast(np.ndarray, self._indices[self._position])
+        self._position += 1
+        return self._images[indices], self._labels[indices]
+
+    def get_state(self) -> dict[str, int]:
+        """What `set_state` needs to go on with the batch that would come next; fits into JSON."""
+        return {"position": self._position, **self._identity}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on where `state` was taken.
+
+        Raises:
+            UsageError: `state` was taken from a loader of another order of batches.
+        """
+        for name, own in self._identity.items():
+            if state.get(name) != own:
+                flag = "train_size" if name == "num_examples" else name
+                raise UsageError(
+                    f"--{flag}: the saved run had {name}={state.get(name)}, this one has {own}; "
+                    "resume with the values of the saved run"
+                )
+        if state["position"] < 0:
+            raise ValueError(f"position={state['position']} must not be negative")
+        self._position = state["position"]
+
+
+def evaluation_batches(
+    images: Images, labels: Labels, batch_size: int
+) -> Iterator[tuple[Images, Labels, int]]:
+    """Yields ``(images, labels, count)`` in order, each example once.
+
+    The last batch is filled up with zeros to `batch_size`, so that shapes never change and
+    nothing is compiled twice; only its first `count` examples are real.
+
+    Raises:
+        UsageError: `batch_size` is not positive.
+    """
+    if batch_size < 1:
+        raise UsageError(f"--batch_size={batch_size}: must be 1 or more; choose such a size")
+    return _evaluation_batches(images, labels, batch_size)
+
+
+def _evaluation_batches(
+    images: Images, labels: Labels, batch_size: int
+) -> Iterator[tuple[Images, Labels, int]]:
+    for start in range(0, len(images), batch_size):
+        x, y = images[start : start + batch_size], labels[start : start + batch_size]
+        count = len(x)
+        if count < batch_size:
+            missing = batch_size - count
+            x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
+            y = np.concatenate([y, np.zeros(missing, y.dtype)])
+        yield x, y, count

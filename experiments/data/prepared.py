@@ -1,0 +1,127 @@
+"""Data sets that tensorflow-datasets has prepared, read without TensorFlow."""
+
+import importlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.data import cache
+from experiments.data.arrays import Arrays
+from experiments.data.images import decode_all
+from experiments.errors import UsageError
+
+_NAME = re.compile(r"(?P<path>\w+(/[\w.\-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
+_INFO = "dataset_info.json"
+
+
+def default_dir(data_dir: str | None) -> Path:
+    """`data_dir`, else ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, as tfds itself does."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def find(name: str, root: Path) -> Path | None:
+    """The folder of the data set `name` under `root`, in its newest version, if there is one.
+
+    Args:
+        name: ``name``, ``name/config`` or either with ``:1.2.3`` behind it.
+        root: What tfds calls the data_dir.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    versions = [
+        path.parent
+        for path in (root / match["path"]).glob(f"*/{_INFO}")
+        if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)
+        and match["version"] in (None, path.parent.name)
+    ]
+    return max(versions, key=lambda path: tuple(map(int, path.name.split("."))), default=None)
+
+
+def read(name: str, data_dir: str | None, flag: str) -> Arrays:
+    """Reads the prepared data set `name`: splits train and test, features image and label.
+
+    Args:
+        name: See `find`.
+        data_dir: See `default_dir`.
+        flag: The argument that an error names.
+
+    Raises:
+        UsageError: It is missing, not stored as array_record, or no image classification.
+    """
+    root = default_dir(data_dir)
+    folder = find(name, root)
+    if folder is None:
+        raise UsageError(
+            f"{flag}: no prepared data set {name!r} (NAME, NAME/CONFIG or NAME:1.2.3) lies in "
+            f"--data_dir={root}; name the folder that has it, or prepare it there with "
+            "tensorflow-datasets and file_format='array_record'"
+        )
+    try:
+        stored = str(json.loads((folder / _INFO).read_text()).get("fileFormat", "tfrecord"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{flag}: {folder / _INFO} cannot be read ({error}); prepare the data set anew"
+        ) from error
+    if stored != "array_record":
+        raise UsageError(
+            f"{flag}: {folder} is stored as {stored}, which only TensorFlow reads; prepare it "
+            "with file_format='array_record', or name another --data_dir"
+        )
+    # The listing alone decides about the cache, so that a second run need not import tfds.
+    entry = cache.key("tfds", folder, (p for p in folder.iterdir() if p.is_file()))
+    return cache.cached(entry, lambda: _decode(folder, flag))
+
+
+def _decode(folder: Path, flag: str) -> Arrays:
+    tfds: Any = importlib.import_module("tensorflow_datasets")
+    builder = tfds.builder_from_directory(folder)
+    features = builder.info.features
+    kinds = {name: type(feature) for name, feature in dict(features).items()}
+    if kinds | {"image": tfds.features.Image, "label": tfds.features.ClassLabel} != kinds:
+        has = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise UsageError(
+            f"{flag}: needs the features image (Image) and label (ClassLabel), but {folder} "
+            f"has {has}; choose an image-classification data set"
+        )
+    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
+    for split in ("train", "test"):
+        if not counts.get(split):
+            raise UsageError(
+                f"{flag}: needs the splits train and test, but {folder} has "
+                f"{', '.join(counts) or 'none'}; choose a data set that has both"
+            )
+    # The images stay encoded here: the pool of threads decodes them faster than tfds does.
+    skip = {"image": tfds.decode.SkipDecoding()}
+    train = builder.as_data_source(split="train", decoders=skip)
+    test = builder.as_data_source(split="test", decoders=skip)
+    n, m = len(train), len(test)
+    labels = np.empty(n + m, np.int32)
+
+    def encoded(i: int) -> bytes:
+        try:
+            example = train[i] if i < n else test[i - n]
+        # The reader's C++ code raises many types, all of which mean damaged files.
+        except Exception as error:
+            raise UsageError(
+                f"{flag}: {describe(i)} cannot be read ({' '.join(str(error).split())}); "
+                "prepare the data set anew"
+            ) from error
+        labels[i] = example["label"]
+        return bytes(example["image"])
+
+    def describe(i: int) -> str:
+        return f"image {i} of train" if i < n else f"image {i - n} of test"
+
+    images = decode_all(n + m, encoded, describe, flag)
+    names = tuple(features["label"].names)
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise UsageError(
+            f"{flag}: {folder} has labels outside 0..{len(names) - 1}; "
+            "choose a data set whose images are all labelled"
+        )
+    return Arrays(images[:n], labels[:n], images[n:], labels[n:], names)

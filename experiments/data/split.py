@@ -1,0 +1,73 @@
+"""Class-balanced subsets that depend on the seed and the sizes alone."""
+
+import numpy as np
+
+from experiments.data.arrays import Arrays, Indices, Labels
+from experiments.errors import UsageError
+
+
+def split(arrays: Arrays, *, validation_size: int, train_size: int, seed: int) -> Arrays:
+    """Holds out a validation set, then cuts the train set down.
+
+    The validation images *replace* the test split, so that a hyper-parameter chosen on what is
+    returned has never seen the test set.
+
+    Args:
+        arrays: The whole data set.
+        validation_size: The number of train images to hold out; 0 keeps the test split.
+        train_size: The number of the remaining train images to keep; 0 keeps all.
+        seed: Chooses the images, not negative.
+
+    Raises:
+        UsageError: A size does not fit the number of train images, or the seed is negative.
+    """
+    count = len(arrays.train_labels)
+    if seed < 0:
+        raise UsageError(f"--seed={seed}: must not be negative; choose 0 or more")
+    if not 0 <= validation_size < count:
+        raise UsageError(
+            f"--validation_size={validation_size}: must lie in 0..{count - 1}, since the train "
+            f"split has {count} images and one must be left; choose such a size"
+        )
+    if not 0 <= train_size <= count - validation_size:
+        raise UsageError(
+            f"--train_size={train_size}: must lie in 0..{count - validation_size}, the train "
+            "images left besides the validation images; choose such a size, or 0 for all"
+        )
+    if validation_size:
+        held = balanced(arrays.train_labels, validation_size, seed)
+        rest = np.setdiff1d(np.arange(count), held)
+        arrays = Arrays(
+            arrays.train_images[rest],
+            arrays.train_labels[rest],
+            arrays.train_images[held],
+            arrays.train_labels[held],
+            arrays.class_names,
+        )
+    if train_size:
+        kept = balanced(arrays.train_labels, train_size, seed)
+        arrays = arrays._replace(
+            train_images=arrays.train_images[kept], train_labels=arrays.train_labels[kept]
+        )
+    return arrays
+
+
+def balanced(labels: Labels, size: int, seed: int) -> Indices:
+    """The sorted indices of `size` examples, as equally many of each class as there are.
+
+    Classes in a random order deal one random example each, round by round, until `size` are
+    dealt; a class that has run out is passed over. So a smaller choice is part of a larger one.
+
+    >>> balanced(np.array([0, 0, 1, 1, 1], np.int32), 5, seed=0).tolist()
+    [0, 1, 2, 3, 4]
+    """
+    # Within each class `rank` is the example's random place, 0 first.
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(labels))
+    classes = rng.permutation(int(labels.max()) + 1)
+    rank = np.empty(len(labels), np.int64)
+    for label in classes:
+        members = shuffled[labels[shuffled] == label]
+        rank[members] = np.arange(len(members))
+    dealt = np.lexsort((classes[labels], rank))
+    return np.sort(dealt[:size])
