@@ -43,20 +43,20 @@ def directory() -> Path:
     return (Path(base) if base else Path("~/.cache").expanduser()) / "fdg_jax"
 
 
-def key(spec: str, root: Path, files: Iterable[Path]) -> str:
+def key(spec: str, root: Path, files: Iterable[str]) -> str:
     """The sha256 of a source and of the files it is made from.
 
     Args:
         spec: Says which source it is and how it is read.
         root: The folder that holds the files.
-        files: Counted with path relative to `root`, size and time of last change.
+        files: Below `root`; they count with path relative to `root`, size and time of last change.
     """
     listing = []
     for file in files:
-        status = file.stat()
-        listing.append((file.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns))
+        status = os.stat(file)
+        listing.append((file.removeprefix(str(root)), status.st_size, status.st_mtime_ns))
     text = json.dumps([_FORMAT, spec, str(root.resolve()), sorted(listing)])
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cached(name: str, decode: Callable[[], Arrays]) -> Arrays:

@@ -73,7 +73,7 @@ def read(name: str, data_dir: str | None, flag: str) -> Arrays:
             "with file_format='array_record', or name another --data_dir"
         )
     # The listing alone decides about the cache, so that a second run need not import tfds.
-    entry = cache.key("tfds", folder, (p for p in folder.iterdir() if p.is_file()))
+    entry = cache.key("tfds", folder, (str(p) for p in folder.iterdir() if p.is_file()))
     return cache.cached(entry, lambda: _decode(folder, flag))
 
 
@@ -83,7 +83,7 @@ def _decode(folder: Path, flag: str) -> Arrays:
     features = builder.info.features
     kinds = {name: type(feature) for name, feature in dict(features).items()}
     if kinds | {"image": tfds.features.Image, "label": tfds.features.ClassLabel} != kinds:
-        has = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        has = ", ".join(f"{name} ({kind.__name__})" for name, kind in sorted(kinds.items()))
         raise UsageError(
             f"{flag}: needs the features image (Image) and label (ClassLabel), but {folder} "
             f"has {has}; choose an image-classification data set"

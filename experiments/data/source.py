@@ -110,16 +110,18 @@ def _read(name: str, data_dir: str | None) -> Arrays:
 
 def statistics(images: Images) -> tuple[Channels, Channels]:
     """Mean and standard deviation of each channel, as fractions of the pixel range, [C] each."""
-    pixels = images.reshape(-1, images.shape[-1])
-    # Sums of integers are exact, and chunks keep the wider copy small.
-    total = np.zeros(images.shape[-1], np.int64)
+    channels = images.shape[-1]
+    rows = images.reshape(len(images), -1)
+    # Sums of integers are exact, and chunks keep the wider copy small. uint16 holds 255 squared.
+    total = rows.sum(axis=0, dtype=np.int64)
     squares = np.zeros_like(total)
-    for start in range(0, len(pixels), 1 << 16):
-        chunk = pixels[start : start + (1 << 16)].astype(np.uint32)
-        total += chunk.sum(axis=0, dtype=np.uint32)
-        squares += (chunk * chunk).sum(axis=0, dtype=np.uint32)
-    mean = total / len(pixels)
-    variance = np.maximum(squares / len(pixels) - mean**2, 0)
+    size = max(1, (1 << 21) // rows.shape[1])
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size].astype(np.uint16)
+        squares += (chunk * chunk).sum(axis=0, dtype=np.int64)
+    count = images.size // channels
+    mean = total.reshape(-1, channels).sum(axis=0) / count
+    variance = np.maximum(squares.reshape(-1, channels).sum(axis=0) / count - mean**2, 0)
     # A channel that never changes is only shifted: one grey level stands in for its deviation.
     std = np.maximum(np.sqrt(variance), 1)
     return (mean / 255).astype(np.float32), (std / 255).astype(np.float32)

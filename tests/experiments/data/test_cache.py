@@ -39,15 +39,15 @@ def test_key_depends_on_time_size_and_place(tmp_path: Path) -> None:
     file.parent.mkdir()
     file.write_bytes(b"1")
     os.utime(file, ns=(0, 1))
-    keys = [cache.key("s", tmp_path / "a", [file])]
-    assert cache.key("s", tmp_path / "a", [file]) == keys[0]
-    keys.append(cache.key("other", tmp_path / "a", [file]))
-    keys.append(cache.key("s", tmp_path, [file]))
+    keys = [cache.key("s", tmp_path / "a", [str(file)])]
+    assert cache.key("s", tmp_path / "a", [str(file)]) == keys[0]
+    keys.append(cache.key("other", tmp_path / "a", [str(file)]))
+    keys.append(cache.key("s", tmp_path, [str(file)]))
     os.utime(file, ns=(0, 2))
-    keys.append(cache.key("s", tmp_path / "a", [file]))
+    keys.append(cache.key("s", tmp_path / "a", [str(file)]))
     file.write_bytes(b"12")
     os.utime(file, ns=(0, 1))
-    keys.append(cache.key("s", tmp_path / "a", [file]))
+    keys.append(cache.key("s", tmp_path / "a", [str(file)]))
     assert len(set(keys)) == 5
 
 
