@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import http.client
 import os
 import tarfile
 import tempfile
@@ -56,7 +57,7 @@ def fetch(archive: Archive, root: Path, flag: str) -> Path:
             return path
     try:
         md5 = _download(archive, path)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UsageError(
             f"{flag}: --data_dir={root} holds neither the prepared data set nor {archive.file}, "
             f"and downloading {archive.url} failed ({error}); put that file into {root}"

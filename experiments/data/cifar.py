@@ -103,7 +103,7 @@ def read(name: str, data_dir: str | None, *, cifar: Cifar | None = None) -> Arra
             _prepare(name, root, splits, class_names)
         except OSError as error:
             raise UsageError(
-                f"--data_dir={root}: {name} cannot be prepared there ({error}); "
+                f"--data_dir={root}: {name} cannot be prepared there ({error.strerror}); "
                 "name a writable folder with 500 MB to spare"
             ) from error
     return prepared.read(name, str(root), flag)
