@@ -103,7 +103,8 @@ def read(name: str, data_dir: str | None, *, cifar: Cifar | None = None) -> Arra
             _prepare(name, root, splits, class_names)
         except OSError as error:
             raise UsageError(
-                f"--data_dir={root}: {name} cannot be prepared there ({error.strerror}); "
+                f"--data_dir={root}: {name} cannot be prepared "
+                f"there ({error.strerror or type(error).__name__}); "
                 "name a writable folder with 500 MB to spare"
             ) from error
     return prepared.read(name, str(root), flag)
