@@ -26,12 +26,19 @@ class Partition(list[Layer]):
         one by one).
       layer_costs: the cost of every layer, in the unit of ``cost``; empty where cuts were given.
       unit: "FLOPs", "seconds", or "" where the caller gave the costs.
+      layers: how many layers there are to cut between.
     """
 
     def __init__(
-        self, stages: Sequence[Layer], cuts: Sequence[int], layer_costs: Sequence[float], unit: str
+        self,
+        stages: Sequence[Layer],
+        layers: int,
+        cuts: Sequence[int],
+        layer_costs: Sequence[float] = (),
+        unit: str = "",
     ) -> None:
         super().__init__(stages)
+        self.layers = layers
         self.cuts = tuple(cuts)
         self.layer_costs = tuple(layer_costs)
         self.unit = unit
@@ -131,14 +138,14 @@ def partition(
                 raise ValueError(
                     f"cost={list(cost)}: cuts must be whole numbers that rise from 1 to {n - 1}"
                 )
-            return Partition(_stages(units, cuts), cuts, (), "")
+            return Partition(_stages(units, cuts), n, cuts)
         else:
             raise ValueError(
                 f"cost={list(cost)} has length {len(given)}: give {n} costs (one per layer) "
                 f"or {num_stages - 1} cuts"
             )
     cuts = optimal_cuts(costs, num_stages)
-    return Partition(_stages(units, cuts), cuts, costs, unit)
+    return Partition(_stages(units, cuts), n, cuts, costs, unit)
 
 
 def optimal_cuts(costs: Sequence[float], num_stages: int) -> list[int]:

@@ -1,0 +1,99 @@
+"""Trains an image classifier with FDG or a baseline.
+
+    python -m experiments.cifar --flagfile=experiments/flags/quickstart.cfg --workdir=runs/try
+
+Every setting is a flag; a flagfile holds flags, one a line, and later flags win. A flag that the
+chosen method does not use is ignored, so that one flagfile serves every method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from experiments import command, config, methods, training
+from experiments.config import Config
+from experiments.errors import UsageError
+
+HELP = {
+    "workdir": "Folder for config.json, metrics.jsonl, summary.json and curves.png.",
+    "dataset": "fashion_mnist_small, cifar10, cifar100, tfds:NAME, or folder:PATH with "
+    "train/<class>/* and test/<class>/* (PNG, JPEG).",
+    "data_dir": "Where prepared data sets and archives are, and where they are put.",
+    "validation_size": "Images held out of train; errors are then measured on them instead of on "
+    "the test split. For choosing beta.",
+    "train_size": "Size of a fixed, class-balanced subset of train; 0 takes all.",
+    "crop_padding": "Pixels of black border for random crops; 0 switches crops off.",
+    "flip": "Whether to mirror half of the train images.",
+    "model": "small_resnet; resnet20, 32, 44, 56, 110, 1202; resnet18, 34, 50, 101; wrn28_10 or "
+    "any other wrn<6n+4>_<k>.",
+    "unroll": f"Equal blocks written out, or compiled once and scanned: {config.UNROLL}. auto "
+    "scans on GPU and TPU only.",
+    "num_stages": "K: the number of modules that the network is split into.",
+    "partition": "How to split: by flops, by measured time, or at the layer numbers given, such as "
+    "3,5.",
+    "method": f"One of {', '.join(methods.METHODS)}.",
+    "order": f"What a stage of fdg does first in a tick: one of {config.ORDERS}.",
+    "beta": "Gradient shrinking factor in (0, 1]; 1 does not shrink.",
+    "learning_rate": "Initial learning rate.",
+    "lr_schedule": f"One of {config.LR_SCHEDULES}.",
+    "lr_milestones": "Epochs after which the rate is multiplied by lr_decay, with "
+    "lr_schedule=milestones.",
+    "lr_decay": "Factor at each milestone.",
+    "momentum": "Of SGD.",
+    "weight_decay": "On every parameter.",
+    "batch_size": "Images a mini-batch.",
+    "epochs": "Passes over the train split.",
+    "steps": "Mini-batches in all; overrides epochs unless 0.",
+    "seed": "Of initial weights, order, augmentation, dropout and held-out images.",
+    "eval_every_epochs": "Epochs between evaluations.",
+    "log_every_steps": "Steps between lines of metrics.jsonl.",
+    "max_ahead": "Ticks that the host may be ahead of the devices.",
+    "overwrite": "Whether an earlier run in the workdir may be replaced.",
+}
+
+
+def define_flags() -> None:
+    """One flag for every field of `Config`, with its default."""
+    define: dict[str, Callable[..., Any]] = {
+        "str": flags.DEFINE_string,
+        "str | None": flags.DEFINE_string,
+        "int": flags.DEFINE_integer,
+        "float": flags.DEFINE_float,
+        "bool": flags.DEFINE_bool,
+        "tuple[float, ...]": flags.DEFINE_list,
+    }
+    for field in dataclasses.fields(Config):
+        default: Any = "" if field.default is dataclasses.MISSING else field.default
+        if isinstance(default, tuple):
+            default = [f"{value:g}" for value in default]
+        define[str(field.type)](field.name, default, HELP[field.name])
+
+
+def from_flags() -> Config:
+    """The settings that the flags say.
+
+    Raises:
+      UsageError: a list has an entry that is no number.
+    """
+    names = [field.name for field in dataclasses.fields(Config)]
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    milestones = values["lr_milestones"]
+    try:
+        values["lr_milestones"] = tuple(float(v) for v in milestones)
+    except ValueError:
+        given = ",".join(milestones)
+        raise UsageError(f"--lr_milestones={given}: give epochs, such as 150,225,275") from None
+    return Config(**values)
+
+
+def main() -> None:
+    training.run(from_flags())
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)

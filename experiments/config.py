@@ -1,0 +1,124 @@
+"""What a run is: every setting, checked before anything is done."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from experiments import methods
+from experiments.errors import UsageError
+
+LR_SCHEDULES = ("milestones", "cosine", "constant")
+ORDERS = ("forward_first", "backward_first")
+UNROLL = ("auto", "yes", "no")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of one training run; each field is the flag of that name."""
+
+    workdir: str
+    dataset: str = "fashion_mnist_small"
+    data_dir: str | None = None
+    validation_size: int = 0
+    train_size: int = 0
+    crop_padding: int = 4
+    flip: bool = True
+    model: str = "small_resnet"
+    unroll: str = "auto"
+    num_stages: int = 2
+    partition: str = "flops"
+    method: str = "fdg"
+    order: str = "forward_first"
+    beta: float = 1.0
+    learning_rate: float = 0.1
+    lr_schedule: str = "milestones"
+    lr_milestones: tuple[float, ...] = (150.0, 225.0, 275.0)
+    lr_decay: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 128
+    epochs: int = 300
+    steps: int = 0
+    seed: int = 0
+    eval_every_epochs: int = 1
+    log_every_steps: int = 20
+    max_ahead: int = 4
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Raises `UsageError` for the first value that is not allowed."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            for number in numbers:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UsageError(f"--{field.name}={number}: give a finite number")
+        self._one_of("method", tuple(methods.METHODS))
+        self._one_of("order", ORDERS)
+        self._one_of("lr_schedule", LR_SCHEDULES)
+        self._one_of("unroll", UNROLL)
+        for name in ("num_stages", "batch_size", "epochs", "log_every_steps", "eval_every_epochs"):
+            self._bound(name, 1)
+        self._bound("max_ahead", 1)
+        for name in ("steps", "seed", "validation_size", "train_size", "crop_padding"):
+            self._bound(name, 0)
+        if self.seed >= 2**32:
+            raise UsageError(f"--seed={self.seed}: must be below {2**32}; choose a smaller one")
+        if not 0 < self.beta <= 1:
+            raise UsageError(f"--beta={self.beta}: must lie in (0, 1]; 1 does not shrink")
+        if self.learning_rate <= 0:
+            raise UsageError(f"--learning_rate={self.learning_rate}: must be above 0; try 0.1")
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"--momentum={self.momentum}: must lie in [0, 1); try 0.9")
+        if self.weight_decay < 0:
+            raise UsageError(f"--weight_decay={self.weight_decay}: must be 0 or more; try 0.0005")
+        if not 0 < self.lr_decay <= 1:
+            raise UsageError(f"--lr_decay={self.lr_decay}: must lie in (0, 1]; try 0.1")
+        if any(
+            a >= b for a, b in zip((0.0, *self.lr_milestones), self.lr_milestones, strict=False)
+        ):
+            values = ",".join(f"{m:g}" for m in self.lr_milestones)
+            raise UsageError(f"--lr_milestones={values}: must be epochs above 0 that rise")
+        if not self.workdir:
+            raise UsageError("--workdir: is missing; name the folder for the results")
+        self.cuts()
+
+    def cuts(self) -> list[int] | None:
+        """The cuts that ``partition`` spells out, or None where it names a cost."""
+        if self.partition in ("flops", "time"):
+            return None
+        remedy = f"give flops, time, or {self.num_stages - 1} layer numbers such as 3,5"
+        try:
+            cuts = [int(part) for part in self.partition.split(",")] if self.partition else []
+        except ValueError:
+            raise UsageError(f"--partition={self.partition}: not understood; {remedy}") from None
+        if len(cuts) != self.num_stages - 1:
+            raise UsageError(
+                f"--partition={self.partition}: --num_stages={self.num_stages} needs "
+                f"{self.num_stages - 1} cuts, not {len(cuts)}; {remedy}"
+            )
+        return cuts
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise UsageError(f"--{name}={value}: no such choice; allowed are {', '.join(allowed)}")
+
+    def _bound(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value < least:
+            raise UsageError(f"--{name}={value}: must be {least} or more; choose such a number")
+
+
+@contextlib.contextmanager
+def blame(flag: str) -> Iterator[None]:
+    """Turns the library's complaint about an argument into one about the flag it came from."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"--{flag}: {error}") from error

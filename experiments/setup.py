@@ -1,0 +1,167 @@
+"""From settings to what a run needs: data, stages, schedule, optimizer, pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import fdg_jax as fdg
+from experiments import data, methods
+from experiments.config import Config, blame
+from experiments.errors import UsageError
+from fdg_jax.partition import Cost, units_of
+
+# Which branch of the seed's key is whose.
+MODEL_KEY, AUGMENT_KEY = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything that is made from a `Config` before the first step."""
+
+    config: Config
+    dataset: data.Dataset
+    loader: data.Loader
+    stages: fdg.Partition
+    schedule: fdg.schedule.Schedule
+    pipe: fdg.Pipeline
+    total_steps: int
+    split: str  # the name of the split that errors are measured on
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def request_cpu_devices(num_stages: int) -> None:
+    """Asks JAX for one CPU device per stage, up to the cores; before JAX looks for devices.
+
+    More virtual devices than cores would only make them wait for one another.
+    """
+    wanted = min(num_stages, cores())
+    # JAX refuses once it is running, in a notebook or a test: take the devices there are.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def make(config: Config) -> Setup:
+    """Loads the data and builds the pipeline; writes nothing.
+
+    Raises:
+      UsageError: a setting does not fit the data or the network.
+    """
+    try:
+        dataset = data.load(
+            config.dataset,
+            config.data_dir,
+            validation_size=config.validation_size,
+            train_size=config.train_size,
+            seed=config.seed,
+        )
+    except OSError as error:
+        raise UsageError(f"--dataset={config.dataset}: cannot be read ({error})") from error
+    loader = data.Loader(
+        dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed
+    )
+    height, width, channels = dataset.image_shape
+    unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
+    with blame("model"):
+        layers = fdg.models.create(config.model, dataset.num_classes, channels, unroll)
+    example = jax.ShapeDtypeStruct((config.batch_size, height, width, channels), jnp.float32)
+    cuts = config.cuts()
+    number = len(units_of(layers))
+    if config.num_stages > number:
+        raise UsageError(
+            f"--num_stages={config.num_stages}: {config.model} has {number} layers that can be "
+            f"split, so choose 1 to {number}"
+        )
+    with blame("partition"):
+        cost: Cost = ("time" if config.partition == "time" else "flops") if cuts is None else cuts
+        stages = fdg.partition(layers, config.num_stages, example, cost=cost)
+    total = config.steps or config.epochs * loader.steps_per_epoch
+    schedule = methods.schedule(config)
+    pipe = fdg.Pipeline(
+        stages,
+        loss_fn,
+        lambda k: optimizer(config, k, loader.steps_per_epoch, total),
+        schedule,
+        max_ahead=config.max_ahead,
+    )
+    split = "validation" if config.validation_size else "test"
+    return Setup(config, dataset, loader, stages, schedule, pipe, total, split)
+
+
+def loss_fn(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy, and the fraction of wrong answers."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+    return loss, {"error": jnp.mean(jnp.argmax(outputs, axis=-1) != labels)}
+
+
+def learning_rate(config: Config, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+    """The rate of each update of a stage."""
+    if config.lr_schedule == "cosine":
+        return optax.cosine_decay_schedule(config.learning_rate, total_steps)
+    if config.lr_schedule == "constant":
+        return optax.constant_schedule(config.learning_rate)
+    boundaries = {round(e * steps_per_epoch): config.lr_decay for e in config.lr_milestones}
+    return optax.piecewise_constant_schedule(config.learning_rate, boundaries)
+
+
+def optimizer(
+    config: Config, k: int, steps_per_epoch: int, total_steps: int
+) -> optax.GradientTransformation:
+    """Stage k's optimizer: shrinking, weight decay on everything, SGD with momentum."""
+    beta = config.beta if config.method in methods.SHRINKS else 1.0
+    return optax.chain(
+        fdg.fdg_shrink(beta, config.num_stages - 1 - k),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(
+            learning_rate(config, steps_per_epoch, total_steps), momentum=config.momentum or None
+        ),
+    )
+
+
+def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:
+    """One row a stage: where it is, what it holds, how late its gradients are."""
+    edges = (0, *setup.stages.cuts, setup.stages.layers)
+    rows = []
+    for k, stage in enumerate(setup.pipe.stages):
+        rows.append(
+            {
+                "stage": k,
+                "devices": [str(d) for d in stage.mesh.devices.flat],
+                "layers": [edges[k], edges[k + 1]],
+                "parameters": sum(leaf.size for leaf in jax.tree.leaves(params[k])),
+                "cost": setup.stages.costs[k] if setup.stages.costs else None,
+                "delay": setup.schedule.delay(k),
+                "staleness": setup.schedule.staleness(k),
+                "in_flight": setup.schedule.in_flight(k),
+                "shrink": methods.shrink_factor(setup.config, k),
+            }
+        )
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, so that a result can be traced to what it was made with."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "fdg_jax": fdg.__version__,
+            **{name: metadata.version(name) for name in packages},
+        },
+        "devices": [str(d) for d in jax.devices()],
+        "device_kind": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "cores": cores(),
+    }

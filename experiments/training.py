@@ -1,0 +1,269 @@
+"""The training loop, from top to bottom."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fdg_jax as fdg
+from experiments import curves, data, setup, workdir
+from experiments.config import Config
+from experiments.screen import Screen
+from experiments.setup import Setup
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains as ``config`` says and returns what stands in summary.json.
+
+    Raises:
+      UsageError: something in ``config`` cannot be done; nothing has been written then.
+    """
+    # --- Everything that can be wrong is found before the first file is written.
+    config.check()
+    workdir.check(config.workdir, overwrite=config.overwrite)
+    setup.request_cpu_devices(config.num_stages)
+    run = setup.make(config)
+    pipe, loader = run.pipe, run.loader
+
+    root = jax.random.key(config.seed)
+    model_key = jax.random.fold_in(root, setup.MODEL_KEY)
+    height, width, channels = run.dataset.image_shape
+    example = jax.ShapeDtypeStruct((config.batch_size, height, width, channels), jnp.float32)
+    state = pipe.init(model_key, example)
+
+    # --- What the run is, on disk and on screen.
+    out = workdir.Workdir(config.workdir, overwrite=config.overwrite)
+    table = setup.stage_table(run, pipe.params(state))
+    out.write_json(
+        "config.json",
+        {
+            **dataclasses.asdict(config),
+            "total_steps": run.total_steps,
+            "cuts": list(run.stages.cuts),
+            "layer_costs": list(run.stages.layer_costs),
+            "cost_unit": run.stages.unit,
+            "balance": run.stages.balance,
+            "stages": table,
+            **setup.environment(),
+        },
+    )
+    screen = Screen(run.total_steps)
+    introduce(screen, run, table)
+
+    # --- Programs beside the pipeline's own: augmentation before it, counting after it.
+    first = pipe.stages[0]
+    mean, std = (jax.device_put(v, first.replicated) for v in (run.dataset.mean, run.dataset.std))
+    augment_key = jax.device_put(jax.random.fold_in(root, setup.AUGMENT_KEY), first.replicated)
+    augment = jax.jit(
+        functools.partial(data.augment, padding=config.crop_padding, flip=config.flip)
+    )
+    evaluate = Evaluation(run, mean, std)
+
+    # --- Training. Nothing below waits for a device but the evaluations, and the log, which looks
+    # only at batches that are known to be done.
+    waiting: collections.deque[dict[str, Any]] = collections.deque()
+    best, evaluated = math.inf, {"loss": math.nan, "error": math.nan}
+    train_seconds, logged_step, logged_seconds = 0.0, 0, 0.0
+    eval_steps = config.eval_every_epochs * loader.steps_per_epoch
+
+    def log(done: Sequence[dict[str, Any]], step: int, seconds: float) -> None:
+        nonlocal logged_step, logged_seconds
+        values = jax.device_get([(m["loss"], m["error"]) for m in done])
+        loss, error = (float(np.mean([v[i] for v in values])) for i in (0, 1))
+        speed = config.batch_size * (step - logged_step) / max(seconds - logged_seconds, 1e-9)
+        logged_step, logged_seconds = step, seconds
+        seen = done[-1]["batch"] + 1
+        out.append_metrics(
+            {
+                "step": seen,
+                "epoch": seen / loader.steps_per_epoch,
+                "split": "train",
+                "loss": loss,
+                "error": error,
+                "images_per_second": round(speed, 1),
+                "seconds": round(seconds, 3),
+            }
+        )
+        screen.advance(step, loss, error, speed)
+
+    def assess(state: fdg.PipelineState, step: int) -> dict[str, float]:
+        """Errors after ``step`` steps; the clock of the training stands still meanwhile."""
+        begin = time.perf_counter()
+        result = evaluate(state)
+        images = len(run.dataset.test_images)
+        epoch = step / loader.steps_per_epoch
+        out.append_metrics(
+            {
+                "step": step,
+                "epoch": epoch,
+                "split": run.split,
+                **result,
+                "images_per_second": round(images / (time.perf_counter() - begin), 1),
+                "seconds": round(train_seconds, 3),
+            }
+        )
+        screen.line(
+            f"epoch {epoch:6.2f}  step {step:6d}  {run.split} loss {result['loss']:.4f}  "
+            f"{run.split} error {100 * result['error']:5.2f} %  {train_seconds:7.1f} s"
+        )
+        return result
+
+    with screen, jax.transfer_guard("disallow"):
+        clock = time.perf_counter()
+        for step in range(run.total_steps):
+            images, labels = next(loader)
+            images, number = jax.device_put(
+                (images, np.int32(step)), (first.sharded, first.replicated)
+            )
+            x = augment(augment_key, number, images, mean, std)
+            state, metrics = pipe.step(state, (x, labels))
+            if metrics is not None:
+                waiting.append(metrics)
+            if (step + 1) % config.log_every_steps == 0:
+                # The pipeline has waited for all but the last max_ahead ticks.
+                count = len(waiting) - config.max_ahead - 1
+                if count > 0:
+                    done = [waiting.popleft() for _ in range(count)]
+                    log(done, step + 1, train_seconds + time.perf_counter() - clock)
+            if (step + 1) % eval_steps == 0 and step + 1 < run.total_steps:
+                jax.block_until_ready(state)
+                train_seconds += time.perf_counter() - clock
+                evaluated = assess(state, step + 1)
+                best = min(best, evaluated["error"])
+                clock = time.perf_counter()
+
+        state, rest = pipe.drain(state)
+        jax.block_until_ready(state)
+        train_seconds += time.perf_counter() - clock
+        waiting.extend(rest)
+        if waiting:
+            log(list(waiting), run.total_steps, train_seconds)
+        evaluated = assess(state, run.total_steps)
+        best = min(best, evaluated["error"])
+
+    # --- Results.
+    summary = {
+        f"{run.split}_error": evaluated["error"],
+        f"best_{run.split}_error": best,
+        f"{run.split}_loss": evaluated["loss"] if math.isfinite(evaluated["loss"]) else None,
+        "train_seconds": round(train_seconds, 3),
+        "images_per_second": round(config.batch_size * run.total_steps / train_seconds, 1),
+        "steps": run.total_steps,
+        "method": config.method,
+        "stages": config.num_stages,
+        "balance": run.stages.balance,
+        "staleness": [run.schedule.staleness(k) for k in range(config.num_stages)],
+        "params_sha256": params_sha256(pipe.params(state)),
+    }
+    title = f"{config.model} on {run.dataset.name}: {config.method}, K = {config.num_stages}"
+    out.write_bytes("curves.png", curves.draw(out.metrics(), title))
+    out.write_json("summary.json", summary)
+    conclude(screen, run, summary)
+    return summary
+
+
+class Evaluation:
+    """Loss and error over the test (or validation) split, in evaluation mode."""
+
+    def __init__(self, run: Setup, mean: jax.Array, std: jax.Array) -> None:
+        self.run = run
+        self.mean, self.std = mean, std
+        self.normalise = jax.jit(data.normalise)
+
+        @jax.jit
+        def totals(outputs: jax.Array, labels: jax.Array, count: jax.Array) -> jax.Array:
+            real = jnp.arange(len(labels)) < count
+            losses = jax.vmap(lambda y, t: setup.loss_fn(y[None], t[None])[0])(outputs, labels)
+            wrong = jnp.argmax(outputs, axis=-1) != labels
+            return jnp.stack([jnp.sum(losses * real), jnp.sum(wrong * real)])
+
+        self.totals = totals
+
+    def __call__(self, state: fdg.PipelineState) -> dict[str, float]:
+        pipe, dataset = self.run.pipe, self.run.dataset
+        first, last = pipe.stages[0], pipe.stages[-1]
+        sums, pending = np.zeros(2), collections.deque[jax.Array]()
+        for images, labels, count in data.evaluation_batches(
+            dataset.test_images, dataset.test_labels, self.run.config.batch_size
+        ):
+            x = self.normalise(jax.device_put(images, first.sharded), self.mean, self.std)
+            outputs = pipe.predict(state, x)
+            targets, real = jax.device_put(
+                (labels, np.int32(count)), (last.sharded, last.replicated)
+            )
+            pending.append(self.totals(outputs, targets, real))
+            if len(pending) > self.run.config.max_ahead:
+                sums += jax.device_get(pending.popleft())
+        sums += sum(jax.device_get(list(pending)))
+        loss, error = (float(v) for v in sums / len(dataset.test_labels))
+        return {"loss": loss, "error": error}
+
+
+def params_sha256(params: Sequence[Any]) -> str:
+    """A hash of parameters: path, dtype, shape and bytes of every leaf, in the order of paths."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(list(params)):
+        value = np.asarray(jax.device_get(leaf))
+        name = f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}"
+        digest.update(name.encode() + b"\0" + np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> None:
+    """The schedule's grid and the stage table."""
+    config, dataset = run.config, run.dataset
+    screen.line(
+        f"{config.method} of {config.model} on {dataset.name} "
+        f"({len(dataset.train_labels):,} train, {len(dataset.test_labels):,} {run.split} images), "
+        f"K = {config.num_stages}, "
+        f"{run.total_steps:,} steps of {config.batch_size}"
+    )
+    screen.line()
+    screen.line(str(run.schedule))
+    screen.line()
+    total = sum(run.stages.costs)
+    rows = []
+    for row in table:
+        share = f"{100 * row['cost'] / total:.0f} %" if row["cost"] is not None and total else "-"
+        a, b = row["layers"]
+        rows.append(
+            (
+                str(row["stage"]),
+                ", ".join(row["devices"]),
+                f"{a}-{b - 1}",
+                f"{row['parameters']:,}",
+                share,
+                str(row["delay"]),
+                str(row["staleness"]),
+                str(row["in_flight"]),
+                f"{row['shrink']:.3g}",
+            )
+        )
+    heads = ("stage", "devices", "layers", "parameters", "cost", "delay", "staleness")
+    balance = f", balance {run.stages.balance:.2f}" if run.stages.balance else ""
+    screen.table(f"Stages{balance}", (*heads, "in flight", "shrink"), rows)
+
+
+def conclude(screen: Screen, run: Setup, summary: dict[str, Any]) -> None:
+    """The closing table."""
+    split = run.split
+    rows = [
+        (f"{split} error", f"{100 * summary[f'{split}_error']:.2f} %"),
+        (f"best {split} error", f"{100 * summary[f'best_{split}_error']:.2f} %"),
+        ("training time", f"{summary['train_seconds']:.1f} s"),
+        ("images per second", f"{summary['images_per_second']:,.0f}"),
+        ("staleness per stage", ", ".join(map(str, summary["staleness"]))),
+        ("params sha256", summary["params_sha256"][:16] + "..."),
+        ("results", run.config.workdir),
+    ]
+    screen.table("Result", ("", ""), rows)

@@ -1,0 +1,81 @@
+"""The folder of a run: config.json, metrics.jsonl, summary.json, curves.png."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from experiments.errors import UsageError
+
+FILES = ("config.json", "metrics.jsonl", "summary.json", "curves.png")
+
+
+class Workdir:
+    """Writes a run's files; each appears whole or not at all, but metrics, which grow by lines.
+
+    Args:
+      path: the folder, made if it is not there.
+      overwrite: whether the files of an earlier run there may go.
+
+    Raises:
+      UsageError: the folder cannot be written, or holds a run that may not be overwritten.
+    """
+
+    def __init__(self, path: str, *, overwrite: bool) -> None:
+        self.path = pathlib.Path(path)
+        check(path, overwrite=overwrite)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """One of the JSON files, replaced as a whole."""
+        self.write_bytes(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """One of the files, replaced as a whole."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, self.path / name)
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl. A loss that is no number becomes null: JSON has none such."""
+        clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()}
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(clean, allow_nan=False) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
+
+
+def check(path: str, *, overwrite: bool) -> None:
+    """Whether a run may begin in ``path``, as far as can be told without writing anything."""
+    folder = pathlib.Path(path)
+    try:
+        taken = (folder / "config.json").exists()
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{path} is a file")
+        parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+            raise PermissionError(f"{parent} is not a folder that can be written")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if taken and not overwrite:
+        raise UsageError(
+            f"--workdir={path}: holds a run already; name another folder, or add --overwrite"
+        )
+
+
+def _unwritable(path: str, error: OSError) -> UsageError:
+    return UsageError(
+        f"--workdir={path}: cannot be written ({error.strerror or error}); name another folder"
+    )
