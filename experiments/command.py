@@ -20,7 +20,7 @@ def run(main: Callable[[], None]) -> None:
     def parse(arguments: Sequence[str]) -> Sequence[str]:
         if any(a in ("-h", "-help", "--help") for a in arguments[1:]):
             flags.FLAGS.unparse_flags()
-            print(flags.FLAGS.main_module_help())
+            print((sys.modules["__main__"].__doc__ or "").strip(), flags.FLAGS.main_module_help())
             sys.exit(0)
         try:
             rest = flags.FLAGS(arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import fdg_jax as fdg
 from fdg_jax.schedule import Schedule
@@ -17,8 +17,7 @@ def _backprop(config: Config) -> Schedule:
 
 
 def _fdg(config: Config) -> Schedule:
-    order = "backward_first" if config.order == "backward_first" else "forward_first"
-    return fdg.schedule.fdg(config.num_stages, order)
+    return fdg.schedule.fdg(config.num_stages, cast("fdg.schedule.Order", config.order))
 
 
 METHODS: dict[str, Callable[[Config], Schedule]] = {"backprop": _backprop, "fdg": _fdg}

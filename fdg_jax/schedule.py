@@ -50,6 +50,7 @@ class Action:
 
 
 Rule = Callable[[int], Sequence[Action]]
+Order = Literal["forward_first", "backward_first"]
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def backprop(num_stages: int) -> Schedule:
 
 
 def fdg(
-    num_stages: int, order: Literal["forward_first", "backward_first"] = "forward_first"
+    num_stages: int, order: Order = "forward_first"
 ) -> Schedule:
     """Fully decoupled learning with delayed gradients: no lock is left.
 
