@@ -73,8 +73,8 @@ def test_prints_itself_as_a_grid(name, K):
 
 def test_columns_stay_aligned_when_numbers_grow():
     lines = fdg.schedule.fdg(2).grid(12).splitlines()
-    assert lines[0] == "tick | stage 0     stage 1"
-    assert lines[-1] == "  11 | F11 B9 U    F10 B10 U"
+    assert lines[0] == "tick | stage 0    stage 1"
+    assert lines[-1] == "  11 | F11 B9 U   F10 B10 U"
 
 
 @pytest.mark.xfail(strict=True, reason="TypeError: max() of a single int")
@@ -201,7 +201,7 @@ def test_no_stage_is_refused(make, K):
 
 
 def test_another_order_is_refused_and_named():
-    with pytest.raises(ValueError, match="order='sideways'.*forward_first.*backward_first"):
+    with pytest.raises(ValueError, match=r"order='sideways'.*forward_first.*backward_first"):
         fdg.schedule.fdg(2, "sideways")
 
 

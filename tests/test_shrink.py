@@ -108,7 +108,7 @@ def test_beta_outside_its_range_is_named(beta):
 
 @pytest.mark.parametrize("beta", [0.5, optax.constant_schedule(0.5)])
 def test_negative_hops_are_named(beta):
-    with pytest.raises(ValueError, match="^hops=-1: "):
+    with pytest.raises(ValueError, match=r"^hops=-1: "):
         fdg.fdg_shrink(beta, -1)
 
 
