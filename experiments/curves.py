@@ -44,8 +44,8 @@ def draw(metrics: list[dict[str, Any]], title: str) -> bytes:
             f"{100 * final['error']:.1f} %",
             (final["epoch"], 100 * final["error"]),
             textcoords="offset points",
-            xytext=(-4, -14),
-            ha="right",
+            xytext=(0, 8),
+            ha="center",
         )
     axes[1].legend(frameon=False)
     figure.suptitle(title, fontsize=11)

@@ -42,11 +42,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def request_cpu_devices(num_stages: int) -> None:
-    """Asks JAX for one CPU device per stage, up to the cores; before JAX looks for devices.
+def prepare_jax(num_stages: int) -> None:
+    """Asks JAX for one CPU device per stage, up to the cores, and for a cache of what it compiles.
 
     More virtual devices than cores would only make them wait for one another.
     """
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(data.cache.directory() / "compiled"))
     wanted = min(num_stages, cores())
     # JAX refuses once it is running, in a notebook or a test: take the devices there are.
     with contextlib.suppress(RuntimeError):
@@ -141,7 +143,7 @@ def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:
                 "devices": [str(d) for d in stage.mesh.devices.flat],
                 "layers": [edges[k], edges[k + 1]],
                 "parameters": sum(leaf.size for leaf in jax.tree.leaves(params[k])),
-                "cost": setup.stages.costs[k] if setup.stages.costs else None,
+                "cost": setup.stages.costs[k],
                 "delay": setup.schedule.delay(k),
                 "staleness": setup.schedule.staleness(k),
                 "in_flight": setup.schedule.in_flight(k),

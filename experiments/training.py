@@ -31,7 +31,7 @@ def run(config: Config) -> dict[str, Any]:
     # --- Everything that can be wrong is found before the first file is written.
     config.check()
     workdir.check(config.workdir, overwrite=config.overwrite)
-    setup.request_cpu_devices(config.num_stages)
+    setup.prepare_jax(config.num_stages)
     run = setup.make(config)
     pipe, loader = run.pipe, run.loader
 
@@ -73,16 +73,16 @@ def run(config: Config) -> dict[str, Any]:
     # only at batches that are known to be done.
     waiting: collections.deque[dict[str, Any]] = collections.deque()
     best, evaluated = math.inf, {"loss": math.nan, "error": math.nan}
-    train_seconds, logged_step, logged_seconds = 0.0, 0, 0.0
+    train_seconds, logged_batch, logged_seconds = 0.0, 0, 0.0
     eval_steps = config.eval_every_epochs * loader.steps_per_epoch
 
     def log(done: Sequence[dict[str, Any]], step: int, seconds: float) -> None:
-        nonlocal logged_step, logged_seconds
+        nonlocal logged_batch, logged_seconds
         values = jax.device_get([(m["loss"], m["error"]) for m in done])
         loss, error = (float(np.mean([v[i] for v in values])) for i in (0, 1))
-        speed = config.batch_size * (step - logged_step) / max(seconds - logged_seconds, 1e-9)
-        logged_step, logged_seconds = step, seconds
         seen = done[-1]["batch"] + 1
+        speed = config.batch_size * (seen - logged_batch) / max(seconds - logged_seconds, 1e-9)
+        logged_batch, logged_seconds = seen, seconds
         out.append_metrics(
             {
                 "step": seen,
@@ -234,7 +234,7 @@ def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> No
     total = sum(run.stages.costs)
     rows = []
     for row in table:
-        share = f"{100 * row['cost'] / total:.0f} %" if row["cost"] is not None and total else "-"
+        share = f"{100 * row['cost'] / total:.0f} %" if total else "-"
         a, b = row["layers"]
         rows.append(
             (
@@ -250,8 +250,8 @@ def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> No
             )
         )
     heads = ("stage", "devices", "layers", "parameters", "cost", "delay", "staleness")
-    balance = f", balance {run.stages.balance:.2f}" if run.stages.balance else ""
-    screen.table(f"Stages{balance}", (*heads, "in flight", "shrink"), rows)
+    title = f"Stages, balance {run.stages.balance:.2f} ({run.stages.unit})"
+    screen.table(title, (*heads, "in flight", "shrink"), rows)
 
 
 def conclude(screen: Screen, run: Setup, summary: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,8 +24,8 @@ class Partition(list[Layer]):
     Attributes:
       cuts: K-1 numbers; stage k+1 begins with layer ``cuts[k]`` (equal layers of a `repeat` counted
         one by one).
-      layer_costs: the cost of every layer, in the unit of ``cost``; empty where cuts were given.
-      unit: "FLOPs", "seconds", or "" where the caller gave the costs.
+      unit: of the costs: "FLOPs" (also where the cuts were given), "seconds", or "" where the
+        caller gave the costs.
       layers: how many layers there are to cut between.
     """
 
@@ -34,30 +34,31 @@ class Partition(list[Layer]):
         stages: Sequence[Layer],
         layers: int,
         cuts: Sequence[int],
-        layer_costs: Sequence[float] = (),
-        unit: str = "",
+        count_costs: Callable[[], Sequence[float]],
+        unit: str,
     ) -> None:
         super().__init__(stages)
         self.layers = layers
         self.cuts = tuple(cuts)
-        self.layer_costs = tuple(layer_costs)
+        self._count_costs = count_costs
         self.unit = unit
+
+    @functools.cached_property
+    def layer_costs(self) -> tuple[float, ...]:
+        """The cost of every layer; where the cuts were given, counted when first asked for."""
+        return tuple(self._count_costs())
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """The cost of each stage; empty where cuts were given."""
-        if not self.layer_costs:
-            return ()
+        """The cost of each stage."""
         edges = (0, *self.cuts, len(self.layer_costs))
         return tuple(sum(self.layer_costs[a:b]) for a, b in itertools.pairwise(edges))
 
     @property
-    def balance(self) -> float | None:
+    def balance(self) -> float:
         """Mean over largest stage cost: 1 where all are equal, 1/K where one has all of it."""
-        costs = self.costs
-        if not costs or max(costs) == 0:
-            return None
-        return statistics.fmean(costs) / max(costs)
+        largest = max(self.costs)
+        return statistics.fmean(self.costs) / largest if largest else 1.0
 
 
 def units_of(layers: Sequence[Layer]) -> list[Layer]:
@@ -138,14 +139,15 @@ def partition(
                 raise ValueError(
                     f"cost={list(cost)}: cuts must be whole numbers that rise from 1 to {n - 1}"
                 )
-            return Partition(_stages(units, cuts), n, cuts)
+            count = functools.partial(layer_costs, units, example, "flops")
+            return Partition(_stages(units, cuts), n, cuts, count, "FLOPs")
         else:
             raise ValueError(
                 f"cost={list(cost)} has length {len(given)}: give {n} costs (one per layer) "
                 f"or {num_stages - 1} cuts"
             )
     cuts = optimal_cuts(costs, num_stages)
-    return Partition(_stages(units, cuts), n, cuts, costs, unit)
+    return Partition(_stages(units, cuts), n, cuts, lambda: costs, unit)
 
 
 def optimal_cuts(costs: Sequence[float], num_stages: int) -> list[int]:
@@ -243,11 +245,11 @@ def _forward_backward(layer: Layer, params: PyTree, state: PyTree, x: PyTree) ->
 def _flops(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> float:
     program = jax.jit(functools.partial(_forward_backward, layer))
     analysis = program.lower(params, state, x).cost_analysis()
-    if not isinstance(analysis, dict) or "flops" not in analysis:
+    if not isinstance(analysis, dict):
         raise ValueError(
             'cost="flops": this platform does not count FLOPs; use cost="time", or give the costs'
         )
-    return float(analysis["flops"])
+    return float(analysis.get("flops", 0.0))
 
 
 def _seconds(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> float:

@@ -230,9 +230,7 @@ def backprop(num_stages: int) -> Schedule:
     return Schedule("backprop", num_stages, rule)
 
 
-def fdg(
-    num_stages: int, order: Order = "forward_first"
-) -> Schedule:
+def fdg(num_stages: int, order: Order = "forward_first") -> Schedule:
     """Fully decoupled learning with delayed gradients: no lock is left.
 
     In tick t stage k forwards batch t-k, back-propagates batch t-2(K-1)+k and updates. What a stage
