@@ -213,6 +213,21 @@ def test_linen_keywords_are_given_only_where_they_are_taken():
     assert y.shape == (8, 2)
 
 
+def test_in_evaluation_no_linen_state_changes_whatever_the_module_does():
+    class Counter(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            calls = self.variable("calls", "n", lambda: jnp.zeros((), jnp.int32))
+            if not self.is_initializing() and self.is_mutable_collection("calls"):
+                calls.value += 1
+            return x
+
+    layer = fdg.from_linen(Counter())
+    params, state = layer.init(KEY, X)
+    assert layer.apply(params, state, X, train=True, key=KEY)[1] == {"calls": {"n": 1}}
+    assert layer.apply(params, state, X, train=False, key=None)[1] == {"calls": {"n": 0}}
+
+
 def test_linen_weights_are_those_of_the_module():
     module = linen.Dense(2)
     params, _ = fdg.from_linen(module).init(KEY, X)

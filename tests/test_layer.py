@@ -87,12 +87,21 @@ def test_activations_may_be_any_pytree():
     equal(y, 2 * X + X[:, :1])
 
 
+def test_every_init_gets_an_array_of_its_own_input():
+    """An init may compute with its example, in the middle of a network as well."""
+    bias = fdg.Layer(
+        lambda key, x: (x.sum(0), ()), lambda p, s, x, *, train, key: (x + p[: x.shape[-1]], s)
+    )
+    params, _ = fdg.chain([dense(5), bias, dense(2), fdg.repeat(bias, 2)]).init(KEY, X)
+    assert [leaf.shape for leaf in jax.tree.leaves(params)] == [(3, 5), (5,), (5, 2), (2, 2)]
+
+
 def network():
-    """Eight numbered layers of every kind, and where they can be cut."""
+    """Eight parts between which it can be cut; ten numbered layers."""
     return [
         dense(),
         noise(),
-        fdg.repeat(dense(), 3),
+        fdg.repeat(dense(), 2),
         fdg.chain([noise(), dense()]),
         fdg.repeat(fdg.chain([dense(), noise()]), 2),
         dense(),
@@ -109,8 +118,8 @@ def numbered(stages):
     return [stage.at(index) for stage, index in zip(stages, first, strict=False)]
 
 
-@given(st.sets(st.integers(1, 8), min_size=1, max_size=4).map(sorted))
-@settings(max_examples=8, deadline=None)
+@given(st.sets(st.integers(1, 7), min_size=1, max_size=4).map(sorted))
+@settings(max_examples=5, deadline=None)
 def test_weights_and_noise_do_not_depend_on_the_cuts(cuts):
     whole = fdg.chain(network())
     params, state = whole.init(KEY, X)
@@ -134,9 +143,7 @@ def test_a_pipeline_starts_from_the_same_weights_for_every_number_of_stages():
         )
         return flat(pipe.params(pipe.init(KEY, X)))
 
-    want = start([])
-    equal(start([3]), want)
-    equal(start([1, 4, 7]), want)
+    equal(start([1, 3, 6]), start([]))
 
 
 def test_nesting_chains_changes_neither_weights_nor_noise():
