@@ -143,6 +143,13 @@ def test_flops_grow_with_the_batch():
     assert large > 4 * small
 
 
+def test_one_layer_at_two_shapes_has_two_costs():
+    activation = fdg.from_fn(lambda x: x * x)
+    stages = fdg.partition([activation, dense(12), activation], 1, X)
+    small, _, large = stages.layer_costs
+    assert large == pytest.approx(4 * small, rel=0.1)
+
+
 @pytest.mark.parametrize("cost", ["flops", "time"])
 def test_integer_inputs_have_a_cost_too(cost):
     """The first layer of a language model has no gradient with respect to its input."""
