@@ -56,7 +56,7 @@ HELP = {
 }
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """One flag for every field of `Config`, with its default."""
     define: dict[str, Callable[..., Any]] = {
         "str": flags.DEFINE_string,
@@ -70,17 +70,17 @@ def define_flags() -> None:
         default: Any = "" if field.default is dataclasses.MISSING else field.default
         if isinstance(default, tuple):
             default = [f"{value:g}" for value in default]
-        define[str(field.type)](field.name, default, HELP[field.name])
+        define[str(field.type)](field.name, default, HELP[field.name], flag_values=values)
 
 
-def from_flags() -> Config:
+def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Config:
     """The settings that the flags say.
 
     Raises:
       UsageError: a list has an entry that is no number.
     """
     names = [field.name for field in dataclasses.fields(Config)]
-    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+    values: dict[str, Any] = {name: parsed[name].value for name in names}
     milestones = values["lr_milestones"]
     try:
         values["lr_milestones"] = tuple(float(v) for v in milestones)

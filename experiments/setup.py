@@ -49,6 +49,8 @@ def prepare_jax(num_stages: int) -> None:
     """
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(data.cache.directory() / "compiled"))
+        # Initial weights are drawn by very many programs of a few milliseconds each.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     wanted = min(num_stages, cores())
     # JAX refuses once it is running, in a notebook or a test: take the devices there are.
     with contextlib.suppress(RuntimeError):

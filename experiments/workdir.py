@@ -54,19 +54,19 @@ class Workdir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
 
 def check(path: str, *, overwrite: bool) -> None:
-    """Whether a run may begin in ``path``, as far as can be told without writing anything."""
+    """Whether a run may begin in ``path``; leaves nothing behind."""
     folder = pathlib.Path(path)
     try:
         taken = (folder / "config.json").exists()
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{path} is a file")
         parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-            raise PermissionError(f"{parent} is not a folder that can be written")
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
     except OSError as error:
         raise _unwritable(path, error) from error
     if taken and not overwrite:

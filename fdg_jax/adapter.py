@@ -53,6 +53,8 @@ def from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Layer:
         params: PyTree, state: PyTree, x: PyTree, *, train: bool, key: Key | None
     ) -> tuple[PyTree, PyTree]:
         graph, params_structure, state_structure, rngs = skeleton()
+        if train and key is None and jax.tree.leaves(rngs):
+            raise ValueError("key=None: this module draws random numbers in training; give a key")
         module = nnx.merge(
             graph,
             jax.tree.unflatten(params_structure, jax.tree.leaves(params)),

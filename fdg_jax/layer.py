@@ -129,8 +129,9 @@ def chain(layers: Sequence[Layer], *, first: int | jax.Array = 0) -> Layer:
       >>> import jax, jax.numpy as jnp
       >>> from fdg_jax import from_fn
       >>> net = chain([from_fn(jnp.tanh), from_fn(lambda x: 2 * x)])
-      >>> net.apply(((), ()), ((), ()), jnp.zeros(1), train=False, key=None)
-      (Array([0.], dtype=float32), ((), ()))
+      >>> y, state = net.apply(((), ()), ((), ()), jnp.zeros(3), train=False, key=None)
+      >>> y.shape, state
+      ((3,), ((), ()))
     """
     layers = tuple(layers)
     if not layers:

@@ -126,6 +126,10 @@ def partition(
             )
         unit = "FLOPs" if cost == "flops" else "seconds"
         costs = layer_costs(units, example, cost)
+        if not any(costs):
+            raise ValueError(
+                f'cost="{cost}": every layer counts 0, so this cannot balance them; give the costs'
+            )
     else:
         given = [float(value) for value in cost]
         if len(given) == n:
@@ -133,7 +137,7 @@ def partition(
                 raise ValueError(f"cost={list(cost)}: costs must be finite and >= 0")
             costs = given
         elif len(given) == num_stages - 1:
-            cuts = [int(value) for value in given]
+            cuts = [int(value) for value in given if np.isfinite(value)]
             edges = [0, *cuts, n]
             if cuts != given or any(a >= b for a, b in itertools.pairwise(edges)):
                 raise ValueError(
@@ -165,29 +169,40 @@ def optimal_cuts(costs: Sequence[float], num_stages: int) -> list[int]:
       [3]
     """
     prefix = np.concatenate([[0.0], np.cumsum(np.asarray(costs, float))])
-    n = len(costs)
-    # largest[j], squares[j]: the best split of the first j layers into the stages seen so far.
-    largest = prefix.copy()
-    squares = prefix**2
-    largest[0] = np.inf
+    # First how small the largest sum can be, then the smallest squares under that limit; the two
+    # at once would need more than one best split of every prefix. The limit has room for rounding.
+    largest, _ = _best(prefix, num_stages, np.maximum, lambda sums: sums)
+    limit = largest * (1 + 1e-12)
+    _, cuts = _best(
+        prefix, num_stages, np.add, lambda sums: np.where(sums <= limit, sums**2, np.inf)
+    )
+    return cuts
+
+
+def _best(
+    prefix: np.ndarray,
+    num_stages: int,
+    join: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    score: Callable[[np.ndarray], np.ndarray],
+) -> tuple[float, list[int]]:
+    """The smallest join of the stages' scores, and the cuts that give it: dynamic programming."""
+    n = len(prefix) - 1
+    best = np.array(score(prefix))  # of the first j layers in one stage
+    best[0] = np.inf
     choices = []
     for _ in range(1, num_stages):
-        new_largest = np.full(n + 1, np.inf)
-        new_squares = np.full(n + 1, np.inf)
-        choice = np.zeros(n + 1, int)
+        new, choice = np.full(n + 1, np.inf), np.zeros(n + 1, int)
         for j in range(1, n + 1):
-            last = prefix[j] - prefix[:j]
-            worst = np.maximum(largest[:j], last)
-            total = squares[:j] + last**2
-            i = np.lexsort((total, worst))[0]
-            new_largest[j], new_squares[j], choice[j] = worst[i], total[i], i
-        largest, squares = new_largest, new_squares
+            joined = join(best[:j], score(prefix[j] - prefix[:j]))
+            choice[j] = np.argmin(joined)
+            new[j] = joined[choice[j]]
+        best = new
         choices.append(choice)
     cuts, j = [], n
     for choice in reversed(choices):
         j = int(choice[j])
         cuts.append(j)
-    return cuts[::-1]
+    return float(best[n]), cuts[::-1]
 
 
 def layer_costs(units: Sequence[Layer], example: PyTree, cost: str) -> list[float]:

@@ -83,49 +83,67 @@ class Schedule:
           The actions of each tick. A last, partial accumulation is applied at the very end.
 
         Raises:
-          ValueError: a batch is back-propagated before its forward, or never.
+          ValueError: the rule is no pipeline: something is done twice, before what it needs, by a
+            stage that does not exist, or never.
         """
-        backwards, waiting, t = 0, dict.fromkeys(range(self.num_stages), -1), 0
-        forwarded: set[tuple[int, int]] = set()
-        idle = 0
+        done: set[Action] = set()
+        waiting = dict.fromkeys(range(self.num_stages), -1)
+        t = idle = backwards = 0
         while backwards < batches * self.num_stages:
             actions = self.tick(t, batches)
-            idle = 0 if actions else idle + 1
-            if idle > 8 * self.num_stages:
-                raise ValueError(f"schedule {self.name}: after tick {t} batches are left in flight")
+            idle += 1
             for action in actions:
-                k, n = action.stage, action.batch
-                if action.kind == "F":
-                    forwarded.add((k, n))
-                elif action.kind == "B" and (k, n) not in forwarded:
-                    raise ValueError(f"schedule {self.name}: {action} comes before its forward")
-                backwards += action.kind == "B"
+                if action.kind != "U":
+                    self._check(action, done)
+                    done.add(action)
+                    idle = 0
+                    backwards += action.kind == "B"
                 if action.kind != "F":
                     waiting[action.stage] = action.batch if action.kind == "B" else -1
+            if idle > 8 * self.num_stages:
+                raise ValueError(f"schedule {self.name}: after tick {t} batches are left in flight")
             t += 1
             if backwards == batches * self.num_stages:
-                rest = [Action("U", n, k) for k, n in waiting.items() if n >= 0]
-                actions = actions + rest
+                actions = actions + [Action("U", n, k) for k, n in waiting.items() if n >= 0]
             yield actions
+
+    def _check(self, action: Action, done: set[Action]) -> None:
+        k, n = action.stage, action.batch
+        if not 0 <= k < self.num_stages:
+            raise ValueError(
+                f"schedule {self.name}: {action}, but there are {self.num_stages} stages"
+            )
+        if action in done:
+            raise ValueError(f"schedule {self.name}: {action} comes twice")
+        needs = [Action("F", n, k - 1)] if action.kind == "F" else [Action("F", n, k)]
+        needs += [Action("B", n, k + 1)] if action.kind == "B" else []
+        for need in needs:
+            if 0 <= need.stage < self.num_stages and need not in done:
+                raise ValueError(f"schedule {self.name}: {action} comes before {need}")
 
     def delay(self, k: int) -> int:
         """Ticks between the forward and the backward of one mini-batch in stage k."""
-        return self._counted[k].delay
+        return self._of(k).delay
 
     def staleness(self, k: int) -> int:
         """Updates of stage k between a batch's forward and the moment its gradient is applied.
 
         The largest in steady state; see `mean_staleness`.
         """
-        return self._counted[k].staleness
+        return self._of(k).staleness
 
     def mean_staleness(self, k: int) -> float:
         """The mean of what `staleness` is the largest of."""
-        return self._counted[k].mean_staleness
+        return self._of(k).mean_staleness
 
     def in_flight(self, k: int) -> int:
         """The most batches that stage k has forwarded and whose gradient it has not applied."""
-        return self._counted[k].in_flight
+        return self._of(k).in_flight
+
+    def _of(self, k: int) -> _Counts:
+        if not 0 <= k < self.num_stages:
+            raise ValueError(f"k={k}: schedule {self.name} has stages 0 to {self.num_stages - 1}")
+        return self._counted[k]
 
     @functools.cached_property
     def _counted(self) -> list[_Counts]:
@@ -142,7 +160,8 @@ class Schedule:
             )
         heads = [f"stage {k}" for k in range(self.num_stages)]
         widths = [
-            max(len(head), *(len(row[k]) for row in cells)) + 3 for k, head in enumerate(heads)
+            max(len(text) for text in (head, *(row[k] for row in cells))) + 3
+            for k, head in enumerate(heads)
         ]
         lines = ["tick | " + "".join(h.ljust(w) for h, w in zip(heads, widths, strict=True))]
         for t, row in enumerate(cells):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -57,11 +58,15 @@ def fdg_shrink(
       Zhuang et al., `Fully Decoupled Neural Network Learning Using Delayed Gradients
       <https://arxiv.org/abs/1906.09108>`_, gradient shrinking process, 2022.
     """
-    # Under optax.inject_hyperparams both arguments arrive as arrays and cannot be looked at.
-    if isinstance(beta, int | float) and not (math.isfinite(beta) and 0 < beta <= 1):
-        raise ValueError(f"beta={beta}: gradient shrinking needs 0 < beta <= 1 (1: no shrinking)")
-    if isinstance(hops, int) and hops < 0:
-        raise ValueError(f"hops={hops}: stage k of K is K-1-k >= 0 hops away from the loss")
+    # Under optax.inject_hyperparams both arguments arrive as arrays, which may be traced.
+    if not (callable(beta) or isinstance(beta, jax.Array)):
+        if not (isinstance(beta, numbers.Real | np.floating) and 0 < float(beta) <= 1):
+            raise ValueError(f"beta={beta}: shrinking needs a number 0 < beta <= 1 (1: none)")
+        beta = float(beta)
+    if not isinstance(hops, jax.Array):
+        if not (isinstance(hops, numbers.Integral) and hops >= 0):
+            raise ValueError(f"hops={hops}: stage k of K is K-1-k hops from the loss, an int >= 0")
+        hops = int(hops)
 
     def shrink(updates: optax.Updates, factor: float | jax.Array) -> optax.Updates:
         return jax.tree.map(lambda u: jnp.asarray(factor, dtype=u.dtype) * u, updates)

@@ -112,7 +112,6 @@ def test_negative_hops_are_named(beta):
         fdg.fdg_shrink(beta, -1)
 
 
-@pytest.mark.xfail(strict=True, reason="only Python's own int and float are looked at")
 @pytest.mark.parametrize(
     ("beta", "hops"),
     [(np.float32("nan"), 1), (np.float32(2), 1), (0.5, np.int64(-1)), (0.5, -0.5)],

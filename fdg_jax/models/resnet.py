@@ -66,7 +66,7 @@ def resnet(
 
     Example:
       >>> len(resnet(18))
-      10
+      9
 
     References:
       He et al., `Deep Residual Learning for Image Recognition

@@ -1,0 +1,30 @@
+"""Every flagfile can be read, makes its network, and says at its head how it is run."""
+
+import pathlib
+
+import pytest
+from absl import flags
+
+import fdg_jax as fdg
+from experiments import cifar
+from fdg_jax.partition import units_of
+
+FLAGFILES = sorted((pathlib.Path(cifar.__file__).parent / "flags").glob("*.cfg"))
+
+
+@pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)
+def test_flagfile(path):
+    values = flags.FlagValues()
+    cifar.define_flags(values)
+    rest = values(["cifar", f"--flagfile={path}", "--workdir=somewhere"])
+    assert rest == ["cifar"]
+    config = cifar.from_flags(values)
+    config.check()
+    assert len(units_of(fdg.models.create(config.model))) >= config.num_stages
+    assert "expected" in path.read_text()
+    assert path.stem in path.read_text() or path.stem == "quickstart"
+    assert path.read_text().startswith("# ")
+
+
+def test_every_setting_has_help():
+    assert set(cifar.Config.__dataclass_fields__) == set(cifar.HELP)
