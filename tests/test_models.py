@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import fdg_jax as fdg
@@ -35,3 +37,86 @@ def parameters(name: str, **options) -> int:
 )
 def test_number_of_parameters_is_the_published_one(name, millions, digits):
     assert round(parameters(name) / 1e6, digits) == millions
+
+
+@pytest.mark.parametrize("name", ["small_resnet", "resnet20", "resnet18", "resnet50", "wrn16_1"])
+def test_outputs_are_logits_whatever_the_image(name):
+    for shape, channels, classes in (((2, 32, 32, 3), 3, 10), ((3, 28, 28, 1), 1, 7)):
+        network = fdg.chain(models.create(name, classes, channels))
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        def forward(x, network=network):
+            params, state = network.init(jax.random.key(0), x)
+            return network.apply(params, state, x, train=True, key=jax.random.key(1))[0]
+
+        assert jax.eval_shape(forward, x).shape == (shape[0], classes)
+
+
+def test_option_a_shortcut_takes_every_second_pixel_and_pads_channels_with_zeros():
+    block = models.block.PadShortcut(2, 4, 2)
+    x = jnp.arange(32.0).reshape(1, 4, 4, 2)
+    y = block(x)
+    assert y.shape == (1, 2, 2, 4)
+    assert (y[..., 1:3] == x[:, ::2, ::2]).all()
+    assert (y[..., 0] == 0).all()
+    assert (y[..., 3] == 0).all()
+
+
+def test_first_logits_have_the_scale_of_one():
+    """He initialisation keeps the variance: neither vanishing nor exploding outputs."""
+    network = fdg.chain(models.create("small_resnet"))
+    x = jax.random.normal(jax.random.key(0), (16, 16, 16, 3), jnp.float32)
+
+    @jax.jit
+    def forward(x):
+        params, state = network.init(jax.random.key(1), x)
+        return network.apply(params, state, x, train=True, key=jax.random.key(2))[0]
+
+    y = forward(x)
+    assert 0.2 < float(y.std()) < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet21", "model='resnet21': allowed are .*resnet20"),
+        ("wrn29_10", "depth=29: a wide ResNet has depth 6n\\+4"),
+        ("wrn28_0", "widen=0"),
+    ],
+)
+def test_unknown_networks_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        models.create(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet1202", "wrn28_10"])
+def test_the_deepest_and_the_widest_network_take_eight_fdg_ticks(name):
+    """K = 4, scanned on CPU so that it compiles in minutes; every stage updates at least once."""
+    layers = models.create(name, unroll=False)
+    x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    labels = np.array([3, 7])
+
+    def loss_fn(outputs, labels):
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+        return losses.mean(), {}
+
+    pipe = fdg.Pipeline(
+        fdg.partition(layers, 4, x),
+        loss_fn,
+        lambda k: optax.sgd(0.01, momentum=0.9),
+        fdg.schedule.fdg(4),
+        max_ahead=1,
+    )
+    state = pipe.init(jax.random.key(0), x)
+    initial = jax.device_get(pipe.params(state))
+    losses = []
+    for _ in range(8):
+        state, metrics = pipe.step(state, (x, labels))
+        losses += [] if metrics is None else [float(metrics["loss"])]
+    assert len(losses) == 5
+    assert np.isfinite(losses).all()
+    assert [stage.version for stage in state.stages] == [2, 3, 4, 5]
+    for before, after in zip(initial, pipe.params(state), strict=True):
+        changed = jax.tree.map(lambda a, b: bool((a != np.asarray(b)).any()), before, after)
+        assert all(jax.tree.leaves(changed))
