@@ -23,7 +23,7 @@ from fdg_jax.stage import Stage
 from fdg_jax.state import PipelineState, StageState
 from fdg_jax.tick import Metrics, Tick, send
 
-GRADIENTS = ("stale",)
+GRADIENTS = ("stale", "recompute_stale", "recompute")
 
 
 class Pipeline:
@@ -37,8 +37,10 @@ class Pipeline:
       schedule: who does what when, for K stages.
       devices: K contiguous groups of equal size are made of them; fewer devices than stages are
         shared. None: one device per stage, the first of ``jax.devices()``.
-      gradient: which weights the backward uses. "stale": those of the batch's own forward; kept per
-        batch in flight are its residuals and that weight version.
+      gradient: which weights a backward uses, and what a batch in flight keeps for it. "stale":
+        those of the batch's own forward; its residuals and that weight version. "recompute_stale":
+        the same weights and the same gradient, but the forward is run again; the stage's input and
+        that weight version. "recompute": today's weights; the stage's input.
       max_ahead: how many ticks the host may be ahead of the slowest stage, >= 1.
 
     Raises:
@@ -93,7 +95,14 @@ class Pipeline:
             last = k == len(stages) - 1
             placed, index = stages[k].at(index), index + stages[k].size
             self.stages.append(
-                Stage(placed, optimizer(k), mesh, first=k == 0, loss_fn=loss_fn if last else None)
+                Stage(
+                    placed,
+                    optimizer(k),
+                    mesh,
+                    first=k == 0,
+                    loss_fn=loss_fn if last else None,
+                    keep_residuals=gradient == "stale",
+                )
             )
         # One token of every stage for each of the last ticks; no part of the training state.
         self._tokens: collections.deque[list[jax.Array]] = collections.deque()
@@ -115,11 +124,7 @@ class Pipeline:
         for stage in self.stages:
             params, model_state, opt_state, x = stage.init(key, x)
             own_key, number = jax.device_put((key, np.zeros((), np.int32)), stage.replicated)
-            states.append(
-                StageState(
-                    params, model_state, opt_state, None, 0, 0, own_key, number, {}, {}, {}, {}
-                )
-            )
+            states.append(StageState.fresh(params, model_state, opt_state, own_key, number))
         return PipelineState(0, 0, key, tuple(states))
 
     def step(
@@ -135,7 +140,7 @@ class Pipeline:
           The new state, and the metrics of the batch that reached the loss in this tick, as arrays
           that may not be computed yet: ``{"batch": n, "loss": array, ...}``. None while filling.
         """
-        tick = Tick(self.stages, state)
+        tick = self._tick(state)
         tick.enter(*batch)
         self._wait()
         tick.run(self.schedule.tick(state.tick - state.origin))
@@ -157,15 +162,13 @@ class Pipeline:
           loss, in order.
         """
         batches = state.tick - state.origin
-        tick, t = Tick(self.stages, state), batches
+        tick, t = self._tick(state), batches
         while any(s.flights or s.activations for s in tick.stages):
             self._wait()
             tick.run(self.schedule.tick(t, batches))
             self._tokens.append(tick.tokens())
             t += 1
-        for k, s in enumerate(tick.stages):
-            if s.held:
-                tick.update(k)
+        tick.finish()
         return tick.state(state.tick, state.tick), tick.metrics
 
     def predict(self, state: PipelineState, x: PyTree) -> PyTree:
@@ -185,6 +188,9 @@ class Pipeline:
     def params(self, state: PipelineState) -> list[PyTree]:
         """The parameters of each stage, where they are; valid until the next step."""
         return [stage.params for stage in state.stages]
+
+    def _tick(self, state: PipelineState) -> Tick:
+        return Tick(self.stages, self.schedule, self.gradient == "recompute", state)
 
     def _wait(self) -> None:
         if len(self._tokens) >= self.max_ahead:

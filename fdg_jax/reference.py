@@ -12,18 +12,23 @@ and stage k's update number v applies the mean of its parts of the gradients tha
 .. math::
     w_k^{(v+1)} = w_k^{(v)} + U_k\\left(\\tfrac{1}{|D|} \\textstyle\\sum_{n \\in D} g_k(n)\\right).
 
+With ``gradient="recompute"`` the versions are those of each stage's own backward, and every stage
+is given the input that it had at its forward: :math:`y - \\mathrm{sg}(y) + x` has the value x and the
+gradient of y. Where mini-batches are divided, n counts micro-batches.
+
 Nothing here is fast, and nothing is shared with the pipeline but the layers and the action stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key, chain, typed_key
+from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key, typed_key
 from fdg_jax.schedule import Schedule
 
 
@@ -50,6 +55,7 @@ def train(
     model_state: Sequence[PyTree],
     key: Key,
     batches: Sequence[tuple[PyTree, PyTree]],
+    gradient: str = "stale",
 ) -> Result:
     """Trains on ``batches`` as ``schedule`` says, from the fill to the drain, exactly.
 
@@ -61,6 +67,7 @@ def train(
       params, model_state: initial, one pytree per stage.
       key: the root key of dropout.
       batches: (inputs, labels) each.
+      gradient: as in `fdg_jax.Pipeline`; "stale" and "recompute_stale" are the same gradient.
 
     Returns:
       A `Result`.
@@ -80,16 +87,34 @@ def train(
       Zhuang et al., arXiv 1906.09108, the delayed-gradient recursion.
     """
     stages = tuple(stages)
-    network = chain(stages)
+    last, count = len(stages) - 1, schedule.microbatches
     key = typed_key(key)
+    places = [sum(stage.size for stage in stages[:k]) for k in range(len(stages))]
+    placed = [stage.at(place) for stage, place in zip(stages, places, strict=True)]
 
     @jax.jit
-    def gradient(
-        params: tuple[PyTree, ...], state: tuple[PyTree, ...], n: int, x: PyTree, labels: PyTree
-    ) -> tuple[tuple[jax.Array, tuple[PyTree, ...]], tuple[PyTree, ...]]:
-        def loss(params: tuple[PyTree, ...]) -> tuple[jax.Array, tuple[PyTree, ...]]:
-            y, new_state = network.apply(params, state, x, train=True, key=batch_key(key, n))
-            return loss_fn(y, labels)[0], new_state
+    def network(
+        params: tuple[PyTree, ...],
+        state: tuple[PyTree, ...],
+        n: int,
+        x: PyTree,
+        labels: PyTree,
+        pins: list[PyTree] | None = None,
+    ) -> tuple[tuple[jax.Array, tuple[list[PyTree], list[PyTree]]], tuple[PyTree, ...]]:
+        """Loss, what each stage got and the state it left, gradient of the whole network.
+
+        With pins, every stage gets the pinned value and passes gradients as if it had not been.
+        """
+
+        def loss(params: tuple[PyTree, ...]) -> tuple[jax.Array, tuple[list[PyTree], list[PyTree]]]:
+            y, inputs, states = x, [], []
+            for k, stage in enumerate(placed):
+                if pins is not None:
+                    y = jax.tree.map(_pin, y, pins[k])
+                inputs.append(y)
+                y, left = stage.apply(params[k], state[k], y, train=True, key=batch_key(key, n))
+                states.append(left)
+            return loss_fn(y, labels)[0], (inputs, states)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -97,24 +122,48 @@ def train(
     versions = [[p] for p in params]
     opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
     state = tuple(model_state)
-    losses: list[jax.Array] = []
-    seen: dict[tuple[int, int], int] = {}  # (stage, batch) -> version at the forward
-    gradients: dict[int, tuple[PyTree, ...]] = {}  # batch -> gradient of the whole network
+    losses: list[list[jax.Array]] = [[] for _ in batches]
+    seen: dict[tuple[int, int], int] = {}  # (stage, micro-batch) -> version of its forward
+    met: dict[int, tuple[Any, ...]] = {}  # micro-batch -> state, inputs, gradient of its forward
     due: list[list[PyTree]] = [[] for _ in stages]
 
     for action in (a for tick in schedule.stream(len(batches)) for a in tick):
-        k, n = action.stage, action.batch
+        k, n = action.stage, action.batch * count + (action.micro or 0)
+        x, labels = _part(batches[action.batch], action.micro or 0, count)
         if action.kind == "F":
-            seen[k, n] = len(versions[k]) - 1
-            if k == len(stages) - 1:
+            seen[k, n] = len(versions[k]) - 1 if action.version is None else action.version
+            if k == last:
                 mixed = tuple(versions[j][seen[j, n]] for j in range(len(stages)))
-                (loss, state), gradients[n] = gradient(mixed, state, n, *batches[n])
-                losses.append(loss)
+                (loss, (inputs, left)), whole = network(mixed, state, n, x, labels)
+                met[n], state = (state, inputs, whole), tuple(left)
+                losses[action.batch].append(loss)
         elif action.kind == "B":
-            due[k].append(gradients[n][k])
+            old_state, inputs, whole = met[n]
+            if gradient == "recompute":
+                # Stages above k have done their backward of this batch, at versions now in `seen`.
+                seen[k, n] = len(versions[k]) - 1
+                mixed = tuple(versions[j][seen[j, n]] for j in range(len(stages)))
+                _, whole = network(mixed, old_state, n, x, labels, inputs)
+            due[k].append(whole[k])
         else:
-            mean = jax.tree.map(lambda *g: sum(g) / len(g), *due[k])
+            scale = len(due[k]) if schedule.reduction == "mean" else 1
+            reduced = jax.tree.map(lambda *g, scale=scale: sum(g) / scale, *due[k])
             due[k] = []
-            updates, opt_states[k] = optimizers[k].update(mean, opt_states[k], versions[k][-1])
+            updates, opt_states[k] = optimizers[k].update(reduced, opt_states[k], versions[k][-1])
             versions[k].append(optax.apply_updates(versions[k][-1], updates))
-    return Result([v[-1] for v in versions], list(state), losses)
+    means = [jnp.mean(jnp.stack(parts)) for parts in losses]
+    return Result([v[-1] for v in versions], list(state), means)
+
+
+def _pin(y: jax.Array, value: jax.Array) -> jax.Array:
+    """The value, with the gradient of y."""
+    if not jnp.issubdtype(y.dtype, jnp.inexact):
+        return value
+    return y - jax.lax.stop_gradient(y) + value
+
+
+def _part(batch: tuple[PyTree, PyTree], micro: int, count: int) -> tuple[PyTree, PyTree]:
+    """One of the micro-batches of a mini-batch."""
+    return jax.tree.map(
+        lambda v: v[micro * (len(v) // count) : (micro + 1) * (len(v) // count)], batch
+    )

@@ -13,9 +13,6 @@ one batch are a single program, the same as an ordinary training step.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,53 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key
 from fdg_jax.placement import BATCH_AXIS
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["structure"]
-)
-@dataclass(frozen=True)
-class Residuals:
-    """What the backward needs of the forward, less the weights and the input.
-
-    Most residuals of a layer are its weights and its input. Both are kept anyway (the weight
-    version is shared by all batches that met it), so here they are only pointed to.
-
-    Attributes:
-      arrays: the other leaves of the VJP.
-      structure: how to put the VJP together again: its tree structure, and for each leaf its
-        position among the leaves of (params, inputs), or -1 for the next of `arrays`.
-    """
-
-    arrays: list[jax.Array]
-    structure: Any
-
-    @staticmethod
-    def of(vjp: PyTree, kept: PyTree) -> Residuals:
-        position = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(kept))}
-        leaves, treedef = jax.tree.flatten(vjp)
-        sources = tuple(position.get(id(leaf), -1) for leaf in leaves)
-        arrays = [leaf for leaf, i in zip(leaves, sources, strict=True) if i < 0]
-        return Residuals(arrays, (treedef, sources))
-
-    def vjp(self, kept: PyTree) -> Callable[[PyTree], tuple[PyTree, ...]]:
-        treedef, sources = self.structure
-        leaves, rest = jax.tree.leaves(kept), iter(self.arrays)
-        return jax.tree.unflatten(treedef, [leaves[i] if i >= 0 else next(rest) for i in sources])
-
-
-def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
-    """The leaves of ``tree`` that have a gradient, and a function that puts such leaves back."""
-    leaves, structure = jax.tree.flatten(tree)
-    moving = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-
-    def join(values: list[jax.Array]) -> PyTree:
-        full = list(leaves)
-        for i, value in zip(moving, values, strict=True):
-            full[i] = value
-        return jax.tree.unflatten(structure, full)
-
-    return [leaves[i] for i in moving], join
+from fdg_jax.residual import Residuals, Stash, split_inexact
 
 
 class Stage:
@@ -83,6 +34,7 @@ class Stage:
       mesh: the stage's devices, one axis.
       first: whether it is next to the input: then nobody asks for the input's gradient.
       loss_fn: of the last stage, else None.
+      keep_residuals: whether a forward leaves its residuals for the backward.
     """
 
     def __init__(
@@ -93,12 +45,14 @@ class Stage:
         *,
         first: bool,
         loss_fn: LossFn | None,
+        keep_residuals: bool = True,
     ) -> None:
         self.layer = layer
         self.optimizer = optimizer
         self.mesh = mesh
         self.first = first
         self.loss_fn = loss_fn
+        self.keep_residuals = keep_residuals
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.sharded = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
@@ -113,6 +67,8 @@ class Stage:
         )
         self.train = jax.jit(self._train, donate_argnames=("params", "model_state", "opt_state"))
         self.evaluate = jax.jit(self._evaluate)
+        self.split = jax.jit(self._split, static_argnames="count")
+        self.average = jax.jit(lambda trees: jax.tree.map(lambda *v: sum(v) / len(v), *trees))
 
     def init(self, key: Key, x: PyTree) -> tuple[PyTree, PyTree, optax.OptState, PyTree]:
         """Parameters, model state and optimizer state, born on this stage's devices.
@@ -144,7 +100,7 @@ class Stage:
     # Pure functions. `number` counts this stage's forwards; it seeds the batch's noise, and its
     # successor is the small token by which the host sees that a program has ended.
 
-    def _forward(
+    def _linearise(
         self,
         params: PyTree,
         model_state: PyTree,
@@ -152,8 +108,8 @@ class Stage:
         labels: PyTree,
         key: Key,
         number: jax.Array,
-    ) -> tuple[PyTree, PyTree, jax.Array, Residuals]:
-        """Output, new model state, number + 1, residuals.
+    ) -> tuple[PyTree, PyTree, Residuals]:
+        """Output, new model state, residuals.
 
         The last stage's output is its metrics, and the cotangent of the loss: one.
         """
@@ -175,28 +131,42 @@ class Stage:
             _, vjp, (y, new_state) = jax.vjp(lambda p: outputs(p, moving), params, has_aux=True)
         else:
             _, vjp, (y, new_state) = jax.vjp(outputs, params, moving, has_aux=True)
-        return y, self._whole(new_state), number + 1, Residuals.of(vjp, (params, inputs))
+        return y, self._whole(new_state), Residuals.of(vjp, (params, inputs))
+
+    def _forward(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        inputs: PyTree,
+        labels: PyTree,
+        key: Key,
+        number: jax.Array,
+    ) -> tuple[PyTree, PyTree, jax.Array, Residuals | None]:
+        """Output, new model state, number + 1, residuals if they are kept."""
+        y, new_state, residuals = self._linearise(params, model_state, inputs, labels, key, number)
+        return y, new_state, number + 1, residuals if self.keep_residuals else None
 
     def _backward(
-        self, params: PyTree, inputs: PyTree, residuals: Residuals, cotangent: PyTree
+        self, params: PyTree, stash: Stash, key: Key, cotangent: PyTree
     ) -> tuple[PyTree, PyTree]:
         """Gradient of the parameters, and the cotangent of the input (None in the first stage)."""
-        gradient, *of_inputs = residuals.vjp((params, inputs))(cotangent)
+        residuals = stash.residuals
+        if residuals is None:
+            # The statistics that this second forward would leave are dropped: they have been
+            # updated at the first.
+            _, _, residuals = self._linearise(
+                params, stash.model_state, stash.inputs, stash.labels, key, stash.number
+            )
+        gradient, *of_inputs = residuals.vjp((params, stash.inputs))(cotangent)
         return self._whole(gradient), self._over_batch(of_inputs[0]) if of_inputs else None
 
     def _backward_accumulate(
-        self,
-        params: PyTree,
-        inputs: PyTree,
-        residuals: Residuals,
-        cotangent: PyTree,
-        number: jax.Array,
-        gradient: PyTree,
+        self, params: PyTree, stash: Stash, key: Key, cotangent: PyTree, gradient: PyTree
     ) -> tuple[PyTree, PyTree, jax.Array]:
         """Gradient added to what is there (None: nothing yet), cotangent of the input, token."""
-        new, of_inputs = self._backward(params, inputs, residuals, cotangent)
+        new, of_inputs = self._backward(params, stash, key, cotangent)
         total = new if gradient is None else jax.tree.map(jnp.add, gradient, new)
-        return total, of_inputs, number + 1
+        return total, of_inputs, stash.number + 1
 
     def _apply(
         self, params: PyTree, opt_state: optax.OptState, gradient: PyTree
@@ -205,25 +175,24 @@ class Stage:
         return self._whole(optax.apply_updates(params, updates)), self._whole(opt_state)
 
     def _update(
-        self, params: PyTree, opt_state: optax.OptState, gradient: PyTree, held: jax.Array
+        self, params: PyTree, opt_state: optax.OptState, gradient: PyTree, divisor: jax.Array
     ) -> tuple[PyTree, optax.OptState]:
-        """One update with the mean of ``held`` accumulated gradients."""
-        mean = jax.tree.map(lambda g: g / held.astype(g.dtype), gradient)
-        return self._apply(params, opt_state, mean)
+        """One update with the accumulated gradient over ``divisor``."""
+        reduced = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradient)
+        return self._apply(params, opt_state, reduced)
 
     def _backward_update(
         self,
         params: PyTree,
-        forward_params: PyTree,
+        backward_params: PyTree,
         opt_state: optax.OptState,
-        inputs: PyTree,
-        residuals: Residuals,
+        stash: Stash,
+        key: Key,
         cotangent: PyTree,
-        number: jax.Array,
     ) -> tuple[PyTree, optax.OptState, PyTree, jax.Array]:
-        """Backward at the weights of the batch's forward, update of today's."""
-        gradient, of_inputs = self._backward(forward_params, inputs, residuals, cotangent)
-        return *self._apply(params, opt_state, gradient), of_inputs, number + 1
+        """Backward at some version of the weights, update of today's."""
+        gradient, of_inputs = self._backward(backward_params, stash, key, cotangent)
+        return *self._apply(params, opt_state, gradient), of_inputs, stash.number + 1
 
     def _backward_update_own(
         self, params: PyTree, opt_state: optax.OptState, *rest: PyTree
@@ -242,16 +211,31 @@ class Stage:
         number: jax.Array,
     ) -> tuple[PyTree, PyTree, optax.OptState, PyTree, PyTree, jax.Array]:
         """The last stage's forward, loss, backward and update of one batch."""
-        (metrics, one), model_state, number, residuals = self._forward(
+        (metrics, one), new_state, residuals = self._linearise(
             params, model_state, inputs, labels, key, number
         )
-        gradient, of_inputs = self._backward(params, inputs, residuals, one)
+        stash = Stash(inputs, labels, model_state, number, residuals)
+        gradient, of_inputs = self._backward(params, stash, key, one)
         params, opt_state = self._apply(params, opt_state, gradient)
-        return params, model_state, opt_state, metrics, of_inputs, number
+        return params, new_state, opt_state, metrics, of_inputs, number + 1
 
     def _evaluate(self, params: PyTree, model_state: PyTree, inputs: PyTree) -> PyTree:
         y, _ = self.layer.apply(params, model_state, inputs, train=False, key=None)
         return self._over_batch(y)
+
+    def _split(self, tree: PyTree, count: int) -> list[PyTree]:
+        """A mini-batch as ``count`` micro-batches; a leaf without a batch axis goes to each."""
+
+        def part(leaf: jax.Array, i: int) -> jax.Array:
+            if not leaf.ndim:
+                return leaf
+            size = leaf.shape[0] // count
+            return leaf[i * size : (i + 1) * size]
+
+        return [
+            self._over_batch(jax.tree.map(lambda leaf, i=i: part(leaf, i), tree))
+            for i in range(count)
+        ]
 
     def _whole(self, tree: PyTree) -> PyTree:
         """Replicated over the group."""

@@ -8,55 +8,82 @@ import jax
 import optax
 
 from fdg_jax.layer import Key, PyTree
-from fdg_jax.stage import Residuals
+from fdg_jax.residual import Stash
 
 
 class Flight(NamedTuple):
-    """One mini-batch that a stage has forwarded and not yet back-propagated.
+    """One micro-batch that a stage has forwarded and not yet back-propagated.
 
     Attributes:
-      params: the weights of its forward (shared with other batches that met the same version).
+      params: the weights of its forward, shared with others that met the same version; None where
+        the backward is to use those of its own day.
       version: which version that is.
-      inputs: the stage's input.
-      number: the batch's number, int32, on the stage's devices.
-      residuals: the rest of what the backward needs.
+      stash: the rest of what the backward needs.
     """
 
     params: PyTree
     version: int
-    inputs: PyTree
-    number: jax.Array
-    residuals: Residuals
+    stash: Stash
 
 
 class StageState(NamedTuple):
     """All that one stage has, on its own devices.
 
+    Micro-batches are numbered through: number m of mini-batch n is n * microbatches + m, and where
+    mini-batches are not divided, that is n.
+
     Attributes:
       params, model_state, opt_state: today's.
+      older: earlier versions of the weights that the schedule asks to keep, by version.
       gradient: sum of the gradients not yet applied, or None.
       held: how many that are.
       version: updates made so far.
+      base: updates made before the last fill.
       key: the root key.
-      number: forwards made so far, int32.
-      flights: batches in flight, by number.
-      activations: inputs sent by the stage before and not yet consumed, by batch.
-      cotangents: error gradients sent by the next stage and not yet consumed, by batch.
-      labels: in the last stage, labels not yet consumed, by batch.
+      number: micro-batches forwarded so far, int32.
+      flights: what is in flight, by micro-batch.
+      activations: inputs sent by the stage before and not yet consumed, by micro-batch.
+      cotangents: error gradients sent by the next stage and not yet consumed, by micro-batch.
+      labels: in the last stage, labels not yet consumed, by micro-batch.
+      metrics: in the last stage, metrics of the micro-batches of an unfinished mini-batch, by
+        mini-batch.
     """
 
     params: PyTree
     model_state: PyTree
     opt_state: optax.OptState
+    key: Key
+    number: jax.Array
+    older: dict[int, PyTree]
     gradient: PyTree
     held: int
     version: int
-    key: Key
-    number: jax.Array
+    base: int
     flights: dict[int, Flight]
     activations: dict[int, PyTree]
     cotangents: dict[int, PyTree]
     labels: dict[int, PyTree]
+    metrics: dict[int, list[dict[str, jax.Array]]]
+
+    @staticmethod
+    def fresh(
+        params: PyTree, model_state: PyTree, opt_state: optax.OptState, key: Key, number: jax.Array
+    ) -> StageState:
+        """A stage that no batch has entered yet."""
+        return StageState(
+            params, model_state, opt_state, key, number, {}, None, 0, 0, 0, {}, {}, {}, {}, {}
+        )
+
+    def copied(self) -> StageState:
+        """The same, with dictionaries of its own."""
+        return self._replace(
+            older=dict(self.older),
+            flights=dict(self.flights),
+            activations=dict(self.activations),
+            cotangents=dict(self.cotangents),
+            labels=dict(self.labels),
+            metrics={n: list(parts) for n, parts in self.metrics.items()},
+        )
 
 
 class PipelineState(NamedTuple):

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from fdg_jax.layer import PyTree
-from fdg_jax.schedule import Action
+from fdg_jax.residual import Stash
+from fdg_jax.schedule import Action, Schedule
 from fdg_jax.stage import Stage
 from fdg_jax.state import Flight, PipelineState
 
@@ -27,27 +28,25 @@ class Tick:
     """A state being changed.
 
     Args:
-      stages: the programs of each stage.
-      state: what they start from; it is not written to, but its buffers may be donated.
+      programs: the stages.
+      schedule: how mini-batches are divided, gradients reduced, versions kept.
+      today: whether a backward uses the weights of its own day, and not those of its forward.
+      state: what this starts from; it is not written to, but its buffers may be donated.
     """
 
-    def __init__(self, stages: Sequence[Stage], state: PipelineState) -> None:
-        self.programs = stages
-        self.last = len(stages) - 1
+    def __init__(
+        self, programs: Sequence[Stage], schedule: Schedule, today: bool, state: PipelineState
+    ) -> None:
+        self.programs = programs
+        self.schedule = schedule
+        self.today = today
+        self.last = len(programs) - 1
         self.key = state.key
         self.batch = state.tick
         self.origin = state.origin
         self.metrics: list[Metrics] = []
         self.done: dict[int, jax.Array] = {}
-        self.stages = [
-            s._replace(
-                flights=dict(s.flights),
-                activations=dict(s.activations),
-                cotangents=dict(s.cotangents),
-                labels=dict(s.labels),
-            )
-            for s in state.stages
-        ]
+        self.stages = [s.copied() for s in state.stages]
 
     def state(self, tick: int, origin: int) -> PipelineState:
         return PipelineState(tick, origin, self.key, tuple(self.stages))
@@ -58,18 +57,26 @@ class Tick:
         return tokens
 
     def enter(self, x: PyTree, labels: PyTree) -> None:
-        first, last = self.programs[0], self.programs[-1]
-        self.stages[0].activations[self.batch] = send(x, first, "inputs")
-        self.stages[-1].labels[self.batch] = send(labels, last, "labels")
+        """One mini-batch: inputs to the first stage, labels to the last."""
+        count = self.schedule.microbatches
+        for tree, k, name in ((x, 0, "inputs"), (labels, self.last, "labels")):
+            stage, own = self.programs[k], self.stages[k]
+            sent = send(tree, stage, name, count)
+            parts = stage.split(sent, count=count) if count > 1 else [sent]
+            waiting = own.activations if name == "inputs" else own.labels
+            waiting.update({self.batch * count + m: part for m, part in enumerate(parts)})
 
     def run(self, actions: Sequence[Action]) -> None:
+        """Dispatches actions in their order."""
         for group in fuse(actions, self.last):
-            k, n = group[0].stage, group[0].batch + self.origin
+            first = group[0]
+            k = first.stage
+            n = (first.batch + self.origin) * self.schedule.microbatches + (first.micro or 0)
             match "".join(action.kind for action in group):
                 case "FBU":
                     self.train(k, n)
                 case "F":
-                    self.forward(k, n)
+                    self.forward(k, n, first.version)
                 case "B":
                     self.backward(k, n)
                 case "BU":
@@ -77,13 +84,16 @@ class Tick:
                 case "U":
                     self.update(k)
 
-    def forward(self, k: int, n: int) -> None:
+    def forward(self, k: int, n: int, version: int | None = None) -> None:
         s = self.stages[k]
+        version = s.version if version is None else s.base + version
+        params = s.params if version == s.version else s.older[version]
         inputs, labels = s.activations.pop(n), s.labels.pop(n, None)
         output, model_state, number, residuals = self.programs[k].forward(
-            s.params, s.model_state, inputs, labels, s.key, s.number
+            params, s.model_state, inputs, labels, s.key, s.number
         )
-        s.flights[n] = Flight(s.params, s.version, inputs, s.number, residuals)
+        stash = Stash(inputs, labels, s.model_state, s.number, residuals)
+        s.flights[n] = Flight(None if self.today else params, version, stash)
         self.stages[k] = s._replace(model_state=model_state, number=number)
         self.done[k] = number
         if k < self.last:
@@ -93,8 +103,9 @@ class Tick:
             self.report(n, metrics)
 
     def train(self, k: int, n: int) -> None:
+        """Forward, backward and update of one batch in the last stage, as one program."""
         s = self.stages[k]
-        if s.held or s.flights:
+        if s.held or s.flights or self.schedule.versions > 1:
             self.forward(k, n)
             self.backward_update(k, n)
             return
@@ -121,46 +132,77 @@ class Tick:
     def backward(self, k: int, n: int) -> None:
         s = self.stages[k]
         flight, cotangent = s.flights.pop(n), s.cotangents.pop(n)
+        params = s.params if self.today else flight.params
         gradient, of_inputs, token = self.programs[k].backward(
-            flight.params, flight.inputs, flight.residuals, cotangent, flight.number, s.gradient
+            params, flight.stash, s.key, cotangent, s.gradient
         )
         self.stages[k] = s._replace(gradient=gradient, held=s.held + 1)
         self.done[k] = token
         self.send_back(k, n, of_inputs)
 
     def backward_update(self, k: int, n: int) -> None:
+        """A backward and the update after it, as one program unless something is accumulated."""
         s, stage = self.stages[k], self.programs[k]
         if s.held:
             self.backward(k, n)
             self.update(k)
             return
         flight, cotangent = s.flights.pop(n), s.cotangents.pop(n)
-        rest = (s.opt_state, flight.inputs, flight.residuals, cotangent, flight.number)
-        shared = any(other.version == s.version for other in s.flights.values())
-        if flight.version == s.version and not shared:
+        rest = (s.opt_state, flight.stash, s.key, cotangent)
+        current = self.today or flight.version == s.version
+        elsewhere = any(f.params is not None and f.version == s.version for f in s.flights.values())
+        if current and not elsewhere and self.schedule.versions == 1:
             params, opt_state, of_inputs, token = stage.backward_update_own(s.params, *rest)
         else:
             params, opt_state, of_inputs, token = stage.backward_update(
-                s.params, flight.params, *rest
+                s.params, s.params if self.today else flight.params, *rest
             )
-        self.stages[k] = s._replace(params=params, opt_state=opt_state, version=s.version + 1)
+        self.updated(k, params, opt_state)
         self.done[k] = token
         self.send_back(k, n, of_inputs)
 
     def update(self, k: int) -> None:
         s, stage = self.stages[k], self.programs[k]
-        held = jax.device_put(np.int32(s.held), stage.replicated)
-        params, opt_state = stage.update(s.params, s.opt_state, s.gradient, held)
-        self.stages[k] = s._replace(
-            params=params, opt_state=opt_state, gradient=None, held=0, version=s.version + 1
+        divisor = np.int32(s.held if self.schedule.reduction == "mean" else 1)
+        params, opt_state = stage.update(
+            s.params, s.opt_state, s.gradient, jax.device_put(divisor, stage.replicated)
         )
+        self.updated(k, params, opt_state)
+
+    def updated(self, k: int, params: PyTree, opt_state: Any) -> None:
+        s = self.stages[k]
+        older = {**s.older, s.version: s.params}
+        kept = sorted(older)[len(older) - (self.schedule.versions - 1) :]
+        self.stages[k] = s._replace(
+            params=params,
+            opt_state=opt_state,
+            gradient=None,
+            held=0,
+            version=s.version + 1,
+            older={version: older[version] for version in kept},
+        )
+
+    def finish(self) -> None:
+        """After the last backward: what is left of an accumulation; versions count from here."""
+        for k, s in enumerate(self.stages):
+            if s.held:
+                self.update(k)
+            self.stages[k] = self.stages[k]._replace(base=self.stages[k].version, older={})
 
     def send_back(self, k: int, n: int, of_inputs: PyTree) -> None:
         if k > 0:
             self.stages[k - 1].cotangents[n] = send(of_inputs, self.programs[k - 1])
 
     def report(self, n: int, metrics: Metrics) -> None:
-        self.metrics.append({"batch": n, **metrics})
+        """Metrics of a micro-batch; those of a mini-batch are the mean over its parts."""
+        batch, count = n // self.schedule.microbatches, self.schedule.microbatches
+        if count > 1:
+            parts = self.stages[self.last].metrics.setdefault(batch, [])
+            parts.append(metrics)
+            if len(parts) < count:
+                return
+            metrics = self.programs[self.last].average(self.stages[self.last].metrics.pop(batch))
+        self.metrics.append({"batch": batch, **metrics})
 
 
 def fuse(actions: Sequence[Action], last: int) -> Iterator[tuple[Action, ...]]:
@@ -168,10 +210,11 @@ def fuse(actions: Sequence[Action], last: int) -> Iterator[tuple[Action, ...]]:
     i = 0
     while i < len(actions):
         a = actions[i]
-        kinds = [(b.kind, b.batch) for b in actions[i : i + 3] if b.stage == a.stage]
-        if a.stage == last and kinds == [("F", a.batch), ("B", a.batch), ("U", a.batch)]:
+        follow = [b.kind for b in actions[i : i + 3] if (b.stage, b.batch) == (a.stage, a.batch)]
+        same = a.version is None and i + 1 < len(actions) and actions[i + 1].micro == a.micro
+        if a.stage == last and follow == ["F", "B", "U"] and same:
             size = 3
-        elif kinds[:2] == [("B", a.batch), ("U", a.batch)]:
+        elif follow[:2] == ["B", "U"]:
             size = 2
         else:
             size = 1
@@ -179,7 +222,7 @@ def fuse(actions: Sequence[Action], last: int) -> Iterator[tuple[Action, ...]]:
         i += size
 
 
-def send(tree: PyTree, stage: Stage, name: str = "inputs") -> PyTree:
+def send(tree: PyTree, stage: Stage, name: str = "inputs", microbatches: int = 1) -> PyTree:
     """A message onto a stage's devices; numpy arrays are copied, CPU devices would alias them."""
 
     def copy(leaf: Any) -> Any:
@@ -187,9 +230,14 @@ def send(tree: PyTree, stage: Stage, name: str = "inputs") -> PyTree:
 
     tree = jax.tree.map(copy, tree)
     for leaf in jax.tree.leaves(tree):
-        if leaf.ndim and leaf.shape[0] % stage.mesh.size:
+        if leaf.ndim and leaf.shape[0] % microbatches:
             raise ValueError(
-                f"{name}: a batch of {leaf.shape[0]} does not divide over the {stage.mesh.size} "
-                "devices of a stage; take a multiple"
+                f"{name}: a batch of {leaf.shape[0]} does not divide into {microbatches} "
+                "micro-batches; take a multiple"
+            )
+        if leaf.ndim and leaf.shape[0] // microbatches % stage.mesh.size:
+            raise ValueError(
+                f"{name}: a batch of {leaf.shape[0] // microbatches} does not divide over the "
+                f"{stage.mesh.size} devices of a stage; take a multiple"
             )
     return jax.device_put(tree, jax.tree.map(stage.placement, tree))

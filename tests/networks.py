@@ -105,16 +105,25 @@ def difference(a, b) -> float:
 
 
 def assert_equals_oracle(
-    stages, optimizer, schedule, data, loss=loss_fn, tolerance=1e-12, **options
+    stages,
+    optimizer,
+    schedule,
+    data,
+    loss=loss_fn,
+    tolerance=1e-12,
+    gradient="stale",
+    **options,
 ):
     """Parameters, batch statistics and losses of a pipeline run equal those of the reference."""
-    pipe = fdg.Pipeline(stages, loss, optimizer, schedule, **options)
+    pipe = fdg.Pipeline(stages, loss, optimizer, schedule, gradient=gradient, **options)
     key = jax.random.key(7)
     start = pipe.init(key, data[0][0])
     params = jax.device_get(pipe.params(start))
     model_state = jax.device_get([s.model_state for s in start.stages])
     state, metrics = run(pipe, data, key)
-    expected = reference.train(stages, loss, optimizer, schedule, params, model_state, key, data)
+    expected = reference.train(
+        stages, loss, optimizer, schedule, params, model_state, key, data, gradient
+    )
     assert [m["batch"] for m in metrics] == list(range(len(data)))
     assert difference([m["loss"] for m in metrics], expected.losses) <= tolerance
     assert difference(pipe.params(state), expected.params) <= tolerance

@@ -110,3 +110,68 @@ def test_the_oracle_itself_on_a_network_solved_by_hand():
         versions.append(w0)
     np.testing.assert_allclose([float(loss) for loss in run.losses], seen, rtol=1e-14)
     np.testing.assert_allclose([float(p) for p in run.params], [w0, w1], rtol=1e-14)
+
+
+SCHEDULES = {
+    "backprop": fdg.schedule.backprop(3),
+    "fdg": fdg.schedule.fdg(3),
+    "fdg backward first": fdg.schedule.fdg(3, "backward_first"),
+    "ddg": fdg.schedule.ddg(3),
+    "pipedream": fdg.schedule.pipedream(3),
+    "pipedream_2bw": fdg.schedule.pipedream_2bw(3),
+    "pipedream_2bw 4": fdg.schedule.pipedream_2bw(3, accumulate=4),
+    "gpipe": fdg.schedule.gpipe(3, microbatches=4),
+    "one_f_one_b": fdg.schedule.one_f_one_b(3, microbatches=4),
+    "adl": fdg.schedule.adl(3, accumulate=2),
+    "adl sum": fdg.schedule.adl(3, accumulate=3, reduction="sum"),
+    "adl backward first": fdg.schedule.adl(3, accumulate=2, order="backward_first"),
+}
+
+
+@pytest.mark.parametrize("gradient", ["stale", "recompute_stale", "recompute"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_with_every_gradient_equals_the_oracle(name, gradient):
+    data = networks.batches(31)
+    stages = fdg.partition(networks.network(), 3, data[0][0], cost=[2, 4])
+    networks.assert_equals_oracle(
+        stages, networks.sgd(0.5, 3), SCHEDULES[name], data, gradient=gradient
+    )
+
+
+def test_recomputing_at_todays_weights_is_another_gradient():
+    data = networks.batches(31)
+    stages = fdg.partition(networks.network(), 3, data[0][0], cost=[2, 4])
+    final = {}
+    for gradient in ("stale", "recompute_stale", "recompute"):
+        pipe = fdg.Pipeline(
+            stages, networks.loss_fn, networks.sgd(1, 3), fdg.schedule.fdg(3), gradient=gradient
+        )
+        final[gradient] = pipe.params(networks.run(pipe, data)[0])
+    assert networks.difference(final["stale"], final["recompute_stale"]) <= 1e-12
+    assert networks.difference(final["stale"], final["recompute"]) > 1e-6
+
+
+@pytest.mark.parametrize("make", [fdg.schedule.gpipe, fdg.schedule.one_f_one_b])
+def test_micro_batches_without_batch_statistics_are_backprop(make):
+    data = networks.batches(20)
+    layers = [networks.dense(networks.WIDTH) for _ in range(3)]
+    stages = [*layers, networks.dense(networks.CLASSES, lambda x: x)]
+
+    def train(schedule):
+        pipe = fdg.Pipeline(stages, networks.loss_fn, networks.sgd(1, 4), schedule)
+        state, metrics = networks.run(pipe, data)
+        return pipe.params(state), [m["loss"] for m in metrics]
+
+    whole, parts = train(fdg.schedule.backprop(4)), train(make(4, microbatches=4))
+    assert networks.difference(whole, parts) <= 1e-12
+
+
+def test_adl_that_accumulates_one_is_fdg_bit_for_bit():
+    data = networks.batches(20)
+    stages = fdg.partition(networks.network(), 3, data[0][0], cost=[2, 4])
+    final = []
+    for schedule in (fdg.schedule.fdg(3), fdg.schedule.adl(3, accumulate=1)):
+        pipe = fdg.Pipeline(stages, networks.loss_fn, networks.sgd(0.5, 3), schedule)
+        state, metrics = networks.run(pipe, data)
+        final.append((pipe.params(state), [m["loss"] for m in metrics]))
+    assert networks.difference(*final) == 0

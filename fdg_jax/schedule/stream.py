@@ -1,24 +1,10 @@
-"""Who does what when: schedules as streams of actions.
-
-A schedule is a rule that maps a tick to actions. ``F3@1``: stage 1 forwards batch 3; ``B1@0``:
-stage 0 back-propagates batch 1; ``U@0``: stage 0 applies the gradient that it has accumulated.
-Everything else (delay, staleness, what is in flight) is counted from the stream of actions.
-
-FDG with three stages, ticks downwards; no stage waits for another inside a tick:
-
-    tick | stage 0   stage 1   stage 2
-       0 | F0
-       1 | F1        F0
-       2 | F2        F1        F0 B0 U
-       3 | F3        F2 B0 U   F1 B1 U
-       4 | F4 B0 U   F3 B1 U   F2 B2 U
-"""
+"""Actions, and schedules as streams of them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -30,27 +16,36 @@ class Action:
       kind: "F" forward, "B" backward, "U" update.
       batch: number of the mini-batch; for an update, of the last batch whose gradient it applies.
       stage: 0 is next to the input.
+      micro: number of the micro-batch inside the mini-batch, where mini-batches are divided.
+      version: of a forward: which weights it uses, as the number of updates that made them, counted
+        from the last fill. None: today's.
 
     Example:
-      >>> print(Action("F", 3, 1), Action("U", 3, 1))
-      F3@1 U@1
+      >>> print(Action("F", 3, 1), Action("U", 3, 1), Action("B", 3, 1, micro=2))
+      F3@1 U@1 B3.2@1
     """
 
     kind: Literal["F", "B", "U"]
     batch: int
     stage: int
+    micro: int | None = None
+    version: int | None = None
 
     @property
     def label(self) -> str:
         """The action without its stage, as it stands in a cell of the grid."""
-        return "U" if self.kind == "U" else f"{self.kind}{self.batch}"
+        if self.kind == "U":
+            return "U"
+        micro = "" if self.micro is None else f".{self.micro}"
+        version = "" if self.version is None else f"v{self.version}"
+        return f"{self.kind}{self.batch}{micro}{version}"
 
     def __str__(self) -> str:
         return f"{self.label}@{self.stage}"
 
 
 Rule = Callable[[int], Sequence[Action]]
-Order = Literal["forward_first", "backward_first"]
+Reduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +58,25 @@ class Schedule:
       rule: the actions of a tick in an order in which they can be dispatched. It may name batches
         that do not exist (numbers below 0 during the fill, beyond the last during the drain): those
         actions fall away.
+      microbatches: into how many parts a mini-batch is divided.
+      reduction: what an update applies of the gradients since the last: "mean" or "sum".
+      versions: how many versions of its weights a stage keeps for forwards that name theirs.
+      period: after how many ticks the rule repeats itself.
     """
 
     name: str
     num_stages: int
     rule: Rule
+    microbatches: int = 1
+    reduction: Reduction = "mean"
+    versions: int = 1
+    period: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages={self.num_stages}: a network has at least one stage")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f'reduction={self.reduction!r}: allowed are "mean" and "sum"')
 
     def tick(self, t: int, end: int | None = None) -> list[Action]:
         """The actions of tick ``t`` (0 is the first of the fill) when batches 0..end-1 exist."""
@@ -89,36 +98,36 @@ class Schedule:
         done: set[Action] = set()
         waiting = dict.fromkeys(range(self.num_stages), -1)
         t = idle = backwards = 0
-        while backwards < batches * self.num_stages:
+        total = batches * self.num_stages * self.microbatches
+        while backwards < total:
             actions = self.tick(t, batches)
             idle += 1
             for action in actions:
                 if action.kind != "U":
                     self._check(action, done)
-                    done.add(action)
+                    done.add(replace(action, version=None))
                     idle = 0
                     backwards += action.kind == "B"
                 if action.kind != "F":
                     waiting[action.stage] = action.batch if action.kind == "B" else -1
-            if idle > 8 * self.num_stages:
+            if idle > 8 * self.num_stages + self.period:
                 raise ValueError(f"schedule {self.name}: after tick {t} batches are left in flight")
             t += 1
-            if backwards == batches * self.num_stages:
+            if backwards == total:
                 actions = actions + [Action("U", n, k) for k, n in waiting.items() if n >= 0]
             yield actions
 
     def _check(self, action: Action, done: set[Action]) -> None:
-        k, n = action.stage, action.batch
+        k = action.stage
+        action = replace(action, version=None)
         if not 0 <= k < self.num_stages:
             raise ValueError(
                 f"schedule {self.name}: {action}, but there are {self.num_stages} stages"
             )
         if action in done:
             raise ValueError(f"schedule {self.name}: {action} comes twice")
-        needs = [Action("F", n, k - 1)] if action.kind == "F" else [Action("F", n, k)]
-        needs += [Action("B", n, k + 1)] if action.kind == "B" else []
-        for need in needs:
-            if 0 <= need.stage < self.num_stages and need not in done:
+        for need in needs(action, self.num_stages):
+            if need not in done:
                 raise ValueError(f"schedule {self.name}: {action} comes before {need}")
 
     def delay(self, k: int) -> int:
@@ -147,8 +156,8 @@ class Schedule:
 
     @functools.cached_property
     def _counted(self) -> list[_Counts]:
-        # Long enough that the middle third is steady state for every schedule of this module.
-        return count(self, 12 * self.num_stages)
+        # Long enough that the middle third is steady state, and several periods of it.
+        return count(self, 12 * self.num_stages + 6 * self.period)
 
     def grid(self, ticks: int) -> str:
         """The first ``ticks`` ticks as text: ticks down, stages across."""
@@ -189,26 +198,28 @@ def count(schedule: Schedule, batches: int) -> list[_Counts]:
     """
     stages = range(schedule.num_stages)
     updates = [0] * schedule.num_stages
-    forwarded: list[dict[int, tuple[int, int]]] = [{} for _ in stages]  # batch -> (tick, updates)
-    returned: list[list[int]] = [[] for _ in stages]  # back-propagated, not yet applied
+    # (batch, micro) -> tick and weight version of its forward
+    forwarded: list[dict[tuple[int, int | None], tuple[int, int]]] = [{} for _ in stages]
+    returned: list[list[tuple[int, int | None]]] = [[] for _ in stages]  # not yet applied
     delays: list[list[int]] = [[] for _ in stages]
     staleness: list[list[int]] = [[] for _ in stages]
     peak = [0] * schedule.num_stages
     middle = range(batches // 3, 2 * batches // 3)
     for t, actions in enumerate(schedule.stream(batches)):
         for action in actions:
-            k, n = action.stage, action.batch
+            k, part = action.stage, (action.batch, action.micro)
             if action.kind == "F":
-                forwarded[k][n] = (t, updates[k])
-                peak[k] = max(peak[k], len(forwarded[k]))
+                version = updates[k] if action.version is None else action.version
+                forwarded[k][part] = (t, version)
+                peak[k] = max(peak[k], len({batch for batch, _ in forwarded[k]}))
             elif action.kind == "B":
-                returned[k].append(n)
-                if n in middle:
-                    delays[k].append(t - forwarded[k][n][0])
+                returned[k].append(part)
+                if action.batch in middle:
+                    delays[k].append(t - forwarded[k][part][0])
             else:
-                for batch in returned[k]:
-                    version = forwarded[k].pop(batch)[1]
-                    if batch in middle:
+                for part in returned[k]:
+                    version = forwarded[k].pop(part)[1]
+                    if part[0] in middle:
                         staleness[k].append(updates[k] - version)
                 returned[k] = []
                 updates[k] += 1
@@ -218,78 +229,13 @@ def count(schedule: Schedule, batches: int) -> list[_Counts]:
     ]
 
 
-def _check_stages(num_stages: int) -> None:
-    if num_stages < 1:
-        raise ValueError(f"num_stages={num_stages}: a network has at least one stage")
-
-
-def backprop(num_stages: int) -> Schedule:
-    """Ordinary back-propagation: every stage waits for its neighbours (all three locks).
-
-    Args:
-      num_stages: K.
-
-    Returns:
-      Delay 0, staleness 0 in every stage.
-
-    Example:
-      >>> print(backprop(2).grid(2))
-      tick | stage 0   stage 1
-         0 | F0 B0 U   F0 B0 U
-         1 | F1 B1 U   F1 B1 U
-    """
-    _check_stages(num_stages)
-
-    def rule(t: int) -> list[Action]:
-        actions = [Action("F", t, k) for k in range(num_stages)]
-        for k in reversed(range(num_stages)):
-            actions += [Action("B", t, k), Action("U", t, k)]
-        return actions
-
-    return Schedule("backprop", num_stages, rule)
-
-
-def fdg(num_stages: int, order: Order = "forward_first") -> Schedule:
-    """Fully decoupled learning with delayed gradients: no lock is left.
-
-    In tick t stage k forwards batch t-k, back-propagates batch t-2(K-1)+k and updates. What a stage
-    sends in a tick is used by its neighbour in the next. The last stage does forward, backward and
-    update of one batch in one tick.
-
-    Args:
-      num_stages: K.
-      order: what the stages below the last do first in a tick. "forward_first" is the paper's
-        figure, staleness 2(K-1-k); "backward_first" is the authors' released code, staleness
-        2(K-1-k)-1 for k < K-1.
-
-    Returns:
-      Delay 2(K-1-k) in stage k.
-
-    Raises:
-      ValueError: K < 1, or another order.
-
-    Example:
-      >>> print(fdg(2).grid(3))
-      tick | stage 0   stage 1
-         0 | F0
-         1 | F1        F0 B0 U
-         2 | F2 B0 U   F1 B1 U
-
-    References:
-      Zhuang et al., `Fully Decoupled Neural Network Learning Using Delayed Gradients
-      <https://arxiv.org/abs/1906.09108>`_, 2022.
-    """
-    _check_stages(num_stages)
-    if order not in ("forward_first", "backward_first"):
-        raise ValueError(f'order={order!r}: allowed are "forward_first" and "backward_first"')
-
-    def rule(t: int) -> list[Action]:
-        actions = []
-        for k in reversed(range(num_stages)):
-            n = t - 2 * (num_stages - 1) + k
-            forward, back = [Action("F", t - k, k)], [Action("B", n, k), Action("U", n, k)]
-            last = k == num_stages - 1
-            actions += forward + back if order == "forward_first" or last else back + forward
-        return actions
-
-    return Schedule("fdg", num_stages, rule)
+def needs(action: Action, num_stages: int) -> list[Action]:
+    """What must have been done before a forward or backward: where its inputs come from."""
+    k = action.stage
+    before = []
+    if action.kind == "F" and k > 0:
+        before = [replace(action, stage=k - 1, version=None)]
+    elif action.kind == "B":
+        before = [replace(action, kind="F", version=None)]
+        before += [replace(action, stage=k + 1)] if k < num_stages - 1 else []
+    return before

@@ -1,0 +1,72 @@
+"""Who does what when: schedules as streams of actions.
+
+A schedule is a rule that maps a tick to actions. ``F3@1``: stage 1 forwards batch 3; ``B1@0``:
+stage 0 back-propagates batch 1; ``U@0``: stage 0 applies the gradient that it has accumulated.
+Everything else (delay, staleness, what is in flight) is counted from the stream of actions.
+
+FDG with three stages, ticks downwards; no stage waits for another inside a tick:
+
+    tick | stage 0   stage 1   stage 2
+       0 | F0
+       1 | F1        F0
+       2 | F2        F1        F0 B0 U
+       3 | F3        F2 B0 U   F1 B1 U
+       4 | F4 B0 U   F3 B1 U   F2 B2 U
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from fdg_jax.schedule.delayed import Order, adl, ddg, fdg, pipedream, pipedream_2bw
+from fdg_jax.schedule.locked import backprop, gpipe, one_f_one_b
+from fdg_jax.schedule.stream import Action, Schedule
+
+NAMED: dict[str, Callable[..., Schedule]] = {
+    f.__name__: f for f in (backprop, fdg, ddg, pipedream, pipedream_2bw, gpipe, one_f_one_b, adl)
+}
+
+
+def create(name: str, num_stages: int, **options: Any) -> Schedule:
+    """A schedule by its name; options that it does not have are ignored.
+
+    Args:
+      name: one of `NAMED`.
+      num_stages: K.
+      **options: such as ``microbatches``, ``accumulate``, ``reduction``, ``order``; None is the
+        schedule's own default.
+
+    Returns:
+      The schedule.
+
+    Raises:
+      ValueError: no such schedule, or an option out of bounds.
+
+    Example:
+      >>> create("adl", 2, accumulate=4, microbatches=8).staleness(0)
+      1
+    """
+    if name not in NAMED:
+        raise ValueError(f"name={name!r}: no such schedule; allowed are {', '.join(NAMED)}")
+    known = inspect.signature(NAMED[name]).parameters
+    given = {k: v for k, v in options.items() if k in known and v is not None}
+    return NAMED[name](num_stages, **given)
+
+
+__all__ = [
+    "NAMED",
+    "Action",
+    "Order",
+    "Schedule",
+    "adl",
+    "backprop",
+    "create",
+    "ddg",
+    "fdg",
+    "gpipe",
+    "one_f_one_b",
+    "pipedream",
+    "pipedream_2bw",
+]

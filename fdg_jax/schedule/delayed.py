@@ -1,0 +1,223 @@
+"""Schedules with delayed gradients: no stage waits for the whole network."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fdg_jax.schedule.stream import Action, Reduction, Schedule
+
+Order = Literal["forward_first", "backward_first"]
+
+
+def fdg(num_stages: int, order: Order = "forward_first") -> Schedule:
+    """Fully decoupled learning with delayed gradients: no lock is left.
+
+    In tick t stage k forwards batch t-k, back-propagates batch t-2(K-1)+k and updates. What a stage
+    sends in a tick is used by its neighbour in the next. The last stage does forward, backward and
+    update of one batch in one tick.
+
+    Args:
+      num_stages: K.
+      order: what the stages below the last do first in a tick. "forward_first" is the paper's
+        figure, staleness 2(K-1-k); "backward_first" is the authors' released code, staleness
+        2(K-1-k)-1 for k < K-1.
+
+    Returns:
+      Delay 2(K-1-k) in stage k.
+
+    Raises:
+      ValueError: K < 1, or another order.
+
+    Example:
+      >>> print(fdg(2).grid(3))
+      tick | stage 0   stage 1
+         0 | F0
+         1 | F1        F0 B0 U
+         2 | F2 B0 U   F1 B1 U
+
+    References:
+      Zhuang et al., `Fully Decoupled Neural Network Learning Using Delayed Gradients
+      <https://arxiv.org/abs/1906.09108>`_, 2022.
+    """
+    return Schedule("fdg", num_stages, adl(num_stages, 1, order=order).rule)
+
+
+def adl(
+    num_stages: int,
+    accumulate: int = 2,
+    reduction: Reduction = "mean",
+    order: Order = "forward_first",
+) -> Schedule:
+    """Accumulated decoupled learning: FDG that updates after every M-th backward only.
+
+    The weights then change M times less often, and the mean staleness of stage k falls from
+    2(K-1-k) to about 2(K-1-k)/M.
+
+    Args:
+      num_stages: K.
+      accumulate: M; 1 is FDG.
+      reduction: "mean" of the M gradients, as in the paper, or "sum", as in its authors' code.
+      order: as in `fdg`.
+
+    Returns:
+      Delay 2(K-1-k) in stage k.
+
+    Raises:
+      ValueError: K < 1, M < 1, or another reduction or order.
+
+    Example:
+      >>> print(adl(2, accumulate=2).grid(4))
+      tick | stage 0   stage 1
+         0 | F0
+         1 | F1        F0 B0
+         2 | F2 B0     F1 B1 U
+         3 | F3 B1 U   F2 B2
+
+    References:
+      Zhuang et al., `Accumulated Decoupled Learning: Mitigating Gradient Staleness in Inter-Layer
+      Model Parallelization <https://arxiv.org/abs/2012.03747>`_, 2020.
+    """
+    if order not in ("forward_first", "backward_first"):
+        raise ValueError(f'order={order!r}: allowed are "forward_first" and "backward_first"')
+    _check_accumulate(accumulate, least=1)
+
+    def rule(t: int) -> list[Action]:
+        actions = []
+        for k in reversed(range(num_stages)):
+            forward = [Action("F", t - k, k)]
+            back = _back(t - 2 * (num_stages - 1) + k, k, accumulate)
+            last = k == num_stages - 1
+            actions += forward + back if order == "forward_first" or last else back + forward
+        return actions
+
+    return Schedule("adl", num_stages, rule, reduction=reduction, period=accumulate)
+
+
+def ddg(num_stages: int) -> Schedule:
+    """Decoupled backward: delayed gradients, half as late as FDG's.
+
+    In tick t every stage forwards batch t, one stage after the other; then stage k back-propagates
+    batch t-(K-1-k) with the error gradient that the next stage made in the tick before. The paper's
+    own code keeps the forward locked: a batch passes all stages before the next one enters. Here a
+    stage's forward waits for its own input only.
+
+    Args:
+      num_stages: K.
+
+    Returns:
+      Delay and staleness K-1-k in stage k.
+
+    Raises:
+      ValueError: K < 1.
+
+    Example:
+      >>> print(ddg(2).grid(3))
+      tick | stage 0   stage 1
+         0 | F0        F0 B0 U
+         1 | F1 B0 U   F1 B1 U
+         2 | F2 B1 U   F2 B2 U
+
+    References:
+      Huo et al., `Decoupled Parallel Backpropagation with Convergence Guarantee
+      <https://arxiv.org/abs/1804.10574>`_, 2018.
+    """
+
+    def rule(t: int) -> list[Action]:
+        return _one_forward_one_backward(t, num_stages, accumulate=1)
+
+    return Schedule("ddg", num_stages, rule)
+
+
+def pipedream(num_stages: int) -> Schedule:
+    """PipeDream: one forward, one backward, no flush, the weights of a forward stashed.
+
+    Stage k forwards K-k batches and then back-propagates and forwards in turn, updating after every
+    backward: the same stream of actions per stage as `ddg`, found independently. They differ in
+    what is around it. `ddg` was published with a forward that is locked, and leaves open how the
+    weights of a forward are kept for its backward; PipeDream never locked it, and stashes the
+    weights, which is this engine's ``gradient="stale"``.
+
+    Args:
+      num_stages: K.
+
+    Returns:
+      Delay and staleness K-1-k in stage k.
+
+    Raises:
+      ValueError: K < 1.
+
+    Example:
+      >>> print(pipedream(2).grid(2))
+      tick | stage 0   stage 1
+         0 | F0        F0 B0 U
+         1 | F1 B0 U   F1 B1 U
+
+    References:
+      Harlap et al., `PipeDream: Fast and Efficient Pipeline Parallel DNN Training
+      <https://arxiv.org/abs/1806.03377>`_, 2018.
+    """
+    return Schedule("pipedream", num_stages, ddg(num_stages).rule)
+
+
+def pipedream_2bw(num_stages: int, accumulate: int | None = None) -> Schedule:
+    """PipeDream-2BW: two weight versions, and every gradient is one update late in every stage.
+
+    The stream is `pipedream`'s, with an update after every m-th backward. All m batches of a group
+    use the same weights in all stages, those before the last update: ``F5v1`` forwards batch 5 with
+    the weights that one update made.
+
+    .. math::
+        w^{(t+1)} = w^{(t)} - \\eta \\, \\nabla f\\left(w^{(t-1)}\\right)
+
+    Args:
+      num_stages: K.
+      accumulate: m >= K; None is K.
+
+    Returns:
+      Delay K-1-k, staleness 1 in every stage.
+
+    Raises:
+      ValueError: K < 1 or m < K.
+
+    Example:
+      >>> print(pipedream_2bw(2).grid(6))
+      tick | stage 0     stage 1
+         0 | F0v0        F0v0 B0
+         1 | F1v0 B0     F1v0 B1 U
+         2 | F2v0 B1 U   F2v0 B2
+         3 | F3v0 B2     F3v0 B3 U
+         4 | F4v1 B3 U   F4v1 B4
+         5 | F5v1 B4     F5v1 B5 U
+
+    References:
+      Narayanan et al., `Memory-Efficient Pipeline-Parallel DNN Training
+      <https://arxiv.org/abs/2006.09503>`_, section 3.1, 2021.
+    """
+    m = num_stages if accumulate is None else accumulate
+    _check_accumulate(m, least=num_stages)
+
+    def rule(t: int) -> list[Action]:
+        return _one_forward_one_backward(t, num_stages, m, two_versions=True)
+
+    return Schedule("pipedream_2bw", num_stages, rule, versions=2, period=m)
+
+
+def _one_forward_one_backward(
+    t: int, num_stages: int, accumulate: int, two_versions: bool = False
+) -> list[Action]:
+    """Tick t: all stages forward batch t, stage k back-propagates batch t-(K-1-k)."""
+    version = max(t // accumulate - 1, 0) if two_versions else None
+    actions = [Action("F", t, k, version=version) for k in range(num_stages)]
+    for k in reversed(range(num_stages)):
+        actions += _back(t - (num_stages - 1 - k), k, accumulate)
+    return actions
+
+
+def _back(n: int, k: int, accumulate: int) -> list[Action]:
+    """The backward of batch n, and the update if it completes a group of ``accumulate``."""
+    return [Action("B", n, k)] + ([Action("U", n, k)] if (n + 1) % accumulate == 0 else [])
+
+
+def _check_accumulate(accumulate: int, least: int) -> None:
+    if accumulate < least:
+        raise ValueError(f"accumulate={accumulate}: must be {least} or more for this schedule")
