@@ -36,8 +36,13 @@ HELP = {
     "partition": "How to split: by flops, by measured time, or at the layer numbers given, such as "
     "3,5.",
     "method": f"One of {', '.join(methods.METHODS)}.",
-    "order": f"What a stage of fdg does first in a tick: one of {config.ORDERS}.",
+    "order": f"What a stage of fdg, dsp and adl does first in a tick: one of {config.ORDERS}.",
     "beta": "Gradient shrinking factor in (0, 1]; 1 does not shrink.",
+    "gradient": f"What a delayed backward takes: one of {config.GRADIENTS}; fr and dsp have "
+    "their own.",
+    "microbatches": "Parts of a mini-batch in gpipe and one_f_one_b.",
+    "accumulate": "Backwards per update in adl (default 2) and pipedream_2bw (default K).",
+    "reduction": f"What adl applies of the accumulated gradients: one of {config.REDUCTIONS}.",
     "learning_rate": "Initial learning rate.",
     "lr_schedule": f"One of {config.LR_SCHEDULES}.",
     "lr_milestones": "Epochs after which the rate is multiplied by lr_decay, with "
@@ -62,6 +67,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "str": flags.DEFINE_string,
         "str | None": flags.DEFINE_string,
         "int": flags.DEFINE_integer,
+        "int | None": flags.DEFINE_integer,
         "float": flags.DEFINE_float,
         "bool": flags.DEFINE_bool,
         "tuple[float, ...]": flags.DEFINE_list,

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 from experiments import methods
 from experiments.errors import UsageError
+from fdg_jax.pipeline import GRADIENTS
 
 LR_SCHEDULES = ("milestones", "cosine", "constant")
 ORDERS = ("forward_first", "backward_first")
+REDUCTIONS = ("mean", "sum")
 UNROLL = ("auto", "yes", "no")
 
 
@@ -33,6 +35,10 @@ class Config:
     method: str = "fdg"
     order: str = "forward_first"
     beta: float = 1.0
+    gradient: str = "stale"
+    microbatches: int = 4
+    accumulate: int | None = None
+    reduction: str = "mean"
     learning_rate: float = 0.1
     lr_schedule: str = "milestones"
     lr_milestones: tuple[float, ...] = (150.0, 225.0, 275.0)
@@ -58,11 +64,16 @@ class Config:
                     raise UsageError(f"--{field.name}={number}: give a finite number")
         self._one_of("method", tuple(methods.METHODS))
         self._one_of("order", ORDERS)
+        self._one_of("gradient", GRADIENTS)
+        self._one_of("reduction", REDUCTIONS)
         self._one_of("lr_schedule", LR_SCHEDULES)
         self._one_of("unroll", UNROLL)
         for name in ("num_stages", "batch_size", "epochs", "log_every_steps", "eval_every_epochs"):
             self._bound(name, 1)
-        self._bound("max_ahead", 1)
+        for name in ("max_ahead", "microbatches"):
+            self._bound(name, 1)
+        if self.accumulate is not None:
+            self._bound("accumulate", 1)
         for name in ("steps", "seed", "validation_size", "train_size", "crop_padding"):
             self._bound(name, 0)
         if self.seed >= 2**32:
@@ -85,11 +96,20 @@ class Config:
         if not self.workdir:
             raise UsageError("--workdir: is missing; name the folder for the results")
         self.cuts()
+        with blame("accumulate"):
+            parts = methods.schedule(self).microbatches
+        if self.batch_size % parts:
+            raise UsageError(
+                f"--microbatches={parts}: does not divide --batch_size={self.batch_size}; choose "
+                "one that does"
+            )
 
     def cuts(self) -> list[int] | None:
         """The cuts that ``partition`` spells out, or None where it names a cost."""
         if self.partition in ("flops", "time"):
             return None
+        if methods.num_stages(self) == 1:
+            return []
         remedy = f"give flops, time, or {self.num_stages - 1} layer numbers such as 3,5"
         try:
             cuts = [int(part) for part in self.partition.split(",")] if self.partition else []

@@ -1,9 +1,9 @@
-"""The training methods by name: each is a schedule of the same engine."""
+"""The training methods by name: each is a schedule and a choice of gradient of the same engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+import dataclasses
+from typing import TYPE_CHECKING
 
 import fdg_jax as fdg
 from fdg_jax.schedule import Schedule
@@ -12,25 +12,65 @@ if TYPE_CHECKING:
     from experiments.config import Config
 
 
-def _backprop(config: Config) -> Schedule:
-    return fdg.schedule.backprop(config.num_stages)
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What makes a method.
+
+    Attributes:
+      schedule: its name in `fdg_jax.schedule`.
+      gradient: the choice that belongs to the method; None leaves it to --gradient.
+      shrinks: whether --beta applies.
+      one_stage: whether the devices share one stage instead of having one each.
+    """
+
+    schedule: str
+    gradient: str | None = None
+    shrinks: bool = False
+    one_stage: bool = False
 
 
-def _fdg(config: Config) -> Schedule:
-    return fdg.schedule.fdg(config.num_stages, cast("fdg.schedule.Order", config.order))
+METHODS = {
+    "backprop": Method("backprop"),
+    "fdg": Method("fdg", shrinks=True),
+    "ddg": Method("ddg"),
+    "pipedream": Method("pipedream"),
+    "pipedream_2bw": Method("pipedream_2bw"),
+    "gpipe": Method("gpipe"),
+    "one_f_one_b": Method("one_f_one_b"),
+    "adl": Method("adl"),
+    "fr": Method("ddg", gradient="recompute"),
+    "dsp": Method("fdg", gradient="recompute"),
+    "data_parallel": Method("backprop", one_stage=True),
+}
 
 
-METHODS: dict[str, Callable[[Config], Schedule]] = {"backprop": _backprop, "fdg": _fdg}
-
-# Methods whose gradient is delayed, so that shrinking means something; the others ignore --beta.
-SHRINKS = ("fdg",)
+def num_stages(config: Config) -> int:
+    """Stages of the pipeline: --num_stages, but for methods that do not cut the network."""
+    return 1 if METHODS[config.method].one_stage else config.num_stages
 
 
 def schedule(config: Config) -> Schedule:
-    """The schedule of ``config.method``."""
-    return METHODS[config.method](config)
+    """The schedule of ``config.method``.
+
+    Raises:
+      ValueError: an option that the schedule uses is out of its bounds.
+    """
+    # The orders of dsp and fdg are the same two; every other schedule ignores it.
+    return fdg.schedule.create(
+        METHODS[config.method].schedule,
+        num_stages(config),
+        order=config.order,
+        microbatches=config.microbatches,
+        accumulate=config.accumulate,
+        reduction=config.reduction,
+    )
 
 
-def shrink_factor(config: Config, k: int) -> float:
-    """What stage k's gradient is multiplied with: beta to the power of its hops, or 1."""
-    return config.beta ** (config.num_stages - 1 - k) if config.method in SHRINKS else 1.0
+def gradient(config: Config) -> str:
+    """The choice of gradient of ``config.method``."""
+    return METHODS[config.method].gradient or config.gradient
+
+
+def beta(config: Config) -> float:
+    """The shrinking factor a hop."""
+    return config.beta if METHODS[config.method].shrinks else 1.0

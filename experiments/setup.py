@@ -83,21 +83,32 @@ def make(config: Config) -> Setup:
     example = jax.ShapeDtypeStruct((config.batch_size, height, width, channels), jnp.float32)
     cuts = config.cuts()
     number = len(units_of(layers))
-    if config.num_stages > number:
+    num_stages = methods.num_stages(config)
+    if num_stages > number:
         raise UsageError(
             f"--num_stages={config.num_stages}: {config.model} has {number} layers that can be "
             f"split, so choose 1 to {number}"
         )
     with blame("partition"):
         cost: Cost = ("time" if config.partition == "time" else "flops") if cuts is None else cuts
-        stages = fdg.partition(layers, config.num_stages, example, cost=cost)
+        stages = fdg.partition(layers, num_stages, example, cost=cost)
     total = config.steps or config.epochs * loader.steps_per_epoch
     schedule = methods.schedule(config)
+    # One device a stage; a method that does not cut the network has them all in its one stage.
+    devices = jax.devices()[: config.num_stages]
+    if num_stages == 1 and config.batch_size % len(devices):
+        raise UsageError(
+            f"--batch_size={config.batch_size}: does not divide over the {len(devices)} devices of "
+            f"--method={config.method}; choose a multiple"
+        )
+    rate = learning_rate(config, loader.steps_per_epoch / schedule.period, total / schedule.period)
     pipe = fdg.Pipeline(
         stages,
         loss_fn,
-        lambda k: optimizer(config, k, loader.steps_per_epoch, total),
+        lambda k: optimizer(config, rate, hops=num_stages - 1 - k),
         schedule,
+        devices=devices,
+        gradient=methods.gradient(config),
         max_ahead=config.max_ahead,
     )
     split = "validation" if config.validation_size else "test"
@@ -110,27 +121,22 @@ def loss_fn(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str,
     return loss, {"error": jnp.mean(jnp.argmax(outputs, axis=-1) != labels)}
 
 
-def learning_rate(config: Config, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
-    """The rate of each update of a stage."""
+def learning_rate(config: Config, per_epoch: float, total: float) -> optax.Schedule:
+    """The rate of each update of a stage, from updates per epoch and in all."""
     if config.lr_schedule == "cosine":
-        return optax.cosine_decay_schedule(config.learning_rate, total_steps)
+        return optax.cosine_decay_schedule(config.learning_rate, max(round(total), 1))
     if config.lr_schedule == "constant":
         return optax.constant_schedule(config.learning_rate)
-    boundaries = {round(e * steps_per_epoch): config.lr_decay for e in config.lr_milestones}
+    boundaries = {round(epoch * per_epoch): config.lr_decay for epoch in config.lr_milestones}
     return optax.piecewise_constant_schedule(config.learning_rate, boundaries)
 
 
-def optimizer(
-    config: Config, k: int, steps_per_epoch: int, total_steps: int
-) -> optax.GradientTransformation:
-    """Stage k's optimizer: shrinking, weight decay on everything, SGD with momentum."""
-    beta = config.beta if config.method in methods.SHRINKS else 1.0
+def optimizer(config: Config, rate: optax.Schedule, hops: int) -> optax.GradientTransformation:
+    """A stage's optimizer: shrinking, weight decay on everything, SGD with momentum."""
     return optax.chain(
-        fdg.fdg_shrink(beta, config.num_stages - 1 - k),
+        fdg.fdg_shrink(methods.beta(config), hops),
         optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(
-            learning_rate(config, steps_per_epoch, total_steps), momentum=config.momentum or None
-        ),
+        optax.sgd(rate, momentum=config.momentum or None),
     )
 
 
@@ -149,7 +155,7 @@ def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:
                 "delay": setup.schedule.delay(k),
                 "staleness": setup.schedule.staleness(k),
                 "in_flight": setup.schedule.in_flight(k),
-                "shrink": methods.shrink_factor(setup.config, k),
+                "shrink": methods.beta(setup.config) ** (len(setup.stages) - 1 - k),
             }
         )
     return rows

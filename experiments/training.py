@@ -160,12 +160,12 @@ def run(config: Config) -> dict[str, Any]:
         "images_per_second": round(config.batch_size * run.total_steps / train_seconds, 1),
         "steps": run.total_steps,
         "method": config.method,
-        "stages": config.num_stages,
+        "stages": len(run.stages),
         "balance": run.stages.balance,
-        "staleness": [run.schedule.staleness(k) for k in range(config.num_stages)],
+        "staleness": [run.schedule.staleness(k) for k in range(len(run.stages))],
         "params_sha256": params_sha256(pipe.params(state)),
     }
-    title = f"{config.model} on {run.dataset.name}: {config.method}, K = {config.num_stages}"
+    title = f"{config.model} on {run.dataset.name}: {config.method}, K = {len(run.stages)}"
     out.write_bytes("curves.png", curves.draw(out.metrics(), title))
     out.write_json("summary.json", summary)
     conclude(screen, run, summary)
@@ -225,7 +225,7 @@ def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> No
     screen.line(
         f"{config.method} of {config.model} on {dataset.name} "
         f"({len(dataset.train_labels):,} train, {len(dataset.test_labels):,} {run.split} images), "
-        f"K = {config.num_stages}, "
+        f"K = {len(run.stages)}, "
         f"{run.total_steps:,} steps of {config.batch_size}"
     )
     screen.line()

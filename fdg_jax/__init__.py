@@ -1,6 +1,6 @@
 """Fully decoupled training with delayed gradients (FDG) in JAX."""
 
-from fdg_jax import models, schedule
+from fdg_jax import models, preset, schedule
 from fdg_jax.adapter import from_fn, from_linen, from_nnx
 from fdg_jax.layer import Layer, chain, repeat
 from fdg_jax.partition import Partition, partition
@@ -21,6 +21,7 @@ __all__ = [
     "from_nnx",
     "models",
     "partition",
+    "preset",
     "repeat",
     "schedule",
 ]

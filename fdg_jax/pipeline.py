@@ -163,7 +163,14 @@ class Pipeline:
         """
         batches = state.tick - state.origin
         tick, t = self._tick(state), batches
+        # Nothing stays in flight longer than a stage can hold batches, times the stages.
+        longest = self.num_stages * (self.schedule.in_flight(0) + self.schedule.period)
         while any(s.flights or s.activations for s in tick.stages):
+            if t > batches + longest:
+                raise ValueError(
+                    f"state: holds batches that schedule {self.schedule.name} does not know of; "
+                    "drain it with the pipeline that made it"
+                )
             self._wait()
             tick.run(self.schedule.tick(t, batches))
             self._tokens.append(tick.tokens())

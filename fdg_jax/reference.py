@@ -13,8 +13,8 @@ and stage k's update number v applies the mean of its parts of the gradients tha
     w_k^{(v+1)} = w_k^{(v)} + U_k\\left(\\tfrac{1}{|D|} \\textstyle\\sum_{n \\in D} g_k(n)\\right).
 
 With ``gradient="recompute"`` the versions are those of each stage's own backward, and every stage
-is given the input that it had at its forward: :math:`y - \\mathrm{sg}(y) + x` has the value x and the
-gradient of y. Where mini-batches are divided, n counts micro-batches.
+is given the input that it had at its forward: :math:`y - \\mathrm{sg}(y) + x` has the value x and
+the gradient of y. Where mini-batches are divided, n counts micro-batches.
 
 Nothing here is fast, and nothing is shared with the pipeline but the layers and the action stream.
 """

@@ -209,12 +209,14 @@ def fuse(actions: Sequence[Action], last: int) -> Iterator[tuple[Action, ...]]:
     """Actions in groups that are one program: B, U; in the last stage F, B, U of one batch."""
     i = 0
     while i < len(actions):
-        a = actions[i]
-        follow = [b.kind for b in actions[i : i + 3] if (b.stage, b.batch) == (a.stage, a.batch)]
-        same = a.version is None and i + 1 < len(actions) and actions[i + 1].micro == a.micro
-        if a.stage == last and follow == ["F", "B", "U"] and same:
+        a, *after = actions[i : i + 3]
+        kinds = a.kind
+        for b in after:
+            part = b.micro == a.micro or b.kind == "U"
+            kinds += b.kind if (b.stage, b.batch, part) == (a.stage, a.batch, True) else "-"
+        if kinds == "FBU" and a.stage == last and a.version is None:
             size = 3
-        elif follow[:2] == ["B", "U"]:
+        elif kinds.startswith("BU"):
             size = 2
         else:
             size = 1

@@ -151,6 +151,26 @@ def test_recomputing_at_todays_weights_is_another_gradient():
     assert networks.difference(final["stale"], final["recompute"]) > 1e-6
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        fdg.schedule.gpipe(2, microbatches=4),
+        fdg.schedule.one_f_one_b(2, microbatches=2),
+        fdg.schedule.one_f_one_b(1, microbatches=2),
+        fdg.schedule.gpipe(5, microbatches=1),
+        fdg.schedule.one_f_one_b(5, microbatches=2),
+        fdg.schedule.pipedream_2bw(2),
+        fdg.schedule.adl(4, accumulate=5),
+        fdg.schedule.ddg(5),
+    ],
+    ids=lambda schedule: f"{schedule.name}-{schedule.num_stages}",
+)
+def test_other_numbers_of_stages_and_parts(schedule):
+    data = networks.batches(30)
+    stages = fdg.partition(networks.network(), schedule.num_stages, data[0][0], cost=[1] * 7)
+    networks.assert_equals_oracle(stages, networks.sgd(0.5, schedule.num_stages), schedule, data)
+
+
 @pytest.mark.parametrize("make", [fdg.schedule.gpipe, fdg.schedule.one_f_one_b])
 def test_micro_batches_without_batch_statistics_are_backprop(make):
     data = networks.batches(20)
