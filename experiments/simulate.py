@@ -1,0 +1,289 @@
+"""What the methods would reach: schedules and costs in, throughput and a timeline out.
+
+    python -m experiments.simulate --stages=4 --forward=1 --backward=2 --workdir=runs/simulate
+
+Nothing is trained and no device is used. A cost is one number for every stage, or one per stage.
+Three blocks are simulated: "ideal" without transfers, "transfer" with --transfer and --latency,
+"slow" with one stage slower by --slow_factor and without transfers. By default it takes about 40 s,
+most of it for K = 64.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from experiments import command, methods, workdir
+from experiments.errors import UsageError
+from experiments.screen import Screen
+from fdg_jax.schedule import Schedule, create
+from fdg_jax.simulate import GRADIENTS, PER_STAGE, Costs, simulate
+from fdg_jax.timeline import Timeline
+
+FLAGS = flags.FLAGS
+METHODS = [name for name, method in methods.METHODS.items() if not method.one_stage]
+DEFAULT_METHODS = ["backprop", "fdg", "ddg", "pipedream", "gpipe", "one_f_one_b", "adl"]
+BLOCKS = ("ideal", "transfer", "slow")
+COLOURS = {"F": "#9ec5e8", "B": "#f6c08a", "U": "#2e7d32"}
+NAMES = {"F": "forward", "B": "backward", "U": "update"}
+
+
+def define_flags() -> None:
+    flags.DEFINE_list("stages", ["2", "3", "4", "8", "16", "64"], "Numbers of stages.")
+    flags.DEFINE_list("methods", DEFAULT_METHODS, f"Any of {', '.join(METHODS)}.")
+    flags.DEFINE_list("forward", ["1"], "Seconds of a stage's forward of one mini-batch.")
+    flags.DEFINE_list("backward", ["2"], "Seconds of its backward.")
+    flags.DEFINE_list("update", ["0"], "Seconds of its update.")
+    flags.DEFINE_list("transfer", ["0"], "Seconds of a mini-batch between stages; one or per hop.")
+    flags.DEFINE_float("latency", 0.25, "Seconds on top for every message, however small.")
+    flags.DEFINE_integer("slow_stage", -1, "Which is slow; from the end where negative.")
+    flags.DEFINE_float("slow_factor", 2.0, "By how much; 1 leaves the block out.")
+    flags.DEFINE_list("input_bytes", ["0"], "Bytes that a stage receives with one mini-batch.")
+    flags.DEFINE_list("residual_bytes", ["0"], "Bytes that its forward leaves for its backward.")
+    flags.DEFINE_list("parameter_bytes", ["0"], "Bytes of its weights.")
+    flags.DEFINE_float("optimizer", 1.0, "Optimizer state as a multiple of the weights.")
+    flags.DEFINE_integer("microbatches", 4, "Of gpipe and one_f_one_b.")
+    flags.DEFINE_integer("accumulate", None, "Of adl (else 2) and pipedream_2bw (else K).")
+    flags.DEFINE_enum("gradient", "stale", GRADIENTS, "Where the method leaves it open.")
+    flags.DEFINE_string("workdir", None, "Where the files go; without it there are none.")
+    flags.DEFINE_enum("draw", "fdg", METHODS, "The method in the picture and the trace.")
+    flags.DEFINE_integer("draw_stages", None, "Its stages; else 4 or the first of --stages.")
+    flags.DEFINE_integer("draw_batches", 12, "Its number of batches.")
+    flags.DEFINE_enum("draw_block", "ideal", BLOCKS, "Its costs.")
+
+
+def numbers(name: str, count: int, per: str = "stage") -> list[float]:
+    """A flag's numbers, ``count`` of them."""
+    given: list[str] = getattr(FLAGS, name)
+    try:
+        values = [float(text) for text in given]
+    except ValueError:
+        values = []
+    if not values or (len(values) != count and len(values) != 1):
+        raise UsageError(
+            f"--{name}={','.join(given)}: give one number, or {count} with commas for {count} "
+            f"{per}s"
+        )
+    return values * count if len(values) == 1 else values
+
+
+def costs(num_stages: int, block: str) -> Costs | None:
+    """The costs of a block; None where the flags leave it out."""
+    values = {name: numbers(name, num_stages) for name in PER_STAGE}
+    transfer = numbers("transfer", num_stages - 1, "hop")
+    k, factor = FLAGS.slow_stage, FLAGS.slow_factor
+    if not -num_stages <= k < num_stages:
+        raise UsageError(
+            f"--slow_stage={k}: allowed are {-num_stages} to {num_stages - 1} with {num_stages} "
+            "stages"
+        )
+    if not 0 < factor < float("inf"):
+        raise UsageError(f"--slow_factor={factor}: must be above 0; 2 doubles a stage's times")
+    try:
+        made = Costs(**values, transfer=transfer, latency=FLAGS.latency, optimizer=FLAGS.optimizer)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+    if block == "transfer":
+        return made if any(transfer) or FLAGS.latency else None
+    if block == "slow":
+        for name in ("forward", "backward", "update"):
+            values[name][k] *= factor
+    ideal = Costs(**values, transfer=0.0, latency=0.0, optimizer=FLAGS.optimizer)
+    return ideal if block == "ideal" or factor != 1 else None
+
+
+def plan(method: str, num_stages: int) -> Schedule:
+    """The schedule of one method."""
+    if method not in METHODS:
+        raise UsageError(f"--methods={method}: no such method; allowed are {', '.join(METHODS)}")
+    name, options = methods.METHODS[method].schedule, ("microbatches", "accumulate")
+    try:
+        return create(name, num_stages, **{option: getattr(FLAGS, option) for option in options})
+    except ValueError as error:
+        raise UsageError(f"--{error} ({method}, {num_stages} stages)") from error
+
+
+def timeline(method: str, num_stages: int, its: Costs, batches: int | None = None) -> Timeline:
+    """One method on some costs."""
+    gradient = methods.METHODS[method].gradient or FLAGS.gradient
+    return simulate(plan(method, num_stages), its, batches, gradient)
+
+
+def result(method: str, run: Timeline) -> dict[str, Any]:
+    """The numbers of one simulation, as they stand in simulate.json."""
+    stages, its = range(run.schedule.num_stages), run.costs
+    alone = sum(its.forward) + sum(its.backward) + sum(its.update)
+    return {
+        "method": method,
+        "stages": len(stages),
+        "gradient": run.gradient,
+        "batches_per_second": run.throughput,
+        "over_backprop": run.speedup,
+        "over_one_device": run.throughput * alone,
+        "utilisation": [run.utilisation(k) for k in stages],
+        "in_flight": [run.in_flight(k) for k in stages],
+        "microbatches_in_flight": [run.microbatches_in_flight(k) for k in stages],
+        "weight_versions": [run.weight_versions(k) for k in stages],
+        "peak_bytes": [run.peak_bytes(k) for k in stages],
+    }
+
+
+def row(result: dict[str, Any]) -> list[str]:
+    """The numbers of one simulation, as they stand in the table."""
+    use = [100 * part for part in result["utilisation"]]
+    return [
+        result["method"],
+        str(result["stages"]),
+        f"{result['batches_per_second']:.4g}",
+        f"{result['over_backprop']:.2f}",
+        f"{result['over_one_device']:.2f}",
+        f"{max(use):.0f}",
+        f"{sum(use) / len(use):.0f}",
+        f"{max(result['in_flight'])}",
+        f"{max(result['weight_versions'])}",
+        *([f"{max(result['peak_bytes']):.4g}"] if any(result["peak_bytes"]) else []),
+    ]
+
+
+HEADS = [
+    *("method", "K", "batches/s", "x backprop", "x one device"),
+    *("busiest %", "mean %", "in flight", "versions", "bytes"),
+]
+
+
+def draw(run: Timeline, title: str) -> bytes:
+    """A PNG of the events: stages down, time across."""
+    stages = run.schedule.num_stages
+    shortest = min(e.end - e.start for e in run.events if e.end > e.start)
+    width = min(max(0.36 * run.makespan / shortest, 8), 60)
+    figure = Figure(figsize=(width, 1.4 + 0.55 * stages), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    traced = run.events[-1].action.batch // 3
+    inches = (width - 1) / run.makespan
+    for event in run.events:
+        kind, k, seconds = event.action.kind, event.action.stage, event.end - event.start
+        if kind == "U" and seconds == 0:  # takes no time: a mark
+            axis.plot([event.end] * 2, [k - 0.4, k + 0.4], color=COLOURS["U"], linewidth=2.5)
+            axis.text(event.end, k - 0.41, "U", ha="center", va="bottom", fontsize=6)
+            continue
+        this = event.action.batch == traced and kind != "U"
+        box = Rectangle(
+            (event.start, k - 0.4),
+            seconds,
+            0.8,
+            facecolor=COLOURS[kind],
+            edgecolor="black" if this else "white",
+            linewidth=1.8 if this else 0.6,
+            zorder=3 if this else 1,
+        )
+        axis.add_patch(box)
+        fits = 72 * seconds * inches / (0.75 * len(event.action.label))
+        if fits >= 5:
+            text = axis.text(event.start + seconds / 2, k, event.action.label, zorder=4)
+            text.set(ha="center", va="center", fontsize=min(fits, 9))
+            text.set_color("white" if kind == "U" else "black")
+    axis.set_xlim(0, 1.002 * run.makespan)
+    axis.set_ylim(stages - 0.5, -0.5)
+    axis.set_yticks(range(stages), [f"stage {k}" for k in range(stages)])
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel("seconds")
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    handles = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in COLOURS]
+    handles.append(Patch(facecolor="white", edgecolor="black", label=f"batch {traced}"))
+    axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False)
+    axis.set_title(title, loc="left", fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def files() -> Iterator[tuple[str, bytes]]:
+    """The picture and the trace of --draw."""
+    method, num_stages, block = FLAGS.draw, drawn_stages(), FLAGS.draw_block
+    its = costs(num_stages, block)
+    assert its is not None
+    run, steady = (
+        timeline(method, num_stages, its, FLAGS.draw_batches),
+        timeline(method, num_stages, its),
+    )
+    title = f"{method}, {num_stages} stages, {block}: {steady.speedup:.2f} x backprop"
+    yield "timeline.png", draw(run, title)
+    yield "timeline.trace.json", (json.dumps(run.chrome_trace()) + "\n").encode()
+
+
+def drawn_stages() -> int:
+    """The number of stages in the picture."""
+    if FLAGS.draw_stages is not None:
+        return FLAGS.draw_stages
+    return 4 if "4" in FLAGS.stages else int(FLAGS.stages[0])
+
+
+def check() -> list[int]:
+    """The numbers of stages; every flag is looked at before anything is done."""
+    try:
+        stages = [int(text) for text in FLAGS.stages]
+    except ValueError:
+        stages = []
+    if not stages or min(stages) < 1:
+        raise UsageError(f"--stages={','.join(FLAGS.stages)}: give whole numbers above 0: 2,3,4")
+    if not FLAGS.methods:
+        raise UsageError(f"--methods=: give at least one of {', '.join(METHODS)}")
+    for name in ("draw_stages", "draw_batches"):
+        value: int | None = getattr(FLAGS, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name}={value}: must be 1 or more")
+    for k in stages:
+        costs(k, "ideal")
+        for method in FLAGS.methods:
+            plan(method, k)
+    if FLAGS.workdir is not None:
+        plan(FLAGS.draw, drawn_stages())
+        if costs(drawn_stages(), FLAGS.draw_block) is None:
+            raise UsageError(f"--draw_block={FLAGS.draw_block}: the flags leave it out; draw ideal")
+        workdir.check(FLAGS.workdir, overwrite=False)
+    return stages
+
+
+def main() -> None:
+    stages = check()
+    screen, blocks = Screen(0), []
+    about = {
+        "ideal": "no transfers",
+        "transfer": f"{','.join(FLAGS.transfer)} s a mini-batch + {FLAGS.latency:g} s a message",
+        "slow": f"stage {FLAGS.slow_stage} slower by {FLAGS.slow_factor:g}, no transfers",
+    }
+    for block in BLOCKS:
+        rows = []
+        for k in stages:
+            its = costs(k, block)
+            rows += [result(m, timeline(m, k, its)) for m in FLAGS.methods if its is not None]
+        if rows:
+            blocks.append({"block": block, "about": about[block], "rows": rows})
+            lines = [row(r) for r in rows]
+            screen.table(f"{block}: {about[block]}", HEADS[: len(lines[0])], lines)
+    screen.line(
+        "backprop: the same stages and transfers, one batch at a time; one device: all stages on "
+        "one, no transfers; in flight, versions, bytes: of the stage with most"
+    )
+    if FLAGS.workdir is not None:
+        drawn = dict(files())
+        folder = workdir.Workdir(FLAGS.workdir, overwrite=False)
+        settings = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
+        folder.write_json("simulate.json", {"flags": settings, "blocks": blocks})
+        for name, content in drawn.items():
+            folder.write_bytes(name, content)
+        screen.line(f"wrote simulate.json, {', '.join(drawn)} to {FLAGS.workdir}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)
