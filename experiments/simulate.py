@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -249,6 +250,10 @@ def check() -> list[int]:
         plan(FLAGS.draw, drawn_stages())
         if costs(drawn_stages(), FLAGS.draw_block) is None:
             raise UsageError(f"--draw_block={FLAGS.draw_block}: the flags leave it out; draw ideal")
+        if any(pathlib.Path(FLAGS.workdir, name).exists() for name in workdir.FILES):
+            raise UsageError(
+                f"--workdir={FLAGS.workdir}: holds a training run; name another folder"
+            )
         workdir.check(FLAGS.workdir, overwrite=False)
     return stages
 

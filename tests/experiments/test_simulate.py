@@ -148,3 +148,11 @@ def test_exit_status(flag, tmp_path):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not folder.exists()
+
+
+def test_a_training_run_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = simulate("--stages=2", f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert "holds a training run; name another folder" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
