@@ -24,7 +24,8 @@ HELP = {
     "train/<class>/* and test/<class>/* (PNG, JPEG).",
     "data_dir": "Where prepared data sets and archives are, and where they are put.",
     "validation_size": "Images held out of train; errors are then measured on them instead of on "
-    "the test split. For choosing beta.",
+    "the test split, and summary.json has validation_error in place of test_error. For choosing "
+    "beta.",
     "train_size": "Size of a fixed, class-balanced subset of train; 0 takes all.",
     "crop_padding": "Pixels of black border for random crops; 0 switches crops off.",
     "flip": "Whether to mirror half of the train images.",

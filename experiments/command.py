@@ -26,7 +26,7 @@ def run(main: Callable[[], None]) -> None:
             rest = flags.FLAGS(arguments)
             if len(rest) > 1:
                 raise UsageError(f"{rest[1]}: not a flag; flags are written --name=value")
-        except (flags.Error, UsageError, OSError) as error:
+        except (flags.Error, UsageError, OSError, UnicodeError) as error:
             fail(error)
         # JAX tells of every kind of device that it did not find; that is no news.
         if not flags.FLAGS["verbosity"].present:

@@ -76,8 +76,6 @@ class Config:
             self._bound("accumulate", 1)
         for name in ("steps", "seed", "validation_size", "train_size", "crop_padding"):
             self._bound(name, 0)
-        if self.seed >= 2**32:
-            raise UsageError(f"--seed={self.seed}: must be below {2**32}; choose a smaller one")
         if not 0 < self.beta <= 1:
             raise UsageError(f"--beta={self.beta}: must lie in (0, 1]; 1 does not shrink")
         if self.learning_rate <= 0:
@@ -128,9 +126,9 @@ class Config:
             raise UsageError(f"--{name}={value}: no such choice; allowed are {', '.join(allowed)}")
 
     def _bound(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value < least:
-            raise UsageError(f"--{name}={value}: must be {least} or more; choose such a number")
+        value, most = getattr(self, name), 2**31 - 1
+        if not least <= value <= most:
+            raise UsageError(f"--{name}={value}: must lie in {least}..{most}; choose such a number")
 
 
 @contextlib.contextmanager

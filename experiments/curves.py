@@ -48,7 +48,8 @@ def draw(metrics: list[dict[str, Any]], title: str) -> bytes:
             ha="center",
         )
     axes[1].legend(frameon=False)
-    figure.suptitle(title, fontsize=11)
+    # A folder may have a name that is no text.
+    figure.suptitle(title.encode("utf-8", "replace").decode(), fontsize=11, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

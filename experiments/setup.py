@@ -71,12 +71,17 @@ def make(config: Config) -> Setup:
             train_size=config.train_size,
             seed=config.seed,
         )
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise UsageError(f"--dataset={config.dataset}: cannot be read ({error})") from error
     loader = data.Loader(
         dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed
     )
     height, width, channels = dataset.image_shape
+    if config.crop_padding > max(height, width):
+        raise UsageError(
+            f"--crop_padding={config.crop_padding}: must not exceed the image, {height}x{width}; "
+            "4 is usual"
+        )
     unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
     with blame("model"):
         layers = fdg.models.create(config.model, dataset.num_classes, channels, unroll)
@@ -127,7 +132,10 @@ def learning_rate(config: Config, per_epoch: float, total: float) -> optax.Sched
         return optax.cosine_decay_schedule(config.learning_rate, max(round(total), 1))
     if config.lr_schedule == "constant":
         return optax.constant_schedule(config.learning_rate)
-    boundaries = {round(epoch * per_epoch): config.lr_decay for epoch in config.lr_milestones}
+    boundaries: dict[int, float] = {}
+    for epoch in config.lr_milestones:
+        update = round(min(epoch * per_epoch, total))  # those beyond the end change nothing
+        boundaries[update] = boundaries.get(update, 1.0) * config.lr_decay
     return optax.piecewise_constant_schedule(config.learning_rate, boundaries)
 
 

@@ -159,6 +159,7 @@ def run(config: Config) -> dict[str, Any]:
         "train_seconds": round(train_seconds, 3),
         "images_per_second": round(config.batch_size * run.total_steps / train_seconds, 1),
         "steps": run.total_steps,
+        "split": run.split,
         "method": config.method,
         "stages": len(run.stages),
         "balance": run.stages.balance,
@@ -166,8 +167,8 @@ def run(config: Config) -> dict[str, Any]:
         "params_sha256": params_sha256(pipe.params(state)),
     }
     title = f"{config.model} on {run.dataset.name}: {config.method}, K = {len(run.stages)}"
-    out.write_bytes("curves.png", curves.draw(out.metrics(), title))
     out.write_json("summary.json", summary)
+    out.write_bytes("curves.png", curves.draw(out.metrics(), title))
     conclude(screen, run, summary)
     return summary
 

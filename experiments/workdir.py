@@ -25,16 +25,14 @@ class Workdir:
     """
 
     def __init__(self, path: str, *, overwrite: bool) -> None:
-        self.path = pathlib.Path(path)
+        self.path = pathlib.Path(path).expanduser()
         check(path, overwrite=overwrite)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path):
-                pass
+            for name in FILES:
+                (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(path, error) from error
-        for name in FILES:
-            (self.path / name).unlink(missing_ok=True)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """One of the JSON files, replaced as a whole."""
@@ -59,23 +57,25 @@ class Workdir:
 
 def check(path: str, *, overwrite: bool) -> None:
     """Whether a run may begin in ``path``; leaves nothing behind."""
-    folder = pathlib.Path(path)
     try:
-        taken = (folder / "config.json").exists()
+        folder = pathlib.Path(path).expanduser()
+        taken = [name for name in FILES if (folder / name).exists()]
+        if any((folder / name).is_dir() for name in taken):
+            raise IsADirectoryError(f"{path} has a folder named {' or '.join(taken)}")
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{path} is a file")
         parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         with tempfile.TemporaryDirectory(dir=parent):
             pass
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise _unwritable(path, error) from error
     if taken and not overwrite:
         raise UsageError(
-            f"--workdir={path}: holds a run already; name another folder, or add --overwrite"
+            f"--workdir={path}: holds {', '.join(taken)} already; name another folder, or add "
+            "--overwrite"
         )
 
 
-def _unwritable(path: str, error: OSError) -> UsageError:
-    return UsageError(
-        f"--workdir={path}: cannot be written ({error.strerror or error}); name another folder"
-    )
+def _unwritable(path: str, error: OSError | RuntimeError) -> UsageError:
+    reason = getattr(error, "strerror", None) or error
+    return UsageError(f"--workdir={path}: cannot be written ({reason}); name another folder")

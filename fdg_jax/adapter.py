@@ -27,6 +27,9 @@ def from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Layer:
     Returns:
       A `Layer`.
 
+    Raises:
+      ValueError: (from ``apply``) the module draws random numbers in training and key is None.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
@@ -74,8 +77,10 @@ def from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Layer:
 
 
 def _split(module: nnx.Module) -> Any:
-    """Structure, parameters, random state, everything else."""
-    return nnx.split(module, nnx.Param, nnx.RngState, ...)
+    """Structure, parameters, random state, everything else but what a call only lets one see."""
+    parts: Any = nnx.split(module, nnx.Param, nnx.RngState, nnx.Intermediate, ...)
+    graph, params, rngs, _, state = parts
+    return graph, params, rngs, state
 
 
 def _seeded(rngs: PyTree, key: Key | None) -> PyTree:

@@ -92,9 +92,9 @@ def partition(
       num_stages: K, at most the number of layers.
       example: an input with its batch axis: arrays or ``jax.ShapeDtypeStruct``. FLOPs and time are
         taken at these shapes.
-      cost: "flops" (of forward and backward, counted by XLA), "time" (forward and backward of every
-        distinct layer measured on the default device, median of 5), one number per layer, or the
-        K-1 cuts themselves.
+      cost: "flops": of forward and backward, as XLA counts them before it optimises; "time": of
+        forward and backward, every distinct layer measured on the default device, median of 5; or
+        one number per layer; or the K-1 cuts themselves.
 
     Returns:
       A list of K layers (each a `chain`) that also carries `cuts`, `costs` and `balance`.
@@ -131,7 +131,12 @@ def partition(
                 f'cost="{cost}": every layer counts 0, so this cannot balance them; give the costs'
             )
     else:
-        given = [float(value) for value in cost]
+        try:
+            given = [float(value) for value in cost]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f'cost={cost!r}: allowed are "flops", "time", {n} costs, or {num_stages - 1} cuts'
+            ) from None
         if len(given) == n:
             if not all(value >= 0 and np.isfinite(value) for value in given):
                 raise ValueError(f"cost={list(cost)}: costs must be finite and >= 0")

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fdg_jax.layer import Key, Layer, LossFn, PyTree, typed_key
+from fdg_jax.layer import Key, Layer, LossFn, PyTree, output_of, typed_key
 from fdg_jax.placement import stage_meshes
 from fdg_jax.schedule import Schedule
 from fdg_jax.stage import Stage
@@ -80,7 +81,11 @@ class Pipeline:
             )
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient={gradient!r}: allowed are {', '.join(GRADIENTS)}")
-        if max_ahead < 1:
+        if not callable(optimizer):
+            raise ValueError(
+                "optimizer: must be a function of the stage, such as lambda k: optax.sgd"
+            )
+        if not isinstance(max_ahead, int) or max_ahead < 1:
             raise ValueError(f"max_ahead={max_ahead}: the host must be allowed at least one tick")
         schedule.in_flight(
             0
@@ -106,6 +111,8 @@ class Pipeline:
             )
         # One token of every stage for each of the last ticks; no part of the training state.
         self._tokens: collections.deque[list[jax.Array]] = collections.deque()
+        self._loss_fn = loss_fn
+        self._fitting: set[Any] = set()
 
     def init(self, key: Key, example_inputs: PyTree) -> PipelineState:
         """A state with fresh parameters, each on its own stage's devices.
@@ -139,14 +146,19 @@ class Pipeline:
         Returns:
           The new state, and the metrics of the batch that reached the loss in this tick, as arrays
           that may not be computed yet: ``{"batch": n, "loss": array, ...}``. None while filling.
+
+        Raises:
+          ValueError: the batch does not fit the network, the loss, or the devices; the state is
+            whole then.
         """
+        self._check(state, *batch)
         tick = self._tick(state)
         tick.enter(*batch)
         self._wait()
-        tick.run(self.schedule.tick(state.tick - state.origin))
+        tick.run(self.schedule.tick(tick.batch - tick.origin))
         self._tokens.append(tick.tokens())
         metrics = tick.metrics[-1] if tick.metrics else None
-        return tick.state(state.tick + 1, state.origin), metrics
+        return tick.state(tick.batch + 1, tick.origin), metrics
 
     def drain(self, state: PipelineState) -> tuple[PipelineState, list[Metrics]]:
         """Applies every gradient still in flight; no new batch enters.
@@ -161,8 +173,8 @@ class Pipeline:
           The new state, with nothing in flight, and the metrics of the batches that reached the
           loss, in order.
         """
-        batches = state.tick - state.origin
-        tick, t = self._tick(state), batches
+        tick = self._tick(state)
+        t = batches = tick.batch - tick.origin
         # Nothing stays in flight longer than a stage can hold batches, times the stages.
         longest = self.num_stages * (self.schedule.in_flight(0) + self.schedule.period)
         while any(s.flights or s.activations for s in tick.stages):
@@ -176,7 +188,7 @@ class Pipeline:
             self._tokens.append(tick.tokens())
             t += 1
         tick.finish()
-        return tick.state(state.tick, state.tick), tick.metrics
+        return tick.state(tick.batch, tick.batch), tick.metrics
 
     def predict(self, state: PipelineState, x: PyTree) -> PyTree:
         """Outputs in evaluation mode, through the stages where they are.
@@ -187,14 +199,49 @@ class Pipeline:
 
         Returns:
           The network's outputs, on the last stage's devices, perhaps not computed yet.
+
+        Raises:
+          ValueError: the batch does not divide over a stage's devices.
         """
         for stage, own in zip(self.stages, state.stages, strict=True):
             x = stage.evaluate(own.params, own.model_state, send(x, stage))
         return x
 
     def params(self, state: PipelineState) -> list[PyTree]:
-        """The parameters of each stage, where they are; valid until the next step."""
+        """The parameters of each stage, where they are.
+
+        Args:
+          state: any state; it is not consumed.
+
+        Returns:
+          K pytrees, valid until the next step.
+        """
         return [stage.params for stage in state.stages]
+
+    def _check(self, state: PipelineState, x: PyTree, labels: PyTree) -> None:
+        """Traces the network once for every new shape: found in the middle of a tick, a batch that
+        does not fit would take the donated weights of other stages with it."""
+        shapes = _signature(x), _signature(labels)
+        if shapes in self._fitting:
+            return
+        try:
+            y = x
+            for stage, own in zip(self.stages, state.stages, strict=True):
+                y = output_of(stage.layer, own.params, own.model_state, y)
+            found = jax.eval_shape(self._loss_fn, y, labels)
+        except Exception as error:
+            raise ValueError(f"batch: does not fit the network or loss_fn: {error}") from error
+        if not (
+            isinstance(found, tuple)
+            and len(found) == 2
+            and getattr(found[0], "shape", None) == ()
+            and isinstance(found[1], dict)
+        ):
+            raise ValueError(
+                f"loss_fn: returns {found}, but must return the mean loss (a scalar) and a dict of "
+                "metrics"
+            )
+        self._fitting.add(shapes)
 
     def _tick(self, state: PipelineState) -> Tick:
         return Tick(self.stages, self.schedule, self.gradient == "recompute", state)
@@ -202,3 +249,8 @@ class Pipeline:
     def _wait(self) -> None:
         if len(self._tokens) >= self.max_ahead:
             jax.block_until_ready(self._tokens.popleft())
+
+
+def _signature(tree: PyTree) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((np.shape(v), getattr(v, "dtype", type(v))) for v in leaves)

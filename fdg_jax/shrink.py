@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import NamedTuple
 
 import jax
@@ -58,15 +57,13 @@ def fdg_shrink(
       Zhuang et al., `Fully Decoupled Neural Network Learning Using Delayed Gradients
       <https://arxiv.org/abs/1906.09108>`_, gradient shrinking process, 2022.
     """
-    # Under optax.inject_hyperparams both arguments arrive as arrays, which may be traced.
-    if not (callable(beta) or isinstance(beta, jax.Array)):
-        if not (isinstance(beta, numbers.Real | np.floating) and 0 < float(beta) <= 1):
-            raise ValueError(f"beta={beta}: shrinking needs a number 0 < beta <= 1 (1: none)")
-        beta = float(beta)
-    if not isinstance(hops, jax.Array):
-        if not (isinstance(hops, numbers.Integral) and hops >= 0):
-            raise ValueError(f"hops={hops}: stage k of K is K-1-k hops from the loss, an int >= 0")
-        hops = int(hops)
+    # Under optax.inject_hyperparams both arrive as arrays, traced ones inside jit.
+    known = not (callable(beta) or isinstance(beta, jax.core.Tracer))
+    if known and not (_is_number(beta) and 0 < float(beta) <= 1):
+        raise ValueError(f"beta={beta}: shrinking needs a number 0 < beta <= 1 (1: none)")
+    known = not isinstance(hops, jax.core.Tracer)
+    if known and not (_is_number(hops) and float(hops) >= 0 and float(hops) % 1 == 0):
+        raise ValueError(f"hops={hops}: stage k of K is K-1-k hops from the loss, an int >= 0")
 
     def shrink(updates: optax.Updates, factor: float | jax.Array) -> optax.Updates:
         return jax.tree.map(lambda u: jnp.asarray(factor, dtype=u.dtype) * u, updates)
@@ -97,3 +94,7 @@ def fdg_shrink(
         return shrink(updates, beta**hops), state
 
     return optax.GradientTransformation(init_empty, update_constant)
+
+
+def _is_number(value: object) -> bool:
+    return np.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.number)  # type: ignore[arg-type]

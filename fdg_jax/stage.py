@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key
+from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key, output_of
 from fdg_jax.placement import BATCH_AXIS
 from fdg_jax.residual import Residuals, Stash, split_inexact
 
@@ -89,13 +89,7 @@ class Stage:
             params, model_state = jax.device_put(own, self.replicated)
             opt_init = jax.jit(lambda p: jax.tree.map(jnp.copy, self.optimizer.init(p)))
             opt_state = jax.device_put(opt_init(params), self.replicated)
-        y = jax.eval_shape(
-            lambda p, s, v: self.layer.apply(p, s, v, train=False, key=None)[0],
-            params,
-            model_state,
-            x,
-        )
-        return params, model_state, opt_state, y
+        return params, model_state, opt_state, output_of(self.layer, params, model_state, x)
 
     # Pure functions. `number` counts this stage's forwards; it seeds the batch's noise, and its
     # successor is the small token by which the host sees that a program has ended.

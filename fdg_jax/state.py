@@ -76,9 +76,13 @@ class StageState(NamedTuple):
 
     def copied(self) -> StageState:
         """The same, with dictionaries of its own."""
+        # A tree.map over a state may have made arrays of its numbers.
         return self._replace(
+            held=int(self.held),
+            version=int(self.version),
+            base=int(self.base),
             older=dict(self.older),
-            flights=dict(self.flights),
+            flights={n: f._replace(version=int(f.version)) for n, f in self.flights.items()},
             activations=dict(self.activations),
             cotangents=dict(self.cotangents),
             labels=dict(self.labels),
@@ -87,7 +91,7 @@ class StageState(NamedTuple):
 
 
 class PipelineState(NamedTuple):
-    """The state of a whole pipeline; a pytree.
+    """The state of a whole pipeline; a pytree. ``jax.tree.map(jnp.copy, state)`` copies it.
 
     Attributes:
       tick: mini-batches that have entered so far, which is the number of the next one.

@@ -42,13 +42,13 @@ class Tick:
         self.today = today
         self.last = len(programs) - 1
         self.key = state.key
-        self.batch = state.tick
-        self.origin = state.origin
+        self.batch, self.origin = int(state.tick), int(state.origin)
         self.metrics: list[Metrics] = []
         self.done: dict[int, jax.Array] = {}
         self.stages = [s.copied() for s in state.stages]
 
     def state(self, tick: int, origin: int) -> PipelineState:
+        """What it has become."""
         return PipelineState(tick, origin, self.key, tuple(self.stages))
 
     def tokens(self) -> list[jax.Array]:
@@ -83,6 +83,8 @@ class Tick:
                     self.backward_update(k, n)
                 case "U":
                     self.update(k)
+                case kinds:
+                    raise AssertionError(f"no program does {kinds}")
 
     def forward(self, k: int, n: int, version: int | None = None) -> None:
         s = self.stages[k]
@@ -210,7 +212,7 @@ def fuse(actions: Sequence[Action], last: int) -> Iterator[tuple[Action, ...]]:
     i = 0
     while i < len(actions):
         a, *after = actions[i : i + 3]
-        kinds = a.kind
+        kinds: str = a.kind
         for b in after:
             part = b.micro == a.micro or b.kind == "U"
             kinds += b.kind if (b.stage, b.batch, part) == (a.stage, a.batch, True) else "-"

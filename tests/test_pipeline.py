@@ -299,6 +299,54 @@ def test_a_batch_that_does_not_divide_over_a_group_loses_nothing():
     assert state.tick == 2
 
 
+@pytest.mark.parametrize("wrong", ["inputs", "labels", "structure"])
+def test_a_batch_that_does_not_fit_loses_nothing(wrong):
+    pipe = make(2)
+    data = networks.batches(4)
+    state = pipe.init(jax.random.key(0), data[0][0])
+    state, _ = pipe.step(state, data[0])
+    x, labels = data[1]
+    bad = {
+        "inputs": (x[:, :3], labels),
+        "labels": (x, labels[:5]),
+        "structure": ([x], labels),
+    }
+    with pytest.raises(ValueError, match="batch: does not fit the network or loss_fn"):
+        pipe.step(state, bad[wrong])
+    for batch in data[1:]:
+        state, _ = pipe.step(state, batch)
+    assert state.tick == 4
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [lambda y, t: (y.sum(-1), {}), lambda y, t: y.mean(), lambda y, t: (y.mean(), y)],
+    ids=["no scalar", "no pair", "no dict"],
+)
+def test_a_loss_of_another_kind_is_refused(loss_fn):
+    data = networks.batches(1)
+    stages = [networks.dense(networks.CLASSES)]
+    pipe = fdg.Pipeline(stages, loss_fn, networks.sgd(1, 1), fdg.schedule.backprop(1))
+    state = pipe.init(jax.random.key(0), data[0][0])
+    with pytest.raises(ValueError, match=r"loss_fn: returns .* must return the mean loss"):
+        pipe.step(state, data[0])
+
+
+def test_a_copy_of_a_state_trains_on_alike():
+    pipe = make(3)
+    data = networks.batches(8)
+    state = pipe.init(jax.random.key(0), data[0][0])
+    for batch in data[:5]:
+        state, _ = pipe.step(state, batch)
+    copy = jax.tree.map(jnp.copy, state)
+    ends = []
+    for start in (state, copy):
+        for batch in data[5:]:
+            start, _ = pipe.step(start, batch)
+        ends.append(pipe.params(pipe.drain(start)[0]))
+    assert networks.difference(*ends) == 0
+
+
 def test_training_makes_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -237,8 +237,8 @@ BROKEN = {
         pytest.param(lambda t: [Action("F", 0, 0)], "comes twice", id="same forward"),
         pytest.param(
             lambda t: [Action("F", t, 0), Action("U", 0, 0)],
-            "left in flight",
-            id="update without end",
+            "U@0 in tick 0 applies nothing",
+            id="update of nothing",
         ),
         pytest.param(rule(("F", 0), ("B", 0), ("B", 0), ("U", 0)), "twice", id="B twice"),
     ],

@@ -56,7 +56,11 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut (He et al. 2016a); 4 times as wide."""
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut (He et al. 2016a); 4 times as wide.
+
+    The stride is in the 3x3 convolution, as in most implementations since; the paper's is in the
+    first 1x1.
+    """
 
     expansion = 4
 

@@ -51,7 +51,7 @@ def gpipe(num_stages: int, microbatches: int = 4) -> Schedule:
 
     Example:
       >>> print(gpipe(2, microbatches=2).grid(1))
-      tick | stage 0               stage 1
+      tick | stage 0                 stage 1
          0 | F0.0 F0.1 B0.1 B0.0 U   F0.0 F0.1 B0.1 B0.0 U
 
     References:

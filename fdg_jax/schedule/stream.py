@@ -103,6 +103,8 @@ class Schedule:
             actions = self.tick(t, batches)
             idle += 1
             for action in actions:
+                if action.kind == "U" and waiting.get(action.stage, -1) < 0:
+                    raise ValueError(f"schedule {self.name}: {action} in tick {t} applies nothing")
                 if action.kind != "U":
                     self._check(action, done)
                     done.add(replace(action, version=None))
@@ -157,7 +159,7 @@ class Schedule:
     @functools.cached_property
     def _counted(self) -> list[_Counts]:
         # Long enough that the middle third is steady state, and several periods of it.
-        return count(self, 12 * self.num_stages + 6 * self.period)
+        return count(self, 6 * self.num_stages + 6 * self.period)
 
     def grid(self, ticks: int) -> str:
         """The first ``ticks`` ticks as text: ticks down, stages across."""
