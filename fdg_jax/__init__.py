@@ -1,6 +1,6 @@
 """Fully decoupled training with delayed gradients (FDG) in JAX."""
 
-from fdg_jax import models, preset, schedule
+from fdg_jax import models, preset, schedule, simulate
 from fdg_jax.adapter import from_fn, from_linen, from_nnx
 from fdg_jax.layer import Layer, chain, repeat
 from fdg_jax.partition import Partition, partition
@@ -24,4 +24,5 @@ __all__ = [
     "preset",
     "repeat",
     "schedule",
+    "simulate",
 ]

@@ -70,52 +70,6 @@ def test_one_stage_is_a_plain_jitted_optax_loop_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, final.stages[0].model_state, state)
 
 
-@pytest.mark.parametrize("order", ["forward_first", "backward_first"])
-@pytest.mark.parametrize("num_stages", [2, 3, 4])
-def test_staleness_first_update_and_shrinking_counted_from_a_run(num_stages, order):
-    # Stage k adds w²/2, so its gradient is the weight that its forward met. The optimizer makes the
-    # weight the number of updates: the difference of the two is the staleness, whatever was meant.
-    def init(key, x):
-        return jnp.zeros(()), ()
-
-    layer = fdg.Layer(init, lambda p, s, x, *, train, key: (x + p**2 / 2, s))
-
-    def recorder(k):
-        def update(gradient, state, params=None):
-            count, seen = state
-            return jnp.ones(()), (count + 1, seen.at[count].set(gradient))
-
-        record = optax.GradientTransformation(lambda p: (0, jnp.zeros(40)), update)
-        return optax.chain(fdg.fdg_shrink(0.5, num_stages - 1 - k), record)
-
-    table = {
-        "forward_first": {2: [2, 0], 3: [4, 2, 0], 4: [6, 4, 2, 0]},
-        "backward_first": {2: [1, 0], 3: [3, 1, 0], 4: [5, 3, 1, 0]},
-    }
-    schedule = fdg.schedule.fdg(num_stages, order)
-    pipe = fdg.Pipeline([layer] * num_stages, lambda y, t: (jnp.mean(y), {}), recorder, schedule)
-    state = pipe.init(jax.random.key(0), np.ones((2, 1)))
-    first = {}
-    for t in range(30):
-        state, _ = pipe.step(state, (np.ones((2, 1)), np.zeros(2)))
-        for k, params in enumerate(pipe.params(state)):
-            if float(params) > 0:
-                first.setdefault(k, t)
-    # The paper counts iterations t and modules k from 1: the first update is in iteration 2K - k.
-    assert [first[k] + 1 for k in range(num_stages)] == [
-        2 * num_stages - k for k in range(1, num_stages + 1)
-    ]
-    for k, stage in enumerate(state.stages):
-        count, seen = stage.opt_state[1]
-        applied = np.arange(int(count))
-        shrink = 0.5 ** (num_stages - 1 - k)
-        steady = slice(2 * num_stages, int(count))
-        staleness = applied - np.asarray(seen)[: int(count)] / shrink
-        expected = table[order][num_stages][k]
-        np.testing.assert_array_equal(staleness[steady], expected)
-        assert schedule.staleness(k) == expected
-
-
 def test_parameters_live_on_their_own_stage_and_stay_there():
     pipe = make(3)
     state = pipe.init(jax.random.key(0), networks.batches(1)[0][0])

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import methods
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -148,9 +150,35 @@ def test_measured_cuts_and_the_validation_split_are_recorded(images, cache, tmp_
     assert "test_error" not in summary
 
 
+def test_every_method_trains(images, cache, tmp_path):
+    errors, staleness = {}, {}
+    for name in methods.METHODS:
+        done = cifar(cache, *small(images, tmp_path / name), f"--method={name}", "--steps=12")
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        errors[name], staleness[name] = summary["test_error"], summary["staleness"]
+    assert max(errors.values()) <= 0.2
+    assert staleness["data_parallel"] == [0]
+    assert staleness["fdg"] == staleness["dsp"] == [2, 0]
+    assert staleness["ddg"] == staleness["fr"] == staleness["pipedream"] == [1, 0]
+    assert staleness["pipedream_2bw"] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--method=gpipe", "--microbatches=3"], "--microbatches=3"),
+        (["--method=one_f_one_b", "--microbatches=0"], "--microbatches=0"),
+        (["--method=adl", "--accumulate=0"], "--accumulate=0"),
+        (["--method=pipedream_2bw", "--accumulate=1"], "accumulate=1"),
+        (["--gradient=fresh"], "--gradient=fresh"),
+        (["--reduction=max"], "--reduction=max"),
+        (["--method=data_parallel", "--batch_size=15"], "--batch_size=15"),
+        (["--lr_milestones=5,1e300,inf"], "--lr_milestones=inf"),
+        (["--crop_padding=9"], "--crop_padding=9"),
+        (["--steps=99999999999"], "--steps=99999999999"),
+        (["--flagfile=/bin/ls"], "error"),
+        (["--dataset=folder:~nobody-of-this-name/x"], "--dataset=folder:~nobody"),
         (["--model=resnet21"], "--model"),
         (["--dataset=imagenet"], "--dataset=imagenet"),
         (["--method=magic"], "--method=magic"),
@@ -217,6 +245,9 @@ def test_a_workdir_that_cannot_be_written_or_is_taken_is_refused(images, cache, 
     (tmp_path / "run" / "config.json").write_text("{}")
     refused(cifar(cache, *small(images, tmp_path / "run")), "--overwrite")
     assert (tmp_path / "run" / "config.json").read_text() == "{}"
+    (tmp_path / "run" / "config.json").rename(tmp_path / "run" / "summary.json")
+    refused(cifar(cache, *small(images, tmp_path / "run")), "summary.json")
+    assert (tmp_path / "run" / "summary.json").read_text() == "{}"
     assert (tmp_path / "file").read_text() == "mine"
 
 
