@@ -1,0 +1,299 @@
+"""Compares methods: trains every combination that is not there yet, then tables and plots.
+
+    python -m experiments.compare --flagfile=experiments/flags/compare_quick.cfg --workdir=DIR
+
+Takes every flag of experiments.cifar as the settings that all runs share, and the lists below.
+Started again, it goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+import fdg_jax as fdg
+from experiments import bands, cifar, command, data, methods, paper, workdir
+from experiments.bands import Record
+from experiments.config import Config, blame
+from experiments.errors import UsageError
+from fdg_jax.partition import units_of
+
+# Flags of a run that the lists below stand for.
+LISTED = {"method": "methods", "num_stages": "stages", "beta": "betas", "seed": "seeds"}
+# The lists: default and meaning.
+LISTS: dict[str, tuple[list[str], str]] = {
+    "methods": (["backprop", "fdg"], f"Of {', '.join(methods.METHODS)}."),
+    "stages": (["2"], "K; backprop runs once, with K=1, whatever stands here."),
+    "betas": (["1"], "Shrinking factors of the methods that shrink."),
+    "seeds": (["0", "1", "2"], "The first of all combinations comes first, then the second."),
+    "choose_seeds": ([], "Seeds for --choose_beta; none stands for the first of --seeds."),
+}
+OPTIONS = ("choose_beta", "choose_validation_size", "limit_minutes", "report_only")
+STDERR_LINES = 8
+
+Runner = Callable[[list[str]], tuple[int, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """What is compared: the settings in common, and the lists."""
+
+    common: Config
+    methods: tuple[str, ...]
+    stages: tuple[int, ...]
+    betas: tuple[float, ...]
+    seeds: tuple[int, ...]
+    choose_seeds: tuple[int, ...] = ()
+    choose_validation_size: int = 0
+    choose_beta: bool = False
+    limit_minutes: float = 0.0
+    report_only: bool = False
+
+    def configs(self, betas: Sequence[float], seeds: Sequence[int]) -> list[Config]:
+        """All combinations in the order of running: one seed of everything, then the next."""
+        found = []
+        for seed in seeds:
+            for method in self.methods:
+                for k in (1,) if method == "backprop" else self.stages:
+                    for beta in betas if methods.METHODS[method].shrinks else (1.0,):
+                        found.append(self._config(method, k, beta, seed))
+        return found
+
+    def choosing(self) -> list[Config]:
+        """The runs on the validation split."""
+        return [
+            dataclasses.replace(
+                config,
+                validation_size=self.choose_validation_size,
+                workdir=str(
+                    pathlib.Path(self.common.workdir)
+                    / f"choose_{pathlib.Path(config.workdir).name}"
+                ),
+            )
+            for config in self.configs(self.betas, self.choose_seeds if self.choose_beta else ())
+            if methods.METHODS[config.method].shrinks
+        ]
+
+    def final(self, choice: dict[str, Any]) -> list[Config]:
+        """The runs that are compared; of the betas only 1 and the chosen, where one is chosen."""
+        if not self.choose_beta:
+            return self.configs(self.betas, self.seeds)
+        betas = sorted({1.0, *self.betas}, reverse=True)
+        best = {key: entry["best"] for key, entry in choice.items()}
+        return [
+            config
+            for config in self.configs(betas, self.seeds)
+            if config.beta in (1.0, best.get(f"{config.method}_k{config.num_stages}"))
+        ]
+
+    def _config(self, method: str, k: int, beta: float, seed: int) -> Config:
+        shrunk = f"_beta{beta:g}" if methods.METHODS[method].shrinks else ""
+        folder = str(pathlib.Path(self.common.workdir) / f"{method}_k{k}{shrunk}_seed{seed}")
+        values: dict[str, Any] = {"method": method, "num_stages": k, "beta": beta, "seed": seed}
+        return dataclasses.replace(self.common, **values, workdir=folder, overwrite=False)
+
+
+def run(series: Series, runner: Runner = bands.train) -> int:
+    """Does what is missing, and writes the results after every run; returns the exit status.
+
+    Raises:
+      UsageError: a folder holds a run with other settings.
+    """
+    records: dict[str, Record] = {}
+    choosing = series.choosing()
+    folder = pathlib.Path(series.common.workdir)
+    spent: list[float] = []
+    failed: list[str] = []
+    began = time.monotonic()
+
+    def missing(configs: Sequence[Config]) -> list[Config]:
+        """Takes up the finished runs, and returns the others."""
+        found = []
+        for config in configs:
+            try:
+                record = bands.finished(config)
+            except UsageError:
+                if not series.common.overwrite or series.report_only:
+                    raise
+                record = None
+            if record is None:
+                found.append(config)
+            else:
+                records[record.folder] = record
+        return found
+
+    def choice() -> dict[str, Any]:
+        return paper.choose(choosing, list(records.values()))
+
+    def report() -> None:
+        settings = json.loads(json.dumps(dataclasses.asdict(series)))
+        bands.write(folder, settings, choice(), list(records.values()))
+
+    def go(configs: list[Config], later: int) -> int:
+        """Trains one after the other; returns how many the time did not suffice for."""
+        for i, config in enumerate(configs):
+            if 0 < series.limit_minutes * 60 <= time.monotonic() - began:
+                return len(configs) - i
+            start = time.monotonic()
+            # What an interrupted run left behind, or --overwrite gave up, goes.
+            status, errors = runner(bands.arguments(config, overwrite=True))
+            spent.append(time.monotonic() - start)
+            record = bands.finished(config) if status == 0 else None
+            left = len(configs) - i - 1 + later
+            done = len(records) + len(failed) + 1
+            head = f"{done}/{done + left}  {bands.describe(config)}  "
+            if record is None:
+                failed.append(config.workdir)
+                tail = "\n".join("    " + s for s in errors.splitlines()[-STDERR_LINES:])
+                print(f"{head}FAILED with status {status}:\n{tail}", flush=True)
+                continue
+            records[record.folder] = record
+            report()
+            minutes = math.ceil(left * statistics.fmean(spent) / 60)
+            print(
+                f"{head}{record.split} error {100 * record.error:.2f} %  "
+                f"{record.seconds:.0f} s training, {spent[-1]:.0f} s in all"
+                + (f"  about {minutes} min left" if left else ""),
+                flush=True,
+            )
+        return 0
+
+    # All that can be refused is refused before the first run, whatever beta will be chosen.
+    missing(series.configs(sorted({1.0, *series.betas}), series.seeds))
+    records.clear()
+    first = missing(choosing)
+    final = missing(series.final(choice()))
+    print(f"{len(records)} runs are there, {len(first) + len(final)} to do", flush=True)
+    if not series.report_only:
+        left = go(first, len(final))
+        # The choice is known now, and with it which betas remain.
+        left += go(missing(series.final(choice())), 0)
+        if left:
+            print(f"time is up with {left} runs to do; start again to go on")
+    elif not records:
+        raise UsageError(f"--workdir={folder}: holds no finished run; leave --report_only out")
+    if records:
+        report()
+        for key, entry in choice().items():
+            print(f"beta chosen for {key}: {entry['best']:g}")
+        print(f"results in {folder / 'table.md'}")
+    if failed:
+        print(f"{len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """The lists, and what only a series has."""
+    for name, (default, text) in LISTS.items():
+        flags.DEFINE_list(name, default, text, flag_values=values)
+    text = (
+        "Choose among --betas on images held out of train, for each method and K; then only beta 1 "
+        "and the chosen one are trained on the whole train split and tested."
+    )
+    flags.DEFINE_bool("choose_beta", False, text, flag_values=values)
+    text = "Images held out of train for --choose_beta; 0 takes a tenth."
+    flags.DEFINE_integer("choose_validation_size", 0, text, flag_values=values)
+    text = "After so long no run is started; 0 is no limit."
+    flags.DEFINE_float("limit_minutes", 0.0, text, flag_values=values)
+    text = "Only write results, table and plots anew."
+    flags.DEFINE_bool("report_only", False, text, flag_values=values)
+
+
+def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Series:
+    """The series that the flags say; raises `UsageError` for what is not allowed."""
+    if not parsed["workdir"].value:
+        raise UsageError("--workdir: is missing; name the folder for the results")
+    for name, instead in LISTED.items():
+        if parsed[name].present:
+            raise UsageError(f"--{name}: is set for each run; give --{instead} instead")
+    given: dict[str, Any] = {name: parsed[name].value for name in (*LISTS, *OPTIONS)}
+    given["choose_seeds"] = given["choose_seeds"] or given["seeds"][:1]
+    names: tuple[str, ...] = tuple(dict.fromkeys(given["methods"]))
+    for name in names:
+        if name not in methods.METHODS:
+            allowed = ", ".join(methods.METHODS)
+            raise UsageError(f"--methods={name}: no such method; allowed are {allowed}")
+
+    def numbers(flag: str, kind: Callable[[str], Any], least: float, most: float) -> Any:
+        try:
+            values = tuple(dict.fromkeys(kind(v) for v in given[flag]))
+        except ValueError:
+            values = (math.nan,)
+        if not all(least <= v <= most for v in values):
+            bounds = f"{least:g} or more" if most == math.inf else "above 0 and at most 1"
+            raise UsageError(f"--{flag}={','.join(given[flag])}: give numbers, {bounds}")
+        return values
+
+    series = Series(
+        cifar.from_flags(parsed),
+        names,
+        stages=numbers("stages", int, 1, math.inf),
+        betas=numbers("betas", float, sys.float_info.min, 1),
+        seeds=numbers("seeds", int, 0, math.inf),
+        choose_seeds=numbers("choose_seeds", int, 0, math.inf),
+        **{name: given[name] for name in OPTIONS},
+    )
+    for name in ("methods", "stages", "betas", "seeds"):
+        if not getattr(series, name):
+            raise UsageError(f"--{name}=: give at least one")
+    for name in ("choose_validation_size", "limit_minutes"):
+        if not 0 <= given[name] < math.inf:
+            raise UsageError(f"--{name}={given[name]}: must be 0 or more")
+    if series.choose_beta and series.common.validation_size:
+        raise UsageError(
+            f"--validation_size={series.common.validation_size}: with --choose_beta the runs that "
+            "are compared are tested; give --choose_validation_size instead"
+        )
+    for config in series.configs(series.betas, series.seeds):
+        config.check()
+    return series
+
+
+def check(series: Series) -> Series:
+    """``series`` checked against network, data and disk, the size of the validation split set."""
+    common = series.common
+    with blame("model"):
+        units = len(units_of(fdg.models.create(common.model)))
+    if max(series.stages) > units:
+        remedy = f"{common.model} has {units} layers that can be split, so choose 1 to {units}"
+        raise UsageError(f"--stages={max(series.stages)}: {remedy}")
+    if not series.report_only:
+        workdir.check(common.workdir, overwrite=True)
+    held = series.choose_validation_size
+    if series.report_only and (held or not series.choose_beta):
+        return series
+    # Loading also fills the cache of decoded images, before any clock runs.
+    try:
+        dataset = data.load(common.dataset, common.data_dir)
+    except OSError as error:
+        raise UsageError(f"--dataset={common.dataset}: cannot be read ({error})") from error
+    count = len(dataset.train_labels)
+    held = held or max(count // 10, 1)
+    if series.choose_beta and held + max(common.train_size, 1) > count:
+        raise UsageError(
+            f"--choose_validation_size={held}: with --train_size={common.train_size} these "
+            f"are more than the {count} train images; choose fewer"
+        )
+    return dataclasses.replace(series, choose_validation_size=held)
+
+
+def main() -> None:
+    # A run must not outlive the series that started it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(run(check(from_flags())))
+
+
+if __name__ == "__main__":
+    cifar.define_flags()
+    define_flags()
+    command.run(main)
