@@ -54,7 +54,7 @@ HELP = {
     "batch_size": "Images a mini-batch.",
     "epochs": "Passes over the train split.",
     "steps": "Mini-batches in all; overrides epochs unless 0.",
-    "seed": "Of initial weights, order, augmentation, dropout and held-out images.",
+    "seed": "Of initial weights, order of images, augmentation and dropout.",
     "eval_every_epochs": "Epochs between evaluations.",
     "log_every_steps": "Steps between lines of metrics.jsonl.",
     "max_ahead": "Ticks that the host may be ahead of the devices.",
