@@ -22,6 +22,11 @@ def backprop(num_stages: int) -> Schedule:
       tick | stage 0   stage 1
          0 | F0 B0 U   F0 B0 U
          1 | F1 B1 U   F1 B1 U
+
+    References:
+      Rumelhart, Hinton, Williams: Learning representations by back-propagating errors, Nature 323,
+      1986; the three locks: Jaderberg et al., `Decoupled Neural Interfaces
+      <https://arxiv.org/abs/1608.05343>`_, 2017.
     """
 
     def rule(t: int) -> list[Action]:

@@ -79,7 +79,20 @@ class Schedule:
             raise ValueError(f'reduction={self.reduction!r}: allowed are "mean" and "sum"')
 
     def tick(self, t: int, end: int | None = None) -> list[Action]:
-        """The actions of tick ``t`` (0 is the first of the fill) when batches 0..end-1 exist."""
+        """The actions of one tick.
+
+        Args:
+          t: number of the tick; 0 is the first of the fill.
+          end: batches 0..end-1 exist; None: there is no last one.
+
+        Returns:
+          Actions in an order in which they can be dispatched.
+
+        Example:
+          >>> from fdg_jax import schedule
+          >>> [str(action) for action in schedule.fdg(2).tick(2)]
+          ['F1@1', 'B1@1', 'U@1', 'F2@0', 'B0@0', 'U@0']
+        """
         return [a for a in self.rule(t) if a.batch >= 0 and (end is None or a.batch < end)]
 
     def stream(self, batches: int) -> Iterator[list[Action]]:
@@ -133,22 +146,59 @@ class Schedule:
                 raise ValueError(f"schedule {self.name}: {action} comes before {need}")
 
     def delay(self, k: int) -> int:
-        """Ticks between the forward and the backward of one mini-batch in stage k."""
+        """Ticks between the forward and the backward of one mini-batch.
+
+        Args:
+          k: the stage, 0..K-1.
+
+        Returns:
+          Ticks in steady state.
+
+        Raises:
+          ValueError: there is no stage k.
+        """
         return self._of(k).delay
 
     def staleness(self, k: int) -> int:
-        """Updates of stage k between a batch's forward and the moment its gradient is applied.
+        """Updates of a stage between a batch's forward and the moment its gradient is applied.
 
-        The largest in steady state; see `mean_staleness`.
+        Args:
+          k: the stage, 0..K-1.
+
+        Returns:
+          The largest in steady state; see `mean_staleness`.
+
+        Raises:
+          ValueError: there is no stage k.
         """
         return self._of(k).staleness
 
     def mean_staleness(self, k: int) -> float:
-        """The mean of what `staleness` is the largest of."""
+        """The mean of what `staleness` is the largest of.
+
+        Args:
+          k: the stage, 0..K-1.
+
+        Returns:
+          Updates.
+
+        Raises:
+          ValueError: there is no stage k.
+        """
         return self._of(k).mean_staleness
 
     def in_flight(self, k: int) -> int:
-        """The most batches that stage k has forwarded and whose gradient it has not applied."""
+        """The most mini-batches that a stage has forwarded and whose gradient it has not applied.
+
+        Args:
+          k: the stage, 0..K-1.
+
+        Returns:
+          Mini-batches; one of which only parts are in flight counts as one.
+
+        Raises:
+          ValueError: there is no stage k.
+        """
         return self._of(k).in_flight
 
     def _of(self, k: int) -> _Counts:
@@ -162,7 +212,14 @@ class Schedule:
         return count(self, 6 * self.num_stages + 6 * self.period)
 
     def grid(self, ticks: int) -> str:
-        """The first ``ticks`` ticks as text: ticks down, stages across."""
+        """A schedule as text: ticks down, stages across.
+
+        Args:
+          ticks: how many, from the start of the fill.
+
+        Returns:
+          Lines, the first with the heads.
+        """
         cells = []
         for t in range(ticks):
             actions = self.tick(t)
