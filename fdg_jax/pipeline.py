@@ -87,9 +87,8 @@ class Pipeline:
             )
         if not isinstance(max_ahead, int) or max_ahead < 1:
             raise ValueError(f"max_ahead={max_ahead}: the host must be allowed at least one tick")
-        schedule.in_flight(
-            0
-        )  # a schedule that is no pipeline says so now, not in the middle of a run
+        # A schedule that is no pipeline says so now, and not in the middle of a run.
+        schedule.in_flight(0)
         self.schedule = schedule
         self.gradient = gradient
         self.max_ahead = max_ahead
