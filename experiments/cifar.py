@@ -3,7 +3,7 @@
     python -m experiments.cifar --flagfile=experiments/flags/quickstart.cfg --workdir=runs/try
 
 Every setting is a flag; a flagfile holds flags, one a line, and later flags win. A flag that the
-chosen method does not use is ignored, so that one flagfile serves every method.
+chosen method does not use is checked but ignored, so that one flagfile serves every method.
 """
 
 from __future__ import annotations

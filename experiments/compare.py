@@ -264,7 +264,8 @@ def check(series: Series) -> Series:
     common = series.common
     with blame("model"):
         units = len(units_of(fdg.models.create(common.model)))
-    if max(series.stages) > units:
+    cut = [methods.num_stages(c) for c in series.configs(series.betas, series.seeds)]
+    if max(cut) > units:
         remedy = f"{common.model} has {units} layers that can be split, so choose 1 to {units}"
         raise UsageError(f"--stages={max(series.stages)}: {remedy}")
     if not series.report_only:

@@ -55,7 +55,7 @@ def schedule(config: Config) -> Schedule:
     Raises:
       ValueError: an option that the schedule uses is out of its bounds.
     """
-    # The orders of dsp and fdg are the same two; every other schedule ignores it.
+    # A schedule takes the options that it has and ignores the others.
     return fdg.schedule.create(
         METHODS[config.method].schedule,
         num_stages(config),

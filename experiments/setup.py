@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import platform
 from importlib import metadata
@@ -102,6 +103,10 @@ def make(config: Config) -> Setup:
         stages = fdg.partition(layers, num_stages, example, cost=cost)
     total = config.steps or config.epochs * loader.steps_per_epoch
     schedule = methods.schedule(config)
+    if schedule.period > total:
+        raise UsageError(
+            f"--accumulate={schedule.period}: must not exceed the run's {total} steps; choose less"
+        )
     # One device a stage; a method that does not cut the network has them all in its one stage.
     devices = jax.devices()[: config.num_stages]
     if num_stages == 1 and config.batch_size % len(devices):
@@ -132,7 +137,7 @@ def loss_fn(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str,
 def learning_rate(config: Config, per_epoch: float, total: float) -> optax.Schedule:
     """The rate of each update of a stage, from updates per epoch and in all."""
     if config.lr_schedule == "cosine":
-        return optax.cosine_decay_schedule(config.learning_rate, max(round(total), 1))
+        return optax.cosine_decay_schedule(config.learning_rate, math.ceil(total))
     if config.lr_schedule == "constant":
         return optax.constant_schedule(config.learning_rate)
     boundaries: dict[int, float] = {}

@@ -58,7 +58,8 @@ class Layer:
         dtypes. ``state`` is what changes at the forward and is not trained (batch statistics); use
         ``()`` where there is none.
       apply: ``apply(params, state, x, *, train, key) -> (y, state)``; ``x`` and ``y`` are arrays or
-        pytrees of arrays, batch axis first. ``key`` is None in evaluation.
+        pytrees of arrays, batch axis first. ``key`` is None in evaluation. Between two layers ``y``
+        has the same shapes in training and evaluation.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fdg_jax.layer import Key, Layer, LossFn, PyTree, output_of, typed_key
+from fdg_jax.layer import Key, Layer, LossFn, PyTree, typed_key
 from fdg_jax.placement import stage_meshes
 from fdg_jax.schedule import Schedule
 from fdg_jax.stage import Stage
@@ -32,7 +32,8 @@ class Pipeline:
 
     Args:
       stages: K layers, input first; `partition` makes them.
-      loss_fn: ``loss_fn(outputs, labels) -> (mean loss, dict of metrics)``.
+      loss_fn: ``loss_fn(outputs, labels) -> (mean loss, dict of metrics)``; where a schedule
+        divides mini-batches, metrics must be scalars and means over the batch, as the loss is.
       optimizer: ``optimizer(k)`` is the ``optax.GradientTransformation`` of stage k. A
         learning-rate schedule in it counts the stage's own updates.
       schedule: who does what when, for K stages.
@@ -150,9 +151,9 @@ class Pipeline:
           ValueError: the batch does not fit the network, the loss, or the devices; the state is
             whole then.
         """
-        self._check(state, *batch)
         tick = self._tick(state)
         tick.enter(*batch)
+        self._check(state, *batch)
         self._wait()
         tick.run(self.schedule.tick(tick.batch - tick.origin))
         self._tokens.append(tick.tokens())
@@ -223,11 +224,12 @@ class Pipeline:
         shapes = _signature(x), _signature(labels)
         if shapes in self._fitting:
             return
+        count = self.schedule.microbatches
+        y, targets = _part(x, count), _part(labels, count)
         try:
-            y = x
             for stage, own in zip(self.stages, state.stages, strict=True):
-                y = output_of(stage.layer, own.params, own.model_state, y)
-            found = jax.eval_shape(self._loss_fn, y, labels)
+                y = stage.output(own.params, own.model_state, y, own.key, own.number)
+            found = jax.eval_shape(self._loss_fn, y, targets)
         except Exception as error:
             raise ValueError(f"batch: does not fit the network or loss_fn: {error}") from error
         if not (
@@ -239,6 +241,13 @@ class Pipeline:
             raise ValueError(
                 f"loss_fn: returns {found}, but must return the mean loss (a scalar) and a dict of "
                 "metrics"
+            )
+        if "batch" in found[1]:
+            raise ValueError('loss_fn: a metric is named "batch", which is the batch\'s number')
+        if count > 1 and any(leaf.ndim for leaf in jax.tree.leaves(found[1])):
+            raise ValueError(
+                f"loss_fn: returns metrics {found[1]}, but those of micro-batches are averaged: "
+                "give scalars that are means over the batch"
             )
         self._fitting.add(shapes)
 
@@ -253,3 +262,13 @@ class Pipeline:
 def _signature(tree: PyTree) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((np.shape(v), getattr(v, "dtype", type(v))) for v in leaves)
+
+
+def _part(tree: PyTree, count: int) -> PyTree:
+    """Shapes and dtypes of one of ``count`` micro-batches."""
+
+    def part(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (leaf.shape[0] // count, *leaf.shape[1:]) if leaf.shape else ()
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return jax.tree.map(part, jax.eval_shape(lambda v: v, tree))

@@ -163,7 +163,10 @@ def _pin(y: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _part(batch: tuple[PyTree, PyTree], micro: int, count: int) -> tuple[PyTree, PyTree]:
-    """One of the micro-batches of a mini-batch."""
-    return jax.tree.map(
-        lambda v: v[micro * (len(v) // count) : (micro + 1) * (len(v) // count)], batch
-    )
+    """One of the micro-batches of a mini-batch; a leaf without a batch axis goes to each."""
+
+    def part(v: Any) -> Any:
+        size = len(v) // count if jnp.ndim(v) else 0
+        return v[micro * size : (micro + 1) * size] if jnp.ndim(v) else v
+
+    return jax.tree.map(part, batch)

@@ -91,6 +91,19 @@ class Stage:
             opt_state = jax.device_put(opt_init(params), self.replicated)
         return params, model_state, opt_state, output_of(self.layer, params, model_state, x)
 
+    def output(
+        self, params: PyTree, model_state: PyTree, x: PyTree, key: Key, number: jax.Array
+    ) -> PyTree:
+        """Shapes and dtypes of the output in training; nothing is computed."""
+
+        def apply(
+            params: PyTree, model_state: PyTree, x: PyTree, key: Key, number: jax.Array
+        ) -> Any:
+            noise = batch_key(key, number)
+            return self.layer.apply(params, model_state, x, train=True, key=noise)[0]
+
+        return jax.eval_shape(apply, params, model_state, x, key, number)
+
     # Pure functions. `number` counts this stage's forwards; it seeds the batch's noise, and its
     # successor is the small token by which the host sees that a program has ended.
 
@@ -119,7 +132,7 @@ class Stage:
             if self.loss_fn is None:
                 return split_inexact(y)[0], (self._over_batch(y), new_state)
             loss, metrics = self.loss_fn(y, labels)
-            return loss, (({"loss": loss, **metrics}, jnp.ones_like(loss)), new_state)
+            return loss, (({**metrics, "loss": loss}, jnp.ones_like(loss)), new_state)
 
         if self.first:
             _, vjp, (y, new_state) = jax.vjp(lambda p: outputs(p, moving), params, has_aux=True)

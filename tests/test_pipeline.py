@@ -286,6 +286,66 @@ def test_a_loss_of_another_kind_is_refused(loss_fn):
         pipe.step(state, data[0])
 
 
+def test_a_batch_that_fails_in_training_only_loses_nothing():
+    def init(key, x):
+        return jnp.ones((4, networks.CLASSES)), ()
+
+    def apply(params, state, x, *, train, key):
+        if train:  # groups of four
+            x = x.reshape(-1, 4, x.shape[-1]).reshape(x.shape)
+        return x @ params, state
+
+    data = networks.batches(3)
+    last = networks.dense(networks.CLASSES, lambda x: x)
+    pipe = fdg.Pipeline(
+        [fdg.Layer(init, apply), last], networks.loss_fn, networks.sgd(1, 2), fdg.schedule.fdg(2)
+    )
+    state = pipe.init(jax.random.key(0), data[0][0])
+    for batch in data:
+        state, _ = pipe.step(state, batch)
+    with pytest.raises(ValueError, match="batch: does not fit"):
+        pipe.step(state, (data[0][0][:6], data[0][1][:6]))
+    state, _ = pipe.step(state, data[0])
+    assert state.tick == 4
+
+
+def test_the_last_layer_may_have_outputs_that_only_training_uses():
+    def apply(params, state, x, *, train, key):
+        y = x @ params
+        return ({"y": y, "auxiliary": 2 * y} if train else {"y": y}), state
+
+    layer = fdg.Layer(lambda key, x: (jnp.ones((networks.WIDTH, networks.CLASSES)), ()), apply)
+
+    def loss_fn(outputs, labels):
+        loss, metrics = networks.loss_fn(outputs["y"], labels)
+        return loss + 0.1 * networks.loss_fn(outputs["auxiliary"], labels)[0], metrics
+
+    stages = [networks.dense(networks.WIDTH), layer]
+    data = networks.batches(30)
+    networks.assert_equals_oracle(
+        stages, networks.sgd(1, 2), fdg.schedule.fdg(2), data, loss=loss_fn
+    )
+
+
+def test_metrics_of_micro_batches_are_means_and_keep_their_names():
+    data = networks.batches(2)
+    stages = [networks.dense(networks.WIDTH), networks.dense(networks.CLASSES, lambda x: x)]
+
+    def step(metrics):
+        def loss_fn(outputs, labels):
+            return networks.loss_fn(outputs, labels)[0], metrics(outputs)
+
+        schedule = fdg.schedule.gpipe(2, microbatches=4)
+        pipe = fdg.Pipeline(stages, loss_fn, networks.sgd(1, 2), schedule)
+        return pipe.step(pipe.init(jax.random.key(0), data[0][0]), data[0])[1]
+
+    assert step(lambda y: {"loss": 7.0 * y.mean(), "top": y.mean()})["loss"] > 0.5
+    with pytest.raises(ValueError, match="give scalars that are means"):
+        step(lambda y: {"outputs": y})
+    with pytest.raises(ValueError, match='a metric is named "batch"'):
+        step(lambda y: {"batch": y.mean()})
+
+
 def test_a_copy_of_a_state_trains_on_alike():
     pipe = make(3)
     data = networks.batches(8)

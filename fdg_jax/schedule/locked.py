@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fdg_jax.schedule.stream import Action, Schedule, needs
 
 
@@ -65,9 +67,11 @@ def gpipe(num_stages: int, microbatches: int = 4) -> Schedule:
     _check(microbatches)
     parts = range(microbatches)
 
+    order = [("F", m) for m in parts] + [("B", m) for m in reversed(parts)]
+    plan = _interleave([order] * num_stages)
+
     def rule(t: int) -> list[Action]:
-        order = [("F", m) for m in parts] + [("B", m) for m in reversed(parts)]
-        return _interleave(t, [order] * num_stages)
+        return [replace(action, batch=t) for action in plan]
 
     return Schedule("gpipe", num_stages, rule, microbatches=microbatches)
 
@@ -106,8 +110,10 @@ def one_f_one_b(num_stages: int, microbatches: int = 4) -> Schedule:
             actions += [("F", warm + m), ("B", m)]
         return actions + [("B", m) for m in range(microbatches - warm, microbatches)]
 
+    plan = _interleave([order(k) for k in range(num_stages)])
+
     def rule(t: int) -> list[Action]:
-        return _interleave(t, [order(k) for k in range(num_stages)])
+        return [replace(action, batch=t) for action in plan]
 
     return Schedule("one_f_one_b", num_stages, rule, microbatches=microbatches)
 
@@ -117,12 +123,12 @@ def _check(microbatches: int) -> None:
         raise ValueError(f"microbatches={microbatches}: a mini-batch has at least one part")
 
 
-def _interleave(batch: int, orders: list[list[tuple[str, int]]]) -> list[Action]:
-    """What each stage does of one batch, in an order in which it can be dispatched; then updates.
+def _interleave(orders: list[list[tuple[str, int]]]) -> list[Action]:
+    """What each stage does of batch 0, in an order in which it can be dispatched; then updates.
 
     In every round each stage does the next action on its list if its inputs were there before.
     """
-    kinds = [[Action(kind, batch, k, micro) for kind, micro in o] for k, o in enumerate(orders)]  # type: ignore[arg-type]
+    kinds = [[Action(kind, 0, k, micro) for kind, micro in o] for k, o in enumerate(orders)]  # type: ignore[arg-type]
     done: set[Action] = set()
     actions = []
     while any(kinds):
@@ -133,4 +139,4 @@ def _interleave(batch: int, orders: list[list[tuple[str, int]]]) -> list[Action]
             kinds[action.stage].pop(0)
         done.update(ready)
         actions += ready
-    return actions + [Action("U", batch, k) for k in reversed(range(len(orders)))]
+    return actions + [Action("U", 0, k) for k in reversed(range(len(orders)))]

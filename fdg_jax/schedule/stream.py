@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -262,6 +263,7 @@ def count(schedule: Schedule, batches: int) -> list[_Counts]:
     returned: list[list[tuple[int, int | None]]] = [[] for _ in stages]  # not yet applied
     delays: list[list[int]] = [[] for _ in stages]
     staleness: list[list[int]] = [[] for _ in stages]
+    flying: list[Counter[int]] = [Counter() for _ in stages]  # micro-batches of each batch
     peak = [0] * schedule.num_stages
     middle = range(batches // 3, 2 * batches // 3)
     for t, actions in enumerate(schedule.stream(batches)):
@@ -270,7 +272,8 @@ def count(schedule: Schedule, batches: int) -> list[_Counts]:
             if action.kind == "F":
                 version = updates[k] if action.version is None else action.version
                 forwarded[k][part] = (t, version)
-                peak[k] = max(peak[k], len({batch for batch, _ in forwarded[k]}))
+                flying[k][action.batch] += 1
+                peak[k] = max(peak[k], len(flying[k]))
             elif action.kind == "B":
                 returned[k].append(part)
                 if action.batch in middle:
@@ -278,6 +281,9 @@ def count(schedule: Schedule, batches: int) -> list[_Counts]:
             else:
                 for part in returned[k]:
                     version = forwarded[k].pop(part)[1]
+                    flying[k][part[0]] -= 1
+                    if not flying[k][part[0]]:
+                        del flying[k][part[0]]
                     if part[0] in middle:
                         staleness[k].append(updates[k] - version)
                 returned[k] = []

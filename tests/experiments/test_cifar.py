@@ -171,6 +171,7 @@ def test_every_method_trains(images, cache, tmp_path):
         (["--method=one_f_one_b", "--microbatches=0"], "--microbatches=0"),
         (["--method=adl", "--accumulate=0"], "--accumulate=0"),
         (["--method=pipedream_2bw", "--accumulate=1"], "accumulate=1"),
+        (["--method=adl", "--accumulate=100000", "--steps=5"], "--accumulate=100000"),
         (["--gradient=fresh"], "--gradient=fresh"),
         (["--reduction=max"], "--reduction=max"),
         (["--method=data_parallel", "--batch_size=15"], "--batch_size=15"),
