@@ -33,6 +33,7 @@ def parameters(name: str, **options) -> int:
         ("resnet101", 42.5, 1),
         ("wrn28_10", 36.5, 1),
         ("small_resnet", 0.3, 1),
+        ("plain16", 0.59, 2),
     ],
 )
 def test_number_of_parameters_is_the_published_one(name, millions, digits):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 from fdg_jax.layer import Layer
+from fdg_jax.models.plain import plain
 from fdg_jax.models.resnet import resnet, small_resnet, thin_resnet, wide_resnet
 
 THIN_DEPTHS = (20, 32, 44, 56, 110, 1202)
@@ -20,7 +21,7 @@ def create(
 
     Args:
       name: "small_resnet"; "resnet20", 32, 44, 56, 110, 1202 (thin); "resnet18", 34, 50, 101;
-        "wrn28_10" and any other "wrn<6n+4>_<k>".
+        "plain16"; "wrn28_10" and any other "wrn<6n+4>_<k>".
       num_classes: size of the output.
       channels: of the images.
       unroll: whether equal blocks are written out or scanned, see `fdg_jax.repeat`.
@@ -39,6 +40,7 @@ def create(
         **{f"resnet{d}": functools.partial(thin_resnet, d, unroll=unroll) for d in THIN_DEPTHS},
         **{f"resnet{d}": functools.partial(resnet, d, unroll=unroll) for d in DEPTHS},
         "small_resnet": small_resnet,
+        "plain16": functools.partial(plain, 16, unroll=unroll),
     }
     if wide := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
         depth, widen = map(int, wide.groups())
@@ -48,4 +50,4 @@ def create(
     return makers[name](num_classes=num_classes, channels=channels)
 
 
-__all__ = ["create", "resnet", "small_resnet", "thin_resnet", "wide_resnet"]
+__all__ = ["create", "plain", "resnet", "small_resnet", "thin_resnet", "wide_resnet"]

@@ -1,0 +1,59 @@
+"""A plain convolutional network: equal layers, so that it can be cut into equal stages."""
+
+from __future__ import annotations
+
+import functools
+
+from flax import nnx
+
+from fdg_jax.adapter import from_nnx
+from fdg_jax.layer import Layer, repeat
+from fdg_jax.models.block import ConvNorm, Head
+
+
+def plain(
+    depth: int,
+    width: int = 64,
+    num_classes: int = 10,
+    channels: int = 3,
+    unroll: bool | None = None,
+) -> list[Layer]:
+    """A stem and ``depth`` equal 3x3 convolutions with batch norm and ReLU, without shortcuts.
+
+    All stages of a split into K, where K divides ``depth``, have nearly the same cost: the network
+    of the benchmarks.
+
+    Args:
+      depth: convolutions after the stem, >= 1.
+      width: channels of each.
+      num_classes: size of the output.
+      channels: of the images.
+      unroll: see `fdg_jax.repeat`.
+
+    Returns:
+      Layers, input first: stem, the repeated layer, head.
+
+    Raises:
+      ValueError: depth < 1 (from `repeat`).
+
+    Example:
+      >>> len(plain(16))
+      3
+
+    References:
+      "Plain" as in He et al., `Deep Residual Learning for Image Recognition
+      <https://arxiv.org/abs/1512.03385>`_, section 3.3, 2016.
+    """
+    return [
+        from_nnx(functools.partial(_layer, channels, width)),
+        repeat(from_nnx(functools.partial(_layer, width, width)), depth, unroll=unroll),
+        from_nnx(functools.partial(_head, width, num_classes)),
+    ]
+
+
+def _layer(inputs: int, outputs: int, rngs: nnx.Rngs) -> ConvNorm:
+    return ConvNorm(inputs, outputs, rngs=rngs)
+
+
+def _head(inputs: int, num_classes: int, rngs: nnx.Rngs) -> Head:
+    return Head(inputs, num_classes, rngs=rngs)
