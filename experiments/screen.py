@@ -78,7 +78,11 @@ class Screen:
         """A table, numbers to the right."""
         table = Table(title=title, title_justify="left")
         for i, head in enumerate(heads):
-            table.add_column(head, justify="left" if i == 0 else "right")
+            # Names stay whole; a head that is too long goes on in the next line.
+            first = i == 0
+            table.add_column(
+                head, justify="left" if first else "right", no_wrap=first, overflow="fold"
+            )
         for row in rows:
             table.add_row(*row)
         self.console.print(table)

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.errors import UsageError
@@ -19,17 +20,18 @@ class Workdir:
     Args:
       path: the folder, made if it is not there.
       overwrite: whether the files of an earlier run there may go.
+      files: which those are.
 
     Raises:
       UsageError: the folder cannot be written, or holds a run that may not be overwritten.
     """
 
-    def __init__(self, path: str, *, overwrite: bool) -> None:
+    def __init__(self, path: str, *, overwrite: bool, files: Sequence[str] = FILES) -> None:
         self.path = pathlib.Path(path).expanduser()
-        check(path, overwrite=overwrite)
+        check(path, overwrite=overwrite, files=files)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in FILES:
+            for name in files:
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -55,11 +57,11 @@ class Workdir:
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
 
-def check(path: str, *, overwrite: bool) -> None:
+def check(path: str, *, overwrite: bool, files: Sequence[str] = FILES) -> None:
     """Whether a run may begin in ``path``; leaves nothing behind."""
     try:
         folder = pathlib.Path(path).expanduser()
-        taken = [name for name in FILES if (folder / name).exists()]
+        taken = [name for name in files if (folder / name).exists()]
         if any((folder / name).is_dir() for name in taken):
             raise IsADirectoryError(f"{path} has a folder named {' or '.join(taken)}")
         if folder.exists() and not folder.is_dir():
