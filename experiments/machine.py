@@ -1,0 +1,121 @@
+"""What else the machine is doing, and so whether a comparison of times is fair."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from experiments.setup import cores
+
+STAT = pathlib.Path("/proc/stat")
+# Processor time is counted in hundredths of a second: in less than this only noise is seen.
+SHORTEST_SECONDS = 0.5
+# Of a line of /proc/stat: everything but idle and iowait; guests are counted in user already.
+BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
+FIELDS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
+
+
+class Usage(NamedTuple):
+    """Processor seconds since some moment in the past.
+
+    Attributes:
+      wall: seconds by the clock.
+      busy: of all processes, on the cores that this one may use; None where nobody counts.
+      idle: the rest.
+      own: of this program.
+    """
+
+    wall: float
+    busy: float | None
+    idle: float
+    own: float
+
+
+def usage(processes: Sequence[int] = ()) -> Usage:
+    """What has been used until now.
+
+    Args:
+      processes: ids of running processes that belong to this program.
+    """
+    busy, idle = _all_processes()
+    times = os.times()
+    own = times.user + times.system + times.children_user + times.children_system
+    return Usage(time.monotonic(), busy, idle, own + sum(map(_one_process, processes)))
+
+
+def cores_of_others(before: Usage, after: Usage) -> float | None:
+    """Processor cores that other programs kept busy between two moments, on average.
+
+    Returns:
+      Cores, or None where this machine does not say, or the time was too short.
+    """
+    wall = after.wall - before.wall
+    if before.busy is None or after.busy is None or wall < SHORTEST_SECONDS:
+        return None
+    busy = after.busy - before.busy
+    # A sandbox may show a file of zeros; a true one accounts for the time of every core.
+    if busy + after.idle - before.idle < 0.5 * wall * cores():
+        return None
+    return max(busy - (after.own - before.own), 0.0) / wall
+
+
+def load() -> tuple[float, ...] | None:
+    """The load averages of the last 1, 5 and 15 minutes, or None where there are none."""
+    return os.getloadavg() if hasattr(os, "getloadavg") else None
+
+
+def at_rest(max_load: float, seconds: float = 2.0) -> tuple[dict[str, Any], str | None]:
+    """Watches the machine for a while, doing nothing.
+
+    The load average lags by a minute, so it decides only where processor time is not counted.
+
+    Args:
+      max_load: how many cores other programs may keep busy.
+      seconds: how long.
+
+    Returns:
+      What was found, and why a comparison would not be fair, or None.
+    """
+    averages = load()
+    before = usage()
+    time.sleep(seconds)
+    others = cores_of_others(before, usage())
+    found: dict[str, Any] = {"load_average": averages and list(averages), "cores_of_others": others}
+    if others is not None and others > max_load:
+        return found, f"other programs used {others:.2f} cores before it began"
+    if others is None and averages is not None and averages[0] > max_load:
+        return found, f"the load average was {averages[0]:.2f} before it began"
+    return found, None
+
+
+def _all_processes() -> tuple[float | None, float]:
+    """Busy and idle seconds of the cores that this process may use."""
+    try:
+        lines = STAT.read_text().splitlines()
+    except OSError:
+        return None, 0.0
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    busy = idle = 0
+    for line in lines:
+        name, *numbers = line.split()
+        core = name.removeprefix("cpu")
+        if name == core or not core.isdigit() or (allowed and int(core) not in allowed):
+            continue
+        ticks = dict(zip(FIELDS, map(int, numbers), strict=False))
+        busy += sum(ticks.get(field, 0) for field in BUSY)
+        idle += ticks.get("idle", 0) + ticks.get("iowait", 0)
+    second = os.sysconf("SC_CLK_TCK")
+    return busy / second, idle / second
+
+
+def _one_process(pid: int) -> float:
+    """Processor seconds of another process; 0 where nobody counts."""
+    try:
+        # The name of the program, in brackets, may hold anything: count from its end.
+        numbers = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
