@@ -1,0 +1,78 @@
+"""One stage at work with nothing else running: the least time that a tick could take."""
+
+from __future__ import annotations
+
+import collections
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.contender import Piped
+from fdg_jax.state import PipelineState, StageState
+from fdg_jax.tick import Tick
+
+
+class Alone:
+    """The programs of one stage of FDG, as a tick in steady state dispatches them.
+
+    Its state is a copy. What the neighbours would send is made beforehand, and what it would send
+    stays on its own device.
+
+    Args:
+      contender: filled; of a schedule in which every stage can begin every tick at once.
+      k: the stage.
+    """
+
+    def __init__(self, contender: Piped, k: int) -> None:
+        self.name, self.k = f"{contender.name} stage {k}", k
+        pipe, state = contender.pipe, contender.state
+        self.schedule = contender.schedule
+        self.max_ahead = pipe.max_ahead
+        self.today = contender.gradient == "recompute"
+        # Every neighbour is the stage itself: messages then need no transfer.
+        self.programs = [pipe.stages[k]] * pipe.num_stages
+        own = jax.tree.map(jnp.copy, state.stages[k]).copied()
+        self.inputs = contender.batch[0] if k == 0 else next(iter(own.activations.values()))
+        self.labels = contender.batch[1]
+        self.cotangent = next(iter(own.cotangents.values()), None)
+        own = own._replace(activations={}, cotangents={}, labels={})
+        stages = [StageState.fresh((), (), (), own.key, own.number) for _ in pipe.stages]
+        stages[k] = own
+        self.state = PipelineState(int(state.tick), int(state.origin), state.key, tuple(stages))
+
+    def turn(self, steps: int) -> float:
+        """Does the stage's part of so many ticks, and waits at the end; returns the seconds."""
+        messages = [jax.tree.map(jnp.copy, (self.inputs, self.cotangent)) for _ in range(steps)]
+        jax.block_until_ready((messages, self.state))
+        messages.reverse()
+        tokens: collections.deque[Any] = collections.deque()
+        start = time.perf_counter()
+        for _ in range(steps):
+            if len(tokens) >= self.max_ahead:
+                jax.block_until_ready(tokens.popleft())
+            tokens.append(self.tick(*messages.pop()))
+        jax.block_until_ready(self.state)
+        return time.perf_counter() - start
+
+    def tick(self, inputs: Any, cotangent: Any) -> list[jax.Array]:
+        """Dispatches one tick; returns what tells of its end."""
+        tick = Tick(self.programs, self.schedule, self.today, self.state)
+        actions = [a for a in self.schedule.tick(tick.batch - tick.origin) if a.stage == self.k]
+        own = tick.stages[self.k]
+        for action in actions:
+            n = action.batch + tick.origin
+            if action.kind == "F":
+                own.activations[n] = inputs
+                if self.k == tick.last:
+                    own.labels[n] = self.labels
+            elif action.kind == "B" and self.k < tick.last:
+                own.cotangents[n] = cotangent
+        tick.run(actions)
+        self.state = tick.state(tick.batch + 1, tick.origin)
+        for k, other in enumerate(self.state.stages):
+            if k != self.k:
+                other.activations.clear()
+                other.cotangents.clear()
+        return tick.tokens()

@@ -1,0 +1,22 @@
+"""Settings that the tests of the benchmark share."""
+
+import jax
+import pytest
+
+import fdg_jax as fdg
+from experiments import machine
+from experiments.workload import Settings
+from tests.experiments.tiny import QUIET, tiny_network
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path) -> Settings:
+    """Settings of a network that compiles in a moment, on an idle machine."""
+    # Starts JAX with the devices of all tests: a benchmark asks for as many as there are cores.
+    assert len(jax.devices()) == 4
+    monkeypatch.setattr(fdg.models, "create", tiny_network)
+    monkeypatch.setattr(machine, "at_rest", lambda max_load: (dict(QUIET), None))
+    monkeypatch.setattr(machine, "cores_of_others", lambda before, after: 0.05)
+    folder = str(tmp_path / "run")
+    sizes = {"image_size": 2, "batch_size": 8, "rounds": 3, "steps": 2}
+    return Settings(folder, model="tiny", partition="3", **sizes)
