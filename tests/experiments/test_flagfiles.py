@@ -10,7 +10,9 @@ from experiments import cifar
 from fdg_jax.partition import units_of
 
 FOLDER = pathlib.Path(cifar.__file__).parent / "flags"
-FLAGFILES = sorted(p for p in FOLDER.glob("*.cfg") if not p.stem.startswith("compare_"))
+FLAGFILES = sorted(
+    p for p in FOLDER.glob("*.cfg") if not p.stem.startswith(("compare_", "benchmark_"))
+)
 
 
 @pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)

@@ -1,0 +1,251 @@
+"""Times FDG against backpropagation and the alternatives, on the same network, batch and optimizer.
+
+    python -m experiments.benchmark --flagfile=experiments/flags/benchmark_cpu.cfg --workdir=DIR
+
+Contenders: backprop (one jitted step on one device), data_parallel (the same on K devices), the
+methods of experiments.cifar on K devices, each stage on its own, fdg_recompute and
+fdg_recompute_stale (FDG with another choice of gradient), engine_k1 (the engine, network uncut),
+one_device_k<K> (FDG with all stages on one device), backprop_torch (the same network in PyTorch).
+
+In each round every contender has one turn, and so has every stage of FDG alone; the order moves on
+by one from round to round. Writes benchmark.json, benchmark.md and benchmark.png.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import bars, command, contender, held, machine, setup, tables, workdir
+from experiments.alone import Alone
+from experiments.contender import Contender, Piped
+from experiments.errors import UsageError
+from experiments.screen import Screen
+from experiments.torch_row import LeftOut, Torch
+from experiments.workload import ALLOWED, PIPED, Settings, Workload
+
+FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
+# Settings that say where things are, not what is measured.
+PLACES = ("workdir", "torch_python", "overwrite")
+HELP = {
+    "workdir": f"Folder for {', '.join(FILES)}.",
+    "contenders": f"What is timed, any of {ALLOWED}. Ratios are to backprop, or without it to "
+    "the first.",
+    "model": "As in experiments.cifar; plain16 has equal layers.",
+    "image_size": "Height and width of the random images.",
+    "batch_size": "Images a mini-batch.",
+    "num_stages": "K, the number of stages; each has a device, as far as there are cores.",
+    "microbatches": "Parts of a mini-batch in gpipe and one_f_one_b.",
+    "partition": "How to split: by measured time, by flops, or at K-1 layer numbers (which hold "
+    "for K = --num_stages; one_device_k<K> with another K is split by flops then).",
+    "rounds": "How often each contender has its turn.",
+    "steps": "Steps of a turn; 0: as many as backprop does in --turn_seconds.",
+    "turn_seconds": "See --steps.",
+    "warmup_steps": "Steps before the first round, beyond those that fill a pipeline.",
+    "max_load": "Processor cores that other programs may use in a fair comparison.",
+    "torch_python": "The Python that runs backprop_torch; without torch in it the row is left out.",
+    "seed": "Of initial weights, images and labels.",
+    "overwrite": "Whether earlier results in the workdir may be replaced.",
+}
+
+Turn = Callable[[int], float]
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measures, prints and writes; returns what stands in benchmark.json.
+
+    Raises:
+      UsageError: a setting is not allowed; nothing has been written then.
+    """
+    settings.check()
+    folder = pathlib.Path(settings.workdir).expanduser()
+    if any((folder / name).exists() for name in workdir.FILES):
+        raise UsageError(f"--workdir={settings.workdir}: holds a training run; name another folder")
+    workdir.check(settings.workdir, overwrite=settings.overwrite, files=FILES)
+    screen = Screen(0)
+    # --- The machine, before this program makes it busy itself.
+    found, reason = machine.at_rest(settings.max_load)
+    setup.prepare_jax(settings.num_stages)
+    about = {**setup.environment(), **found}
+    for line in tables.about_machine(about):
+        screen.line(line)
+    unfair = [reason] if reason else []
+    if reason:
+        screen.line(f"NOT A FAIR COMPARISON: {reason}; --max_load={settings.max_load:g}")
+    work = Workload(settings)
+    with contextlib.ExitStack() as stack:
+        contenders, rows, notes = warm_up(work, screen, stack)
+        alone = {c.name: alones(c) for c in contenders}
+        seconds, log = rounds(work, contenders, alone, screen)
+    used = [entry["cores_of_others"] or 0.0 for entry in log["rounds"]]
+    if disturbed := [value for value in used if value > settings.max_load]:
+        unfair.append(
+            f"other programs used up to {max(disturbed):.2f} cores in {len(disturbed)} of "
+            f"{len(used)} rounds"
+        )
+    # --- What follows from the seconds.
+    base = "backprop" if "backprop" in rows else contenders[0].name
+    own = {c.name: seconds[c.name] for c in contenders}
+    for c in contenders:
+        row = rows[c.name]
+        row["seconds"], row["over"] = tables.spread(own[c.name]), tables.over(own, c.name)
+        if alone[c.name]:
+            times = [seconds[stage.name] for stage in alone[c.name]]
+            for part, values in zip(row["parts"], times, strict=True):
+                part["seconds"] = tables.spread(values)
+            devices = [part["device"] for part in row["parts"]]
+            row["bound"] = tables.bound(times, devices, own[c.name])
+        row["loss"] = c.loss if math.isfinite(c.loss) else None
+        if row["loss"] is None:
+            unfair.append(f"{c.name} computes with numbers that are not finite")
+    results = {
+        "settings": {
+            name: value
+            for name, value in dataclasses.asdict(settings).items()
+            if name not in PLACES
+        },
+        "machine": about,
+        "fair": not unfair,
+        "unfair": unfair,
+        "notes": notes,
+        "base": base,
+        "contenders": [rows[c.name] for c in contenders],
+        "layer_costs": list(work.layer_costs),
+        "cost_unit": work.unit,
+        **log,
+    }
+    # --- On disk first: a terminal may be gone by now.
+    out = workdir.Workdir(settings.workdir, overwrite=settings.overwrite, files=FILES)
+    out.write_json("benchmark.json", results)
+    out.write_bytes("benchmark.md", tables.markdown(results).encode())
+    out.write_bytes("benchmark.png", bars.draw(results))
+    for title, heads, lines in tables.tables(results):
+        screen.table(title, heads, lines)
+    screen.line(f"wrote {', '.join(FILES)} to {settings.workdir}")
+    return results
+
+
+def warm_up(
+    work: Workload, screen: Screen, stack: contextlib.ExitStack
+) -> tuple[list[Contender], dict[str, dict[str, Any]], list[str]]:
+    """Makes, compiles and fills every contender, and counts its bytes.
+
+    Returns:
+      The contenders, a row for each by name, and notes on what was left out.
+    """
+    contenders: list[Contender] = []
+    rows: dict[str, dict[str, Any]] = {}
+    notes = []
+    for name in dict.fromkeys(work.settings.contenders):
+        start, before = time.perf_counter(), held.live()
+        try:
+            made = Torch(name, work) if name == "backprop_torch" else contender.make(name, work)
+        except LeftOut as why:
+            notes.append(f"{name} is left out: {why}")
+            screen.line(notes[-1])
+            continue
+        stack.callback(made.close)
+        contenders.append(made)
+        made.turn(made.fill + work.settings.warmup_steps)
+        memory = held.table(made)
+        live = {device: size - before[device] for device, size in held.live().items()}
+        rows[name] = {
+            "name": name,
+            "about": made.about,
+            "devices": made.devices,
+            "stages": made.stages,
+            "memory": memory,
+            "live_bytes": live,
+        }
+        if isinstance(made, Piped):
+            spans = tables.layers(made.split.cuts, made.split.layers)
+            rows[name] |= {"cuts": list(made.split.cuts), "gradient": made.gradient}
+            rows[name]["parts"] = [
+                {"layers": span, "device": str(stage.mesh.devices.flat[0])}
+                for span, stage in zip(spans, made.pipe.stages, strict=True)
+            ]
+        if isinstance(made, Torch):
+            rows[name]["torch"] = made.ready
+        screen.line(f"{name}: {made.about}; ready after {time.perf_counter() - start:.1f} s")
+    if not contenders:
+        raise UsageError("--contenders: none of them can run here; add backprop")
+    return contenders, rows, notes
+
+
+def alones(made: Contender) -> list[Alone]:
+    """The stages of FDG, each alone; other schedules make a stage wait in every tick."""
+    if not isinstance(made, Piped) or made.schedule.name != "fdg" or made.name not in PIPED:
+        return []
+    return [Alone(made, k) for k in range(made.stages)]
+
+
+def rounds(
+    work: Workload,
+    contenders: Sequence[Contender],
+    alone: dict[str, list[Alone]],
+    screen: Screen,
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds per step by name, round by round, and a log of the rounds."""
+    settings = work.settings
+    turns: list[tuple[str, Turn]] = [(c.name, c.turn) for c in contenders]
+    turns += [(stage.name, stage.turn) for c in contenders for stage in alone[c.name]]
+    processes = [pid for c in contenders for pid in c.processes]
+    trial = {name: turn(2) / 2 for name, turn in turns}  # also compiles what is left
+    pace = "backprop" if "backprop" in trial else contenders[0].name
+    period = math.lcm(*(c.schedule.period for c in contenders if isinstance(c, Piped)), 1)
+    steps = settings.steps or period * math.ceil(settings.turn_seconds / trial[pace] / period)
+    seconds: dict[str, list[float]] = {name: [] for name, _ in turns}
+    log = []
+    for r in range(settings.rounds):
+        first = r % len(turns)
+        before = machine.usage(processes)
+        for name, turn in turns[first:] + turns[:first]:
+            seconds[name].append(turn(steps) / steps)
+        after = machine.usage(processes)
+        others = machine.cores_of_others(before, after)
+        log.append({"first": turns[first][0], "cores_of_others": others})
+        left = math.ceil((settings.rounds - r - 1) * (after.wall - before.wall))
+        times = "  ".join(f"{c.name} {1e3 * seconds[c.name][-1]:.0f}" for c in contenders)
+        used = "unknown" if others is None else f"{others:.2f} cores"
+        screen.line(
+            f"round {r + 1}/{settings.rounds}  {left} s left  others use {used}  ms: {times}"
+        )
+    return seconds, {"steps": steps, "rounds": log}
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """One flag for every field of `Settings`, with its default."""
+    define: dict[str, Callable[..., Any]] = {
+        "str": flags.DEFINE_string,
+        "int": flags.DEFINE_integer,
+        "float": flags.DEFINE_float,
+        "bool": flags.DEFINE_bool,
+        "tuple[str, ...]": flags.DEFINE_list,
+    }
+    for field in dataclasses.fields(Settings):
+        default: Any = "" if field.default is dataclasses.MISSING else field.default
+        default = list(default) if isinstance(default, tuple) else default
+        define[str(field.type)](field.name, default, HELP[field.name], flag_values=values)
+
+
+def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Settings:
+    """The settings that the flags say."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    values: dict[str, Any] = {name: parsed[name].value for name in names}
+    return Settings(**{**values, "contenders": tuple(values["contenders"])})
+
+
+def main() -> None:
+    run(from_flags())
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)
