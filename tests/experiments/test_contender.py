@@ -47,6 +47,26 @@ def test_contenders_train_the_same_network(tiny):
     assert (single.stages, single.devices) == (4, 1)
 
 
+def test_the_update_is_sgd_with_momentum_and_weight_decay(tiny):
+    work = Workload(tiny)
+    layer = work.split(1)[0].at(0)
+    weights, model_state = layer.init(work.key, jnp.zeros(work.example.shape, jnp.float32))
+    velocity = jax.tree.map(jnp.zeros_like, weights)
+
+    def loss(weights, model_state):
+        y, new = layer.apply(weights, model_state, work.images, train=True, key=work.key)
+        return -jax.nn.log_softmax(y)[jnp.arange(8), work.labels].mean(), new
+
+    for _ in range(3):
+        gradient, model_state = jax.grad(loss, has_aux=True)(weights, model_state)
+        velocity = jax.tree.map(lambda v, g, w: 0.9 * v + g + 5e-4 * w, velocity, gradient, weights)
+        weights = jax.tree.map(lambda w, v: w - 1e-3 * v, weights, velocity)
+    found = params(made(tiny, "backprop", steps=3))
+    # Each weight has moved by about 1e-3 of its gradient; decay is 1e-6 of itself.
+    for a, b in zip(jax.tree.leaves(weights), found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-7 if b.dtype == np.float32 else 1e-9)
+
+
 @pytest.mark.parametrize("name", ["fdg", "fdg_recompute_stale", "fdg_recompute"])
 def test_a_stage_alone_does_what_it_does_in_the_pipeline(tiny, name):
     for stages in (2, 3):
