@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fdg_jax.layer import Layer, PyTree, Repeat, chain, output_of, zeros_like
+from fdg_jax.cost import layer_costs
+from fdg_jax.layer import Layer, PyTree, Repeat, chain
 
 Cost = Literal["flops", "time"] | Sequence[float]
 
@@ -93,8 +91,8 @@ def partition(
       example: an input with its batch axis: arrays or ``jax.ShapeDtypeStruct``. FLOPs and time are
         taken at these shapes.
       cost: "flops": of forward and backward, as XLA counts them before it optimises; "time": of
-        forward and backward, every distinct layer measured on the default device, median of 5; or
-        one number per layer; or the K-1 cuts themselves.
+        forward and backward, every distinct layer measured on the default device (see
+        `fdg_jax.cost`); or one number per layer; or the K-1 cuts themselves.
 
     Returns:
       A list of K layers (each a `chain`) that also carries `cuts`, `costs` and `balance`.
@@ -208,80 +206,6 @@ def _best(
         j = int(choice[j])
         cuts.append(j)
     return float(best[n]), cuts[::-1]
-
-
-def layer_costs(units: Sequence[Layer], example: PyTree, cost: str) -> list[float]:
-    """Forward plus backward cost of every layer, each distinct layer and shape looked at once.
-
-    Args:
-      units: layers, input first.
-      example: the input of the first, arrays or ``jax.ShapeDtypeStruct``.
-      cost: "flops" or "time".
-
-    Returns:
-      One number per layer: FLOPs, or seconds.
-    """
-    known: dict[Any, tuple[float, PyTree]] = {}
-    costs = []
-    x = jax.eval_shape(lambda v: v, example)
-    for unit in units:
-        # Equal layers of one repeat are the same inner object.
-        inner = unit.layer if isinstance(unit, Repeat) else unit
-        key = (
-            id(inner),
-            jax.tree.structure(x),
-            tuple((v.shape, v.dtype) for v in jax.tree.leaves(x)),
-        )
-        if key not in known:
-            assert inner is not None
-            params, state = jax.eval_shape(functools.partial(_init, inner), x)
-            measure = _flops if cost == "flops" else _seconds
-            known[key] = measure(inner, params, state, x), output_of(inner, params, state, x)
-        value, x = known[key]
-        costs.append(value)
-    return costs
-
-
-def _init(layer: Layer, x: PyTree) -> tuple[PyTree, PyTree]:
-    return layer.init(jax.random.key(0), x)
-
-
-def _forward_backward(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> PyTree:
-    leaves, structure = jax.tree.flatten(x)
-    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-
-    def outputs(params: PyTree, moving: list[jax.Array]) -> list[jax.Array]:
-        rest = iter(moving)
-        full = [next(rest) if m else leaf for leaf, m in zip(leaves, inexact, strict=True)]
-        key = jax.random.key(0)
-        y, _ = layer.apply(params, state, jax.tree.unflatten(structure, full), train=True, key=key)
-        return [leaf for leaf in jax.tree.leaves(y) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-
-    moving = [leaf for leaf, m in zip(leaves, inexact, strict=True) if m]
-    y, vjp = jax.vjp(outputs, params, moving)
-    return y, vjp(y)
-
-
-def _flops(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> float:
-    program = jax.jit(functools.partial(_forward_backward, layer))
-    analysis = program.lower(params, state, x).cost_analysis()
-    if not isinstance(analysis, dict):
-        raise ValueError(
-            'cost="flops": this platform does not count FLOPs; use cost="time", or give the costs'
-        )
-    return float(analysis.get("flops", 0.0))
-
-
-def _seconds(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> float:
-    arguments = jax.tree.map(lambda v: v + jnp.ones((), v.dtype), zeros_like((params, state, x)))
-    program = jax.jit(functools.partial(_forward_backward, layer)).lower(*arguments).compile()
-    jax.block_until_ready(program(*arguments))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(program(*arguments))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def _stages(units: Sequence[Layer], cuts: Sequence[int]) -> list[Layer]:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fdg_jax as fdg
+from fdg_jax import cost
 from fdg_jax.partition import optimal_cuts
 
 KEY = jax.random.key(0)
@@ -184,10 +185,54 @@ def test_time_is_measured_in_seconds():
     stages = fdg.partition(layers, 2, jnp.ones((64, 64)), cost="time")
     *fast, last = stages.layer_costs
     assert stages.unit == "seconds"
-    assert len(set(fast)) == 1
-    assert 0 < 3 * fast[0] < last < 10
+    # The first has no gradient of its input to compute.
+    assert len(set(fast[1:])) == 1
+    assert 0 < sum(fast) < last < 10
     assert stages.cuts == (3,)
-    assert stages.costs == pytest.approx((3 * fast[0], last))
+    assert stages.costs == pytest.approx((sum(fast), last))
+
+
+class Clock:
+    """Says what it is told; every reading is one sample's begin, end, or a look at the limit."""
+
+    def __init__(self, seconds):
+        self.now, self.seconds = 0.0, iter(seconds)
+
+    def perf_counter(self):
+        self.now += next(self.seconds)
+        return self.now
+
+
+def test_times_are_taken_in_turn_and_the_fastest_counts(monkeypatch):
+    """Two layers, two rounds of (wait, run) per layer, and a look at the limit after each."""
+    rounds = [0, 5, 0, 2, 0, 0, 3, 0, 4, 0]
+    monkeypatch.setattr(cost, "time", Clock([0, *rounds]))
+    monkeypatch.setattr(cost, "ROUNDS", 2)
+    monkeypatch.setattr(cost, "LIMIT_SECONDS", 1e9)
+    assert cost.layer_costs([dense(), dense()], X, "time") == [3, 2]
+
+
+def test_slow_layers_are_measured_in_fewer_rounds(monkeypatch):
+    monkeypatch.setattr(cost, "time", Clock([0, 0, 6, 0, 0, 5, 0]))
+    assert cost.layer_costs([dense()], X, "time") == [5]
+
+
+def test_the_first_layer_is_timed_without_the_gradient_of_its_input():
+    @jax.custom_vjp
+    def f(p, x):
+        return p * x
+
+    def backward(kept, cotangent):
+        p, x = kept
+        slow = jax.lax.fori_loop(0, 300, lambda i, y: jnp.tanh(y @ y), cotangent)
+        return jnp.vdot(x, cotangent), p * slow
+
+    f.defvjp(lambda p, x: (f(p, x), (p, x)), backward)
+    layer = fdg.Layer(
+        lambda key, x: (jnp.ones(()), ()), lambda p, s, x, *, train, key: (f(p, x), s)
+    )
+    first, second = cost.layer_costs([layer, layer], jnp.ones((64, 64)), "time")
+    assert 3 * first < second
 
 
 def test_a_repeat_is_cut_in_its_middle():
