@@ -34,8 +34,8 @@ HELP = {
     "unroll": f"Equal blocks written out, or compiled once and scanned: {config.UNROLL}. auto "
     "scans on GPU and TPU only.",
     "num_stages": "K: the number of modules that the network is split into.",
-    "partition": "How to split: by flops, by measured time, or at the layer numbers given, such as "
-    "3,5.",
+    "partition": "How to split: by time, measured once and kept in the cache; by flops, which "
+    "repeats everywhere; or at the layer numbers given, such as 3,5.",
     "method": f"One of {', '.join(methods.METHODS)}.",
     "order": f"What a stage of fdg, dsp and adl does first in a tick: one of {config.ORDERS}.",
     "beta": "Gradient shrinking factor in (0, 1]; 1 does not shrink.",

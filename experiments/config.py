@@ -31,7 +31,7 @@ class Config:
     model: str = "small_resnet"
     unroll: str = "auto"
     num_stages: int = 2
-    partition: str = "flops"
+    partition: str = "time"
     method: str = "fdg"
     order: str = "forward_first"
     beta: float = 1.0
@@ -104,11 +104,11 @@ class Config:
 
     def cuts(self) -> list[int] | None:
         """The cuts that ``partition`` spells out, or None where it names a cost."""
-        if self.partition in ("flops", "time"):
+        if self.partition in ("time", "flops"):
             return None
         if methods.num_stages(self) == 1:
             return []
-        remedy = f"give flops, time, or {self.num_stages - 1} layer numbers such as 3,5"
+        remedy = f"give time, flops, or {self.num_stages - 1} layer numbers such as 3,5"
         try:
             cuts = [int(part) for part in self.partition.split(",")] if self.partition else []
         except ValueError:

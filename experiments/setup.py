@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import platform
 from importlib import metadata
 from typing import Any
@@ -15,10 +14,11 @@ import jax.numpy as jnp
 import optax
 
 import fdg_jax as fdg
-from experiments import data, methods
+from experiments import data, measured, methods
 from experiments.config import Config, blame
 from experiments.errors import UsageError
-from fdg_jax.partition import Cost, units_of
+from fdg_jax.layer import Layer
+from fdg_jax.partition import units_of
 
 # Which branch of the seed's key is whose.
 MODEL_KEY, AUGMENT_KEY = 0, 1
@@ -39,11 +39,7 @@ class Setup:
     pipe: fdg.Pipeline
     total_steps: int
     split: str  # the name of the split that errors are measured on
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    times: measured.Times | None  # what the split into stages follows from, where it is time
 
 
 def prepare_jax(num_stages: int) -> None:
@@ -55,7 +51,7 @@ def prepare_jax(num_stages: int) -> None:
         jax.config.update("jax_compilation_cache_dir", str(data.cache.directory() / "compiled"))
         # Initial weights are drawn by very many programs of a few milliseconds each.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    wanted = min(num_stages, cores())
+    wanted = min(num_stages, measured.cores())
     # JAX refuses once it is running, in a notebook or a test: take the devices there are.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", wanted)
@@ -89,8 +85,6 @@ def make(config: Config) -> Setup:
     unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
     with blame("model"):
         layers = fdg.models.create(config.model, dataset.num_classes, channels, unroll)
-    example = jax.ShapeDtypeStruct((config.batch_size, height, width, channels), jnp.float32)
-    cuts = config.cuts()
     number = len(units_of(layers))
     num_stages = methods.num_stages(config)
     if num_stages > number:
@@ -98,9 +92,6 @@ def make(config: Config) -> Setup:
             f"--num_stages={config.num_stages}: {config.model} has {number} layers that can be "
             f"split, so choose 1 to {number}"
         )
-    with blame("partition"):
-        cost: Cost = ("time" if config.partition == "time" else "flops") if cuts is None else cuts
-        stages = fdg.partition(layers, num_stages, example, cost=cost)
     total = config.steps or config.epochs * loader.steps_per_epoch
     schedule = methods.schedule(config)
     if schedule.period > total:
@@ -114,6 +105,7 @@ def make(config: Config) -> Setup:
             f"--batch_size={config.batch_size}: does not divide over the {len(devices)} devices of "
             f"--method={config.method}; choose a multiple"
         )
+    stages, times = split(config, layers, dataset, schedule.microbatches)
     rate = learning_rate(config, loader.steps_per_epoch / schedule.period, total / schedule.period)
     pipe = fdg.Pipeline(
         stages,
@@ -124,8 +116,44 @@ def make(config: Config) -> Setup:
         gradient=methods.gradient(config),
         max_ahead=config.max_ahead,
     )
-    split = "validation" if config.validation_size else "test"
-    return Setup(config, dataset, loader, stages, schedule, pipe, total, split)
+    tested = "validation" if config.validation_size else "test"
+    return Setup(config, dataset, loader, stages, schedule, pipe, total, tested, times)
+
+
+def split(
+    config: Config, layers: list[Layer], dataset: data.Dataset, microbatches: int
+) -> tuple[fdg.Partition, measured.Times | None]:
+    """The network in stages as --partition says, and the layers' times if that takes them.
+
+    Raises:
+      UsageError: --partition does not fit the network.
+    """
+    num_stages = methods.num_stages(config)
+    # One stage leaves nothing to balance, and so nothing to measure.
+    cuts = [] if num_stages == 1 else config.cuts()
+    height, width, channels = dataset.image_shape
+
+    def images(count: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, height, width, channels), jnp.float32)
+
+    example = images(config.batch_size)
+    with blame("partition"):
+        if cuts is not None:
+            return fdg.partition(layers, num_stages, example, cost=cuts), None
+        if config.partition == "flops":
+            return fdg.partition(layers, num_stages, example, cost="flops"), None
+        network = {
+            "model": config.model,
+            "num_classes": dataset.num_classes,
+            "channels": channels,
+            "unroll": config.unroll,
+            "dtype": "float32",
+        }
+        # A stage's program sees a micro-batch, on the stage's one device.
+        times = measured.times(layers, images(config.batch_size // microbatches), network)
+        stages = fdg.partition(layers, num_stages, example, cost=times.seconds)
+        stages.unit = "seconds"
+    return stages, times
 
 
 def loss_fn(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -189,5 +217,5 @@ def environment() -> dict[str, Any]:
         "devices": [str(d) for d in jax.devices()],
         "device_kind": jax.devices()[0].device_kind,
         "machine": platform.machine(),
-        "cores": cores(),
+        "cores": measured.cores(),
     }

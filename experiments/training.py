@@ -232,6 +232,8 @@ def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> No
     screen.line()
     screen.line(str(run.schedule))
     screen.line()
+    if run.times is not None:
+        screen.line(f"partition: {run.times.note}")
     total = sum(run.stages.costs)
     rows = []
     for row in table:

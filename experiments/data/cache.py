@@ -1,4 +1,4 @@
-"""Decoded data sets on disk, so that decoding happens once.
+"""Decoded data sets on disk, so that decoding happens once; the folder serves other files too.
 
 The folder may be deleted at any time.
 """
@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -93,12 +94,25 @@ def _read(path: Path) -> Arrays | None:
 
 
 def _write(path: Path, arrays: Arrays) -> None:
+    fields = arrays._asdict() | {"class_names": np.array(arrays.class_names)}
+    write(path, lambda file: np.savez(file, allow_pickle=False, **fields))
+
+
+def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file of the cache, which appears whole or not at all.
+
+    Args:
+        path: Folders that it lacks are made.
+        fill: Writes the content into the open file that it is given.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A file of its own, renamed when complete: two programs may write the same entry at once.
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
         try:
-            fields = arrays._asdict() | {"class_names": np.array(arrays.class_names)}
-            np.savez(file, allow_pickle=False, **fields)
+            fill(file)
             file.close()
             os.replace(file.name, path)
         except BaseException:
