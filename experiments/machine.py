@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from experiments.setup import cores
+from experiments.measured import cores
 
 STAT = pathlib.Path("/proc/stat")
 # Processor time is counted in hundredths of a second: in less than this only noise is seen.

@@ -18,8 +18,8 @@ import optax
 import fdg_jax as fdg
 from experiments.config import blame
 from experiments.errors import UsageError
+from experiments.measured import cores
 from experiments.methods import METHODS, Method
-from experiments.setup import cores
 from fdg_jax.partition import Cost, units_of
 from fdg_jax.schedule import Schedule
 

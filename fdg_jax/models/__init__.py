@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 from fdg_jax.layer import Layer
+from fdg_jax.models.compute import DEFAULT, Compute
 from fdg_jax.models.plain import plain
 from fdg_jax.models.resnet import resnet, small_resnet, thin_resnet, wide_resnet
 
@@ -15,7 +17,11 @@ DEPTHS = (18, 34, 50, 101)
 
 
 def create(
-    name: str, num_classes: int = 10, channels: int = 3, unroll: bool | None = None
+    name: str,
+    num_classes: int = 10,
+    channels: int = 3,
+    unroll: bool | None = None,
+    compute: Compute = DEFAULT,
 ) -> list[Layer]:
     """A network by its name.
 
@@ -25,6 +31,7 @@ def create(
       num_classes: size of the output.
       channels: of the images.
       unroll: whether equal blocks are written out or scanned, see `fdg_jax.repeat`.
+      compute: dtype of activations, and whether the models' own derivatives are used.
 
     Returns:
       Layers, input first.
@@ -36,18 +43,19 @@ def create(
       >>> len(create("wrn28_10", num_classes=100))
       8
     """
+    options: dict[str, Any] = {"unroll": unroll, "compute": compute}
     makers: dict[str, Callable[..., list[Layer]]] = {
-        **{f"resnet{d}": functools.partial(thin_resnet, d, unroll=unroll) for d in THIN_DEPTHS},
-        **{f"resnet{d}": functools.partial(resnet, d, unroll=unroll) for d in DEPTHS},
-        "small_resnet": small_resnet,
-        "plain16": functools.partial(plain, 16, unroll=unroll),
+        **{f"resnet{d}": functools.partial(thin_resnet, d, **options) for d in THIN_DEPTHS},
+        **{f"resnet{d}": functools.partial(resnet, d, **options) for d in DEPTHS},
+        "small_resnet": functools.partial(small_resnet, compute=compute),
+        "plain16": functools.partial(plain, 16, **options),
     }
     if wide := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
         depth, widen = map(int, wide.groups())
-        return wide_resnet(depth, widen, num_classes, channels, unroll)
+        return wide_resnet(depth, widen, num_classes, channels, **options)
     if name not in makers:
         raise ValueError(f"model={name!r}: allowed are {', '.join(makers)}, wrn28_10 (wrn<d>_<k>)")
     return makers[name](num_classes=num_classes, channels=channels)
 
 
-__all__ = ["create", "plain", "resnet", "small_resnet", "thin_resnet", "wide_resnet"]
+__all__ = ["Compute", "create", "plain", "resnet", "small_resnet", "thin_resnet", "wide_resnet"]

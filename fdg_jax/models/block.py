@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fdg_jax.models.compute import DEFAULT, Compute
+from fdg_jax.models.conv import Conv
+from fdg_jax.models.norm import Norm, relu
+
 Activation = Callable[[jax.Array], jax.Array]
 
 
@@ -22,15 +26,14 @@ class ConvNorm(nnx.Module):
         stride: int = 1,
         *,
         relu: bool = True,
+        compute: Compute = DEFAULT,
         rngs: nnx.Rngs,
     ) -> None:
-        self.conv = conv(inputs, outputs, size, stride, rngs=rngs)
-        self.norm = norm(outputs, rngs=rngs)
-        self.relu = relu
+        self.conv = Conv(inputs, outputs, size, stride, compute=compute, rngs=rngs)
+        self.norm = Norm(outputs, relu=relu, compute=compute, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.norm(self.conv(x))
-        return nnx.relu(y) if self.relu else y
+        return self.norm(self.conv(x))
 
 
 class BasicBlock(nnx.Module):
@@ -45,14 +48,24 @@ class BasicBlock(nnx.Module):
     expansion = 1
 
     def __init__(
-        self, inputs: int, width: int, stride: int = 1, *, projection: bool, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        width: int,
+        stride: int = 1,
+        *,
+        projection: bool,
+        compute: Compute = DEFAULT,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.first = ConvNorm(inputs, width, 3, stride, rngs=rngs)
-        self.second = ConvNorm(width, width, 3, relu=False, rngs=rngs)
-        self.shortcut = shortcut(inputs, width, stride, projection=projection, rngs=rngs)
+        self.first = ConvNorm(inputs, width, 3, stride, compute=compute, rngs=rngs)
+        self.activate = relu if compute.fast else nnx.relu
+        self.second = ConvNorm(width, width, 3, relu=False, compute=compute, rngs=rngs)
+        self.shortcut = shortcut(
+            inputs, width, stride, projection=projection, compute=compute, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nnx.relu(self.second(self.first(x)) + self.shortcut(x))
+        return self.activate(self.second(self.first(x)) + self.shortcut(x))
 
 
 class Bottleneck(nnx.Module):
@@ -65,35 +78,54 @@ class Bottleneck(nnx.Module):
     expansion = 4
 
     def __init__(
-        self, inputs: int, width: int, stride: int = 1, *, projection: bool, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        width: int,
+        stride: int = 1,
+        *,
+        projection: bool,
+        compute: Compute = DEFAULT,
+        rngs: nnx.Rngs,
     ) -> None:
         outputs = self.expansion * width
-        self.first = ConvNorm(inputs, width, 1, rngs=rngs)
-        self.second = ConvNorm(width, width, 3, stride, rngs=rngs)
-        self.third = ConvNorm(width, outputs, 1, relu=False, rngs=rngs)
-        self.shortcut = shortcut(inputs, outputs, stride, projection=projection, rngs=rngs)
+        self.first = ConvNorm(inputs, width, 1, compute=compute, rngs=rngs)
+        self.second = ConvNorm(width, width, 3, stride, compute=compute, rngs=rngs)
+        self.activate = relu if compute.fast else nnx.relu
+        self.third = ConvNorm(width, outputs, 1, relu=False, compute=compute, rngs=rngs)
+        self.shortcut = shortcut(
+            inputs, outputs, stride, projection=projection, compute=compute, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nnx.relu(self.third(self.second(self.first(x))) + self.shortcut(x))
+        return self.activate(self.third(self.second(self.first(x))) + self.shortcut(x))
 
 
 class PreactivationBlock(nnx.Module):
     """Batch normalisation and ReLU before each 3x3 convolution (wide residual networks)."""
 
     def __init__(
-        self, inputs: int, width: int, stride: int = 1, *, dropout: float = 0.0, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        width: int,
+        stride: int = 1,
+        *,
+        dropout: float = 0.0,
+        compute: Compute = DEFAULT,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.norm1 = norm(inputs, rngs=rngs)
-        self.conv1 = conv(inputs, width, 3, stride, rngs=rngs)
-        self.norm2 = norm(width, rngs=rngs)
-        self.conv2 = conv(width, width, 3, rngs=rngs)
+        self.norm1 = Norm(inputs, relu=True, compute=compute, rngs=rngs)
+        self.conv1 = Conv(inputs, width, 3, stride, compute=compute, rngs=rngs)
+        self.norm2 = Norm(width, relu=True, compute=compute, rngs=rngs)
+        self.conv2 = Conv(width, width, 3, compute=compute, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
         changes = stride != 1 or inputs != width
-        self.shortcut = conv(inputs, width, 1, stride, rngs=rngs) if changes else None
+        self.shortcut = (
+            Conv(inputs, width, 1, stride, compute=compute, rngs=rngs) if changes else None
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        active = nnx.relu(self.norm1(x))
-        y = nnx.relu(self.norm2(self.conv1(active)))
+        active = self.norm1(x)
+        y = self.norm2(self.conv1(active))
         if self.dropout is not None:
             y = self.dropout(y)
         return self.conv2(y) + (x if self.shortcut is None else self.shortcut(active))
@@ -103,44 +135,39 @@ class Head(nnx.Module):
     """Mean over all pixels, then one dense layer; ``norm`` puts batch norm and ReLU before it."""
 
     def __init__(
-        self, inputs: int, num_classes: int, *, activate: bool = False, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        num_classes: int,
+        *,
+        activate: bool = False,
+        compute: Compute = DEFAULT,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.norm = norm(inputs, rngs=rngs) if activate else None
+        self.norm = Norm(inputs, relu=True, compute=compute, rngs=rngs) if activate else None
         self.dense = nnx.Linear(inputs, num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.norm is not None:
-            x = nnx.relu(self.norm(x))
-        return self.dense(jnp.mean(x, axis=(1, 2)))
-
-
-def conv(inputs: int, outputs: int, size: int, stride: int = 1, *, rngs: nnx.Rngs) -> nnx.Conv:
-    """A convolution without bias, initialised for ReLU (He et al. 2015), output size / stride."""
-    return nnx.Conv(
-        inputs,
-        outputs,
-        (size, size),
-        strides=stride,
-        padding=size // 2,
-        use_bias=False,
-        kernel_init=nnx.initializers.he_normal(),
-        rngs=rngs,
-    )
-
-
-def norm(features: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """Batch normalisation with the running mean of the papers' framework (new value: 0.1)."""
-    return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, rngs=rngs)
+            x = self.norm(x)
+        # The mean and the logits are small, and at least float32 whatever the rest is.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return self.dense(jnp.mean(x, axis=(1, 2), dtype=wide))
 
 
 def shortcut(
-    inputs: int, outputs: int, stride: int, *, projection: bool, rngs: nnx.Rngs
+    inputs: int,
+    outputs: int,
+    stride: int,
+    *,
+    projection: bool,
+    compute: Compute = DEFAULT,
+    rngs: nnx.Rngs,
 ) -> Activation:
     """The identity where nothing changes, else option B (``projection``) or option A."""
     if stride == 1 and inputs == outputs:
         return _identity
     if projection:
-        return ConvNorm(inputs, outputs, 1, stride, relu=False, rngs=rngs)
+        return ConvNorm(inputs, outputs, 1, stride, relu=False, compute=compute, rngs=rngs)
     return PadShortcut(inputs, outputs, stride)
 
 

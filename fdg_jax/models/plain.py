@@ -9,6 +9,7 @@ from flax import nnx
 from fdg_jax.adapter import from_nnx
 from fdg_jax.layer import Layer, repeat
 from fdg_jax.models.block import ConvNorm, Head
+from fdg_jax.models.compute import DEFAULT, Compute
 
 
 def plain(
@@ -17,6 +18,7 @@ def plain(
     num_classes: int = 10,
     channels: int = 3,
     unroll: bool | None = None,
+    compute: Compute = DEFAULT,
 ) -> list[Layer]:
     """A stem and ``depth`` equal 3x3 convolutions with batch norm and ReLU, without shortcuts.
 
@@ -29,6 +31,7 @@ def plain(
       num_classes: size of the output.
       channels: of the images.
       unroll: see `fdg_jax.repeat`.
+      compute: dtype and derivatives.
 
     Returns:
       Layers, input first: stem, the repeated layer, head.
@@ -45,15 +48,15 @@ def plain(
       <https://arxiv.org/abs/1512.03385>`_, section 3.3, 2016.
     """
     return [
-        from_nnx(functools.partial(_layer, channels, width)),
-        repeat(from_nnx(functools.partial(_layer, width, width)), depth, unroll=unroll),
-        from_nnx(functools.partial(_head, width, num_classes)),
+        from_nnx(functools.partial(_layer, channels, width, compute)),
+        repeat(from_nnx(functools.partial(_layer, width, width, compute)), depth, unroll=unroll),
+        from_nnx(functools.partial(_head, width, num_classes, compute)),
     ]
 
 
-def _layer(inputs: int, outputs: int, rngs: nnx.Rngs) -> ConvNorm:
-    return ConvNorm(inputs, outputs, rngs=rngs)
+def _layer(inputs: int, outputs: int, compute: Compute, rngs: nnx.Rngs) -> ConvNorm:
+    return ConvNorm(inputs, outputs, compute=compute, rngs=rngs)
 
 
-def _head(inputs: int, num_classes: int, rngs: nnx.Rngs) -> Head:
-    return Head(inputs, num_classes, rngs=rngs)
+def _head(inputs: int, num_classes: int, compute: Compute, rngs: nnx.Rngs) -> Head:
+    return Head(inputs, num_classes, compute=compute, rngs=rngs)

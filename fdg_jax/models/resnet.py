@@ -7,11 +7,17 @@ from typing import Any
 
 from fdg_jax.adapter import from_nnx
 from fdg_jax.layer import Layer, repeat
-from fdg_jax.models.block import BasicBlock, Bottleneck, ConvNorm, Head, PreactivationBlock, conv
+from fdg_jax.models.block import BasicBlock, Bottleneck, ConvNorm, Head, PreactivationBlock
+from fdg_jax.models.compute import DEFAULT, Compute
+from fdg_jax.models.conv import Conv
 
 
 def thin_resnet(
-    depth: int, num_classes: int = 10, channels: int = 3, unroll: bool | None = None
+    depth: int,
+    num_classes: int = 10,
+    channels: int = 3,
+    unroll: bool | None = None,
+    compute: Compute = DEFAULT,
 ) -> list[Layer]:
     """The CIFAR residual network of depth 6n+2: groups of n blocks with 16, 32 and 64 channels.
 
@@ -22,6 +28,7 @@ def thin_resnet(
       num_classes: size of the output.
       channels: of the images.
       unroll: see `fdg_jax.repeat`.
+      compute: dtype and derivatives.
 
     Returns:
       Layers, input first: stem, for each group its blocks, head.
@@ -41,22 +48,35 @@ def thin_resnet(
         raise ValueError(
             f"depth={depth}: a thin ResNet has depth 6n+2 with n >= 1 (20, 32, 44, 56)"
         )
-    layers = [from_nnx(functools.partial(_stem, channels, 16))]
+    layers = [from_nnx(functools.partial(_stem, channels, 16, compute=compute))]
     width = 16
     for outputs, stride in ((16, 1), (32, 2), (64, 2)):
-        layers += _group(BasicBlock, width, outputs, stride, depth // 6, unroll, projection=False)
+        layers += _group(
+            BasicBlock,
+            width,
+            outputs,
+            stride,
+            depth // 6,
+            unroll,
+            projection=False,
+            compute=compute,
+        )
         width = outputs
-    return [*layers, from_nnx(functools.partial(_head, width, num_classes))]
+    return [*layers, from_nnx(functools.partial(_head, width, num_classes, compute=compute))]
 
 
 def resnet(
-    depth: int, num_classes: int = 10, channels: int = 3, unroll: bool | None = None
+    depth: int,
+    num_classes: int = 10,
+    channels: int = 3,
+    unroll: bool | None = None,
+    compute: Compute = DEFAULT,
 ) -> list[Layer]:
     """The ImageNet residual network with a 3x3 stem for small images.
 
     Args:
       depth: 18, 34, 50 or 101.
-      num_classes, channels, unroll: as in `thin_resnet`.
+      num_classes, channels, unroll, compute: as in `thin_resnet`.
 
     Returns:
       Layers, input first.
@@ -76,13 +96,15 @@ def resnet(
     if depth not in counts:
         raise ValueError(f"depth={depth}: allowed are {', '.join(map(str, counts))}")
     block: type[BasicBlock] | type[Bottleneck] = BasicBlock if depth < 50 else Bottleneck
-    layers = [from_nnx(functools.partial(_stem, channels, 64))]
+    layers = [from_nnx(functools.partial(_stem, channels, 64, compute=compute))]
     inputs = 64
     for group, count in enumerate(counts[depth]):
         width, stride = 64 * 2**group, 1 if group == 0 else 2
-        layers += _group(block, inputs, width, stride, count, unroll, projection=True)
+        layers += _group(
+            block, inputs, width, stride, count, unroll, projection=True, compute=compute
+        )
         inputs = block.expansion * width
-    return [*layers, from_nnx(functools.partial(_head, inputs, num_classes))]
+    return [*layers, from_nnx(functools.partial(_head, inputs, num_classes, compute=compute))]
 
 
 def wide_resnet(
@@ -92,13 +114,14 @@ def wide_resnet(
     channels: int = 3,
     unroll: bool | None = None,
     dropout: float = 0.0,
+    compute: Compute = DEFAULT,
 ) -> list[Layer]:
     """The wide residual network WRN-d-k: pre-activation blocks, 16k, 32k and 64k channels.
 
     Args:
       depth: d = 6n+4.
       widen: k.
-      num_classes, channels, unroll: as in `thin_resnet`.
+      num_classes, channels, unroll, compute: as in `thin_resnet`.
       dropout: rate between the two convolutions of a block, in [0, 1).
 
     Returns:
@@ -118,24 +141,33 @@ def wide_resnet(
         raise ValueError(f"depth={depth}: a wide ResNet has depth 6n+4 with n >= 1 (16, 28, 40)")
     if widen < 1:
         raise ValueError(f"widen={widen}: the widening factor is at least 1")
-    layers = [from_nnx(functools.partial(_plain_stem, channels, 16))]
+    layers = [from_nnx(functools.partial(_plain_stem, channels, 16, compute=compute))]
     width = 16
     for outputs, stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
         layers += _group(
-            PreactivationBlock, width, outputs, stride, depth // 6, unroll, dropout=dropout
+            PreactivationBlock,
+            width,
+            outputs,
+            stride,
+            depth // 6,
+            unroll,
+            dropout=dropout,
+            compute=compute,
         )
         width = outputs
-    head = functools.partial(_head, width, num_classes, activate=True)
+    head = functools.partial(_head, width, num_classes, activate=True, compute=compute)
     return [*layers, from_nnx(head)]
 
 
-def small_resnet(num_classes: int = 10, channels: int = 3) -> list[Layer]:
+def small_resnet(
+    num_classes: int = 10, channels: int = 3, compute: Compute = DEFAULT
+) -> list[Layer]:
     """A residual network that a CPU trains in minutes: 0.3 million parameters.
 
     A 3x3 stem with stride 2, three blocks of 32, 64 and 128 channels, head.
 
     Args:
-      num_classes, channels: as in `thin_resnet`.
+      num_classes, channels, compute: as in `thin_resnet`.
 
     Returns:
       Five layers, input first.
@@ -144,12 +176,14 @@ def small_resnet(num_classes: int = 10, channels: int = 3) -> list[Layer]:
       >>> len(small_resnet())
       5
     """
-    layers = [from_nnx(functools.partial(_stem, channels, 32, stride=2))]
+    layers = [from_nnx(functools.partial(_stem, channels, 32, stride=2, compute=compute))]
     width = 32
     for outputs, stride in ((32, 1), (64, 2), (128, 2)):
-        layers += _group(BasicBlock, width, outputs, stride, 1, None, projection=True)
+        layers += _group(
+            BasicBlock, width, outputs, stride, 1, None, projection=True, compute=compute
+        )
         width = outputs
-    return [*layers, from_nnx(functools.partial(_head, width, num_classes))]
+    return [*layers, from_nnx(functools.partial(_head, width, num_classes, compute=compute))]
 
 
 def _group(
@@ -171,13 +205,15 @@ def _group(
 
 
 # Named functions: one of nnx's own classes with its arguments in the order of the factory's.
-def _stem(channels: int, outputs: int, rngs: Any, stride: int = 1) -> ConvNorm:
-    return ConvNorm(channels, outputs, 3, stride, rngs=rngs)
+def _stem(channels: int, outputs: int, rngs: Any, stride: int = 1, *, compute: Compute) -> ConvNorm:
+    return ConvNorm(channels, outputs, 3, stride, compute=compute, rngs=rngs)
 
 
-def _plain_stem(channels: int, outputs: int, rngs: Any) -> Any:
-    return conv(channels, outputs, 3, rngs=rngs)
+def _plain_stem(channels: int, outputs: int, rngs: Any, *, compute: Compute) -> Any:
+    return Conv(channels, outputs, 3, compute=compute, rngs=rngs)
 
 
-def _head(inputs: int, num_classes: int, rngs: Any, activate: bool = False) -> Head:
-    return Head(inputs, num_classes, activate=activate, rngs=rngs)
+def _head(
+    inputs: int, num_classes: int, rngs: Any, activate: bool = False, *, compute: Compute
+) -> Head:
+    return Head(inputs, num_classes, activate=activate, compute=compute, rngs=rngs)

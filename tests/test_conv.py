@@ -1,0 +1,67 @@
+"""The convolution's derivative against XLA's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fdg_jax.models.conv import conv2d
+
+
+def plain(x, kernel, stride, padding):
+    pads = ((padding, padding),) * 2
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=numbers
+    )
+
+
+def gradients(function, x, kernel, stride, padding, dtype):
+    @jax.jit
+    def run(x, kernel):
+        y, vjp = jax.vjp(lambda x, k: function(jax.nn.relu(x), k, stride, padding), x, kernel)
+        return y, vjp(jnp.cos(y))
+
+    keys = jax.random.split(jax.random.key(0))
+    return run(jax.random.normal(keys[0], x, dtype), jax.random.normal(keys[1], kernel, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride", "padding"),
+    [
+        ((2, 8, 8, 3), (3, 3, 3, 5), 1, 1),
+        ((2, 8, 8, 4), (3, 3, 4, 4), 2, 1),
+        ((3, 7, 5, 2), (3, 3, 2, 3), 2, 1),  # odd sizes
+        ((3, 7, 6, 2), (3, 3, 2, 3), 1, 0),
+        ((2, 6, 6, 4), (1, 1, 4, 8), 1, 0),
+        ((2, 7, 7, 4), (1, 1, 4, 8), 2, 0),
+        ((2, 9, 9, 2), (5, 5, 2, 3), 3, 2),
+        ((1, 1, 1, 1), (3, 3, 1, 1), 1, 1),
+    ],
+)
+def test_output_and_gradients_equal_xlas(shape, kernel, stride, padding, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        ours = gradients(conv2d, shape, kernel, stride, padding, dtype)
+        theirs = gradients(plain, shape, kernel, stride, padding, dtype)
+        tolerance = 1e-5 if dtype == "float32" else 1e-13
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            assert a.dtype == b.dtype == dtype
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+def test_what_the_gradient_reads_is_computed_once():
+    """In the compiled program no transpose is fused with the ReLU before it."""
+
+    def loss(x, kernel):
+        return jnp.sum(conv2d(jax.nn.relu(jnp.sin(x)), kernel, 1, 1) ** 2)
+
+    program = jax.jit(jax.grad(loss, 1)).lower(jnp.ones((4, 8, 8, 4)), jnp.ones((3, 3, 4, 4)))
+    text = program.compile().as_text()
+    assert "conditional(" in text
+
+
+def test_nan_weights_are_not_hidden():
+    kernel = jnp.ones((3, 3, 2, 2)).at[0, 0, 0, 0].set(jnp.nan)
+    gradient = jax.grad(lambda k: jnp.sum(conv2d(jnp.ones((1, 4, 4, 2)), k, 1, 1) ** 2))(kernel)
+    assert jnp.isnan(gradient).all()
