@@ -21,12 +21,13 @@ class Residuals:
     """What the backward needs of the forward, less the weights and the input.
 
     Most residuals of a layer are its weights and its input. Both are kept anyway (the weight
-    version is shared by all batches that met it), so here they are only pointed to.
+    version is shared by all batches that met it), so here they are only pointed to. What two layers
+    keep, as a ReLU its output and the convolution after it its input, is kept once.
 
     Attributes:
       arrays: the other leaves of the VJP.
       structure: how to put the VJP together again: its tree structure, and for each leaf its
-        position among the leaves of (params, inputs), or -1 for the next of `arrays`.
+        position among the leaves of (params, inputs) followed by `arrays`.
     """
 
     arrays: list[jax.Array]
@@ -34,16 +35,19 @@ class Residuals:
 
     @staticmethod
     def of(vjp: PyTree, kept: PyTree) -> Residuals:
-        position = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(kept))}
+        known = jax.tree.leaves(kept)
+        position, arrays = {id(leaf): i for i, leaf in enumerate(known)}, []
         leaves, treedef = jax.tree.flatten(vjp)
-        sources = tuple(position.get(id(leaf), -1) for leaf in leaves)
-        arrays = [leaf for leaf, i in zip(leaves, sources, strict=True) if i < 0]
-        return Residuals(arrays, (treedef, sources))
+        for leaf in leaves:
+            if id(leaf) not in position:
+                position[id(leaf)] = len(known) + len(arrays)
+                arrays.append(leaf)
+        return Residuals(arrays, (treedef, tuple(position[id(leaf)] for leaf in leaves)))
 
     def vjp(self, kept: PyTree) -> Callable[[PyTree], tuple[PyTree, ...]]:
         treedef, sources = self.structure
-        leaves, rest = jax.tree.leaves(kept), iter(self.arrays)
-        return jax.tree.unflatten(treedef, [leaves[i] if i >= 0 else next(rest) for i in sources])
+        leaves = [*jax.tree.leaves(kept), *self.arrays]
+        return jax.tree.unflatten(treedef, [leaves[i] for i in sources])
 
 
 def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:

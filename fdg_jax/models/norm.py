@@ -72,11 +72,13 @@ def _backward(
     g = cotangents[0].astype(wide)
     if y is not None:
         g = jnp.where(y > 0, g, 0)
-    centred = x.astype(wide) - mean
+    x_wide = x.astype(wide)
     of_bias = jnp.sum(g, axes)
-    of_scale = jnp.sum(g * centred, axes) * deviation
+    # Like the variance: one pass over arrays that are there, instead of one more array x - mean.
+    of_scale = deviation * (jnp.sum(g * x_wide, axes) - mean * of_bias)
     count = x.size // x.shape[-1]
-    of_x = (scale * deviation) * (g - of_bias / count - centred * (deviation * of_scale / count))
+    slope, tilt = scale * deviation, deviation * of_scale / count
+    of_x = slope * (g - tilt * x_wide - (of_bias / count - tilt * mean))
     return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
 
 
