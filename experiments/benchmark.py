@@ -2,7 +2,8 @@
 
     python -m experiments.benchmark --flagfile=experiments/flags/benchmark_cpu.cfg --workdir=DIR
 
-Contenders: backprop (one jitted step on one device), data_parallel (the same on K devices), the
+Contenders: backprop (one jitted step on one device), backprop_xla (the same, all derivatives left
+to JAX and XLA), data_parallel (the same on K devices), the
 methods of experiments.cifar on K devices, each stage on its own, fdg_recompute and
 fdg_recompute_stale (FDG with another choice of gradient), engine_k1 (the engine, network uncut),
 one_device_k<K> (FDG with all stages on one device), backprop_torch (the same network in PyTorch).
@@ -25,6 +26,7 @@ from absl import flags
 
 from experiments import bars, command, contender, held, machine, setup, tables, workdir
 from experiments.alone import Alone
+from experiments.config import DTYPES
 from experiments.contender import Contender, Piped
 from experiments.errors import UsageError
 from experiments.screen import Screen
@@ -45,6 +47,7 @@ HELP = {
     "microbatches": "Parts of a mini-batch in gpipe and one_f_one_b.",
     "partition": "How to split: by measured time, by flops, or at K-1 layer numbers (which hold "
     "for K = --num_stages; one_device_k<K> with another K is split by flops then).",
+    "dtype": f"Of activations and their gradients, one of {DTYPES}.",
     "rounds": "How often each contender has its turn.",
     "steps": "Steps of a turn; 0: as many as backprop does in --turn_seconds.",
     "turn_seconds": "See --steps.",
@@ -210,12 +213,14 @@ def rounds(
             seconds[name].append(turn(steps) / steps)
         after = machine.usage(processes)
         others = machine.cores_of_others(before, after)
-        log.append({"first": turns[first][0], "cores_of_others": others})
+        live = sum(held.live().values())
+        log.append({"first": turns[first][0], "cores_of_others": others, "live_bytes": live})
         left = math.ceil((settings.rounds - r - 1) * (after.wall - before.wall))
         times = "  ".join(f"{c.name} {1e3 * seconds[c.name][-1]:.0f}" for c in contenders)
         used = "unknown" if others is None else f"{others:.2f} cores"
         screen.line(
-            f"round {r + 1}/{settings.rounds}  {left} s left  others use {used}  ms: {times}"
+            f"round {r + 1}/{settings.rounds}  {left} s left  others use {used}  "
+            f"arrays {live / 1e6:.1f} MB  ms: {times}"
         )
     return seconds, {"steps": steps, "rounds": log}
 

@@ -29,10 +29,13 @@ HELP = {
     "train_size": "Size of a fixed, class-balanced subset of train; 0 takes all.",
     "crop_padding": "Pixels of black border for random crops; 0 switches crops off.",
     "flip": "Whether to mirror half of the train images.",
-    "model": "small_resnet; resnet20, 32, 44, 56, 110, 1202; resnet18, 34, 50, 101; wrn28_10 or "
-    "any other wrn<6n+4>_<k>.",
+    "model": "small_resnet; resnet20, 32, 44, 56, 110, 1202; resnet18, 34, 50, 101; plain16; "
+    "wrn28_10 or any other wrn<6n+4>_<k>.",
     "unroll": f"Equal blocks written out, or compiled once and scanned: {config.UNROLL}. auto "
     "scans on GPU and TPU only.",
+    "dtype": f"Of activations and their gradients, one of {config.DTYPES}; parameters are float32.",
+    "fast_derivatives": "Whether convolution, batch norm and ReLU use the models' own derivatives, "
+    "which are faster on CPU and keep fewer bytes.",
     "num_stages": "K: the number of modules that the network is split into.",
     "partition": "How to split: by time, measured once and kept in the cache; by flops, which "
     "repeats everywhere; or at the layer numbers given, such as 3,5.",

@@ -15,6 +15,7 @@ LR_SCHEDULES = ("milestones", "cosine", "constant")
 ORDERS = ("forward_first", "backward_first")
 REDUCTIONS = ("mean", "sum")
 UNROLL = ("auto", "yes", "no")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Config:
     flip: bool = True
     model: str = "small_resnet"
     unroll: str = "auto"
+    dtype: str = "float32"
+    fast_derivatives: bool = True
     num_stages: int = 2
     partition: str = "time"
     method: str = "fdg"
@@ -68,6 +71,7 @@ class Config:
         self._one_of("reduction", REDUCTIONS)
         self._one_of("lr_schedule", LR_SCHEDULES)
         self._one_of("unroll", UNROLL)
+        self._one_of("dtype", DTYPES)
         for name in ("num_stages", "batch_size", "epochs", "log_every_steps", "eval_every_epochs"):
             self._bound(name, 1)
         for name in ("max_ahead", "microbatches"):

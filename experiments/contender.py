@@ -75,7 +75,8 @@ class Plain(Contender):
     def __init__(self, name: str, work: Workload, devices: list[jax.Device]) -> None:
         self.name, self.devices = name, len(devices)
         self.about = "one jitted step" + (", batch sharded" if len(devices) > 1 else "")
-        layer, optimizer, key = work.split(1)[0].at(0), work.optimizer(), work.key
+        layers = work.network(fast_derivatives=name != "backprop_xla")
+        layer, optimizer, key = fdg.chain(layers), work.optimizer(), work.key
 
         def step(
             state: TrainState, images: jax.Array, labels: jax.Array
@@ -185,7 +186,7 @@ def make(name: str, work: Workload) -> Contender:
     """A contender that runs in this process."""
     count = work.settings.num_stages
     devices = jax.devices()[:count]
-    if name == "backprop":
+    if name in ("backprop", "backprop_xla"):
         return Plain(name, work, devices[:1])
     if name == "data_parallel":
         return Plain(name, work, devices)

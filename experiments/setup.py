@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import platform
 from importlib import metadata
 from typing import Any
@@ -22,6 +23,8 @@ from fdg_jax.partition import units_of
 
 # Which branch of the seed's key is whose.
 MODEL_KEY, AUGMENT_KEY = 0, 1
+
+_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 # Images held out and subsets of train are the same whatever the seed: seeds repeat the training.
 SPLIT_SEED = 0
@@ -52,6 +55,12 @@ def prepare_jax(num_stages: int) -> None:
         # Initial weights are drawn by very many programs of a few milliseconds each.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     wanted = min(num_stages, measured.cores())
+    if wanted > 1 and wanted == measured.cores():
+        # Every core has a device of its own: threads inside an operation would only take cores from
+        # other devices (BENCHMARKS.md has figures). XLA reads this when it starts.
+        given = os.environ.get("XLA_FLAGS", "")
+        if _ONE_THREAD.split("=")[0] not in given:
+            os.environ["XLA_FLAGS"] = f"{given} {_ONE_THREAD}".strip()
     # JAX refuses once it is running, in a notebook or a test: take the devices there are.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", wanted)
@@ -84,7 +93,13 @@ def make(config: Config) -> Setup:
         )
     unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
     with blame("model"):
-        layers = fdg.models.create(config.model, dataset.num_classes, channels, unroll)
+        layers = fdg.models.create(
+            config.model,
+            dataset.num_classes,
+            channels,
+            unroll,
+            compute(config.dtype, config.fast_derivatives),
+        )
     number = len(units_of(layers))
     num_stages = methods.num_stages(config)
     if num_stages > number:
@@ -147,13 +162,19 @@ def split(
             "num_classes": dataset.num_classes,
             "channels": channels,
             "unroll": config.unroll,
-            "dtype": "float32",
+            "dtype": config.dtype,
+            "fast_derivatives": config.fast_derivatives,
         }
         # A stage's program sees a micro-batch, on the stage's one device.
         times = measured.times(layers, images(config.batch_size // microbatches), network)
         stages = fdg.partition(layers, num_stages, example, cost=times.seconds)
         stages.unit = "seconds"
     return stages, times
+
+
+def compute(dtype: str, fast_derivatives: bool) -> fdg.models.Compute:
+    """How the network is computed, from the flags."""
+    return fdg.models.Compute(None if dtype == "float32" else jnp.dtype(dtype), fast_derivatives)
 
 
 def loss_fn(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -16,10 +16,11 @@ import numpy as np
 import optax
 
 import fdg_jax as fdg
-from experiments.config import blame
+from experiments.config import DTYPES, blame
 from experiments.errors import UsageError
 from experiments.measured import cores
 from experiments.methods import METHODS, Method
+from experiments.setup import compute
 from fdg_jax.partition import Cost, units_of
 from fdg_jax.schedule import Schedule
 
@@ -36,7 +37,7 @@ PIPED = {
     "fdg_recompute": Method("fdg", gradient="recompute"),
 }
 del PIPED["backprop"]  # is the plain loop here
-NAMES = ("backprop", "engine_k1", "data_parallel", *PIPED, "backprop_torch")
+NAMES = ("backprop", "backprop_xla", "engine_k1", "data_parallel", *PIPED, "backprop_torch")
 ALLOWED = f"{', '.join(NAMES)}, one_device_k<K>"
 DEFAULT = ("backprop", "engine_k1", "data_parallel", "gpipe", "one_f_one_b", "ddg", "fdg")
 
@@ -53,6 +54,7 @@ class Settings:
     num_stages: int = 2
     microbatches: int = 4
     partition: str = "time"
+    dtype: str = "float32"
     rounds: int = 5
     steps: int = 0
     turn_seconds: float = 3.0
@@ -74,6 +76,10 @@ class Settings:
             raise UsageError(f"--turn_seconds={self.turn_seconds}: must be above 0; 3 is usual")
         if not 0 <= self.max_load < math.inf:
             raise UsageError(f"--max_load={self.max_load}: must be 0 or more cores; 0.5 is usual")
+        if self.dtype not in DTYPES:
+            raise UsageError(
+                f"--dtype={self.dtype}: no such choice; allowed are {', '.join(DTYPES)}"
+            )
         with blame("model"):
             units = len(units_of(fdg.models.create(self.model, CLASSES, CHANNELS)))
         if self.num_stages > units:
@@ -143,7 +149,7 @@ class Workload:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.layers = fdg.models.create(settings.model, CLASSES, CHANNELS)
+        self.layers = self.network()
         size = settings.image_size
         rng = np.random.default_rng(settings.seed)
         shape = (settings.batch_size, size, size, CHANNELS)
@@ -152,6 +158,11 @@ class Workload:
         self.example = jax.ShapeDtypeStruct(shape, jnp.float32)
         self.key = jax.random.key(settings.seed)
         self.unit = "seconds" if settings.partition == "time" else "FLOPs"
+
+    def network(self, fast_derivatives: bool = True) -> list[fdg.Layer]:
+        """The layers; or those whose derivatives are left to JAX and XLA."""
+        how = compute(self.settings.dtype, fast_derivatives)
+        return fdg.models.create(self.settings.model, CLASSES, CHANNELS, compute=how)
 
     @functools.cached_property
     def layer_costs(self) -> tuple[float, ...]:

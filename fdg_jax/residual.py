@@ -36,7 +36,8 @@ class Residuals:
     @staticmethod
     def of(vjp: PyTree, kept: PyTree) -> Residuals:
         known = jax.tree.leaves(kept)
-        position, arrays = {id(leaf): i for i, leaf in enumerate(known)}, []
+        position = {id(leaf): i for i, leaf in enumerate(known)}
+        arrays: list[jax.Array] = []
         leaves, treedef = jax.tree.flatten(vjp)
         for leaf in leaves:
             if id(leaf) not in position:

@@ -121,3 +121,36 @@ def test_the_deepest_and_the_widest_network_take_eight_fdg_ticks(name):
     for before, after in zip(initial, pipe.params(state), strict=True):
         changed = jax.tree.map(lambda a, b: bool((a != np.asarray(b)).any()), before, after)
         assert all(jax.tree.leaves(changed))
+
+
+@pytest.mark.parametrize("name", ["small_resnet", "wrn10_1", "plain16"])
+def test_own_derivatives_are_those_of_jax(name):
+    def run(compute):
+        network = fdg.chain(models.create(name, compute=compute))
+        x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3), jnp.float64)
+        params, state = network.init(jax.random.key(1), x)
+        params, state = jax.tree.map(lambda v: v.astype(jnp.float64), (params, state))
+
+        def loss(params):
+            y, new = network.apply(params, state, x, train=True, key=jax.random.key(2))
+            return jnp.sum(jnp.sin(y)), new
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    ours, theirs = run(models.Compute()), run(models.Compute(fast=False))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", ["small_resnet", "wrn10_1"])
+def test_half_precision_is_of_activations_alone(name, fast):
+    layers = models.create(name, compute=models.Compute(jnp.bfloat16, fast))
+    x = jnp.ones((2, 8, 8, 3), jnp.float32)
+    for i, layer in enumerate(layers):
+        params, state = layer.init(jax.random.key(0), x)
+        assert {v.dtype for v in jax.tree.leaves(params)} <= {jnp.dtype(jnp.float32)}
+        x, new = layer.apply(params, state, x, train=True, key=jax.random.key(1))
+        assert {v.dtype for v in jax.tree.leaves(new)} <= {jnp.dtype(jnp.float32)}
+        assert x.dtype == (jnp.bfloat16 if i < len(layers) - 1 else jnp.float32)

@@ -149,7 +149,7 @@ def parse(*arguments: str) -> Settings:
 REFUSED = {
     "--workdir=": "--workdir: is missing; name the folder",
     "--model=alexnet": "--model: model='alexnet': allowed are",
-    "--contenders=": "--contenders=: give at least one of backprop, engine_k1",
+    "--contenders=": "--contenders=: give at least one of backprop, backprop_xla, engine_k1",
     "--contenders=fgd": "--contenders=fgd: no such contender; allowed are backprop",
     "--contenders=one_device_k0": "--contenders=one_device_k0: no such contender",
     "--contenders=one_device_k6": "has 5 layers that can be split, so choose one_device_k1 to",

@@ -29,7 +29,9 @@ def test_flagfile(path):
     assert path.read_text().startswith("# ")
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.cfg")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*FLAGFILES, *sorted(FOLDER.glob("compare_*.cfg"))], ids=lambda path: path.stem
+)
 def test_results_repeat_on_other_machines(path):
     """The default splits by measured time, and so would a flagfile that does not say how."""
     (line,) = [x for x in path.read_text().splitlines() if x.startswith("--partition=")]

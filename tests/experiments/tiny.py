@@ -11,7 +11,10 @@ from tests.networks import batch_norm, dense
 QUIET = {"load_average": [0.1, 0.1, 0.1], "cores_of_others": 0.05}
 
 
-def tiny_network(name: str, num_classes: int = 10, channels: int = 3) -> list[fdg.Layer]:
+def tiny_network(
+    name: str, num_classes: int = 10, channels: int = 3, compute: object = None
+) -> list[fdg.Layer]:
+    del compute  # there is no convolution
     if name != "tiny":
         raise ValueError(f"model={name!r}: no such model")
     flat = fdg.from_fn(lambda x: x.reshape(len(x), -1))
