@@ -57,7 +57,7 @@ def prepare_jax(num_stages: int) -> None:
     wanted = min(num_stages, measured.cores())
     if wanted > 1 and wanted == measured.cores():
         # Every core has a device of its own: threads inside an operation would only take cores from
-        # other devices (BENCHMARKS.md has figures). XLA reads this when it starts.
+        # other devices. XLA reads this when it starts.
         given = os.environ.get("XLA_FLAGS", "")
         if _ONE_THREAD.split("=")[0] not in given:
             os.environ["XLA_FLAGS"] = f"{given} {_ONE_THREAD}".strip()
