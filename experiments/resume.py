@@ -54,11 +54,14 @@ def find(config: Config) -> Earlier | None:
     folder = pathlib.Path(config.workdir).expanduser()
     path = folder / "config.json"
     try:
-        if config.overwrite or not config.resume:
+        if config.overwrite:
             return None
         if not path.is_file():
+            # A new run must not find the checkpoints of another later on.
             if (folder / FOLDER).exists():
                 raise ValueError("it is missing, but there are checkpoints")
+            return None
+        if not config.resume:
             return None
         there = json.loads(path.read_text())
         if not isinstance(there, dict) or not {"cuts", "balance"} <= there.keys():

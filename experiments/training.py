@@ -6,8 +6,6 @@ import collections
 import functools
 import hashlib
 import math
-import pathlib
-import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -51,23 +49,26 @@ def run(config: Config) -> dict[str, Any]:
     height, width, channels = run.dataset.image_shape
     example = jax.ShapeDtypeStruct((config.batch_size, height, width, channels), jnp.float32)
     saved = checkpoints.restore() if earlier is not None else None
-    state, done = saved if saved is not None else (pipe.init(model_key, example), resume.NOTHING)
+    state, past = saved if saved is not None else (pipe.init(model_key, example), resume.NOTHING)
 
     # --- What the run is, on disk and on screen.
-    if earlier is None and config.overwrite:
-        shutil.rmtree(pathlib.Path(config.workdir).expanduser() / resume.FOLDER, ignore_errors=True)
-    out = workdir.Workdir(config.workdir, overwrite=config.overwrite, resume=earlier is not None)
+    out = workdir.Workdir(
+        config.workdir,
+        overwrite=config.overwrite,
+        folders=(resume.FOLDER,),
+        resume=earlier is not None,
+    )
     table = setup.stage_table(run, pipe.params(state))
     described = setup.describe(run, table)
     if earlier is None:
         out.write_json("config.json", described)
     else:
         described = earlier.config
-        out.cut_metrics(done["lines"])
+        out.cut_metrics(past["lines"])
     screen = Screen(run.total_steps)
     introduce(screen, run, table)
     if earlier is not None:
-        screen.line(f"goes on after step {done['step']}")
+        screen.line(f"goes on after step {past['step']}")
 
     # --- Programs beside the pipeline's own: augmentation before it, counting after it.
     first = pipe.stages[0]
@@ -80,9 +81,9 @@ def run(config: Config) -> dict[str, Any]:
 
     # --- Training. Nothing below waits for a device but the evaluations, and the log, which looks
     # only at batches that are known to be done.
-    waiting: collections.deque[dict[str, Any]] = collections.deque(done["waiting"])
-    best, evaluated = done["best"], {"loss": math.nan, "error": math.nan}
-    train_seconds, logged_batch, logged_seconds = done["clocks"]
+    waiting: collections.deque[dict[str, Any]] = collections.deque(past["waiting"])
+    best, evaluated = past["best"], {"loss": math.nan, "error": math.nan}
+    train_seconds, logged_batch, logged_seconds = past["clocks"]
     eval_steps = config.eval_every_epochs * loader.steps_per_epoch
 
     def log(done: Sequence[dict[str, Any]], step: int, seconds: float) -> None:
@@ -144,7 +145,7 @@ def run(config: Config) -> dict[str, Any]:
         jax.transfer_guard("disallow"),
     ):
         clock = time.perf_counter()
-        for step in range(done["step"], run.total_steps):
+        for step in range(past["step"], run.total_steps):
             images, labels = next(loader)
             images, number = jax.device_put(
                 (images, np.int32(step)), (first.sharded, first.replicated)

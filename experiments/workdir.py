@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ class Workdir:
       path: the folder, made if it is not there.
       overwrite: whether the files of an earlier run there may go.
       files: which those are.
+      folders: folders of an earlier run, which go before its files.
       resume: whether the run there goes on instead: its files stay.
 
     Raises:
@@ -33,15 +35,20 @@ class Workdir:
         *,
         overwrite: bool,
         files: Sequence[str] = FILES,
+        folders: Sequence[str] = (),
         resume: bool = False,
     ) -> None:
         self.path = pathlib.Path(path).expanduser()
         check(path, overwrite=overwrite or resume, files=files)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # Backwards: while config.json, the first, is there, so is all that it speaks of.
-            for name in () if resume else reversed(files):
-                (self.path / name).unlink(missing_ok=True)
+            if not resume:
+                for name in folders:
+                    if (self.path / name).exists():
+                        shutil.rmtree(self.path / name)
+                # config.json, the first, goes last: what is left by a kill is still a run.
+                for name in reversed(files):
+                    (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(path, error) from error
         self.lines = 0  # of metrics.jsonl

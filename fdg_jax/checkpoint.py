@@ -16,7 +16,6 @@ import pathlib
 import shutil
 import threading
 import warnings
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -64,8 +63,10 @@ class Checkpointer:
         self.directory = pathlib.Path(directory).absolute()
         self.pipe = pipe
         self.keep = keep
-        # New buffers: a pure copy is no output that JAX forwards from its inputs.
-        self._copy = jax.jit(lambda leaves: jax.tree.map(jnp.copy, leaves))
+        self._configuration = manifest.configuration(pipe)
+        # New buffers: a copy is no output that JAX forwards from its inputs. Of a list, and not by
+        # names that have numbers of batches in them: so it compiles once for the steady state.
+        self._copy = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._damaged: set[int] = set()
@@ -97,11 +98,9 @@ class Checkpointer:
             leaves = {n: jax.tree.leaves(tree) for n, tree in causes.sections(stage).items()}
             counts.append(causes.numbers(stage))
             names.append({n: len(found) for n, found in leaves.items()})
-            copies.append(
-                self._copy({_leaf(n, i): v for n, f in leaves.items() for i, v in enumerate(f)})
-            )
+            copies.append(self._copy([leaf for found in leaves.values() for leaf in found]))
         body = {
-            **manifest.configuration(self.pipe),
+            **self._configuration,
             "step": step,
             "tick": int(state.tick),
             "origin": int(state.origin),
@@ -166,12 +165,7 @@ class Checkpointer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         # Whoever presses Ctrl-C twice does not want to wait: what is half written is passed over.
         if kind is None or issubclass(kind, Exception):
             self.close()
@@ -199,7 +193,7 @@ class Checkpointer:
         self,
         body: dict[str, Any],
         names: list[dict[str, int]],
-        copies: list[dict[str, jax.Array]],
+        copies: list[list[jax.Array]],
         key: jax.Array,
         extra: Any,
     ) -> None:
@@ -209,7 +203,10 @@ class Checkpointer:
         partial = final.with_name(f".{final.name}")
         try:
             # Waits for the devices, in this thread; the copies are freed on the way.
-            arrays = [jax.device_get(copies.pop(0)) for _ in names]
+            arrays = [
+                dict(zip(_leaves(sizes), jax.device_get(copies.pop(0)), strict=True))
+                for sizes in names
+            ]
             data = jax.device_get(jax.random.key_data(key)).tolist()
             body["key"] = [str(jax.random.key_impl(key)), data]
             body["sections"] = []
@@ -242,7 +239,7 @@ class Checkpointer:
     def _load(
         self, folder: pathlib.Path, body: dict[str, Any], example: tuple[PyTree, PyTree]
     ) -> tuple[PipelineState, Any]:
-        for name, here in manifest.configuration(self.pipe).items():
+        for name, here in self._configuration.items():
             if body[name] != here:
                 says = f"{name}: {folder} was made with {body[name]}, this pipeline has {here}"
                 if name in manifest.BINDING:
@@ -275,7 +272,7 @@ class Checkpointer:
                 for n, v in own.items()
                 if not v.size
             }
-            there = self._copy(there)
+            there = dict(zip(there, self._copy(list(there.values())), strict=True))
             parts = {
                 name: jax.tree.unflatten(
                     jax.tree.structure(template[name.partition(".")[0]]),
@@ -292,3 +289,7 @@ class Checkpointer:
 
 def _leaf(section: str, i: int) -> str:
     return f"{section}/{i}"
+
+
+def _leaves(sizes: dict[str, int]) -> list[str]:
+    return [_leaf(section, i) for section, size in sizes.items() for i in range(size)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import resume
+from experiments import resume, workdir
 from experiments.config import Config
 from experiments.errors import UsageError
 
@@ -192,8 +192,25 @@ def test_what_is_there_and_does_not_fit_is_refused(tmp_path, text, message):
 
 def test_checkpoints_without_settings_are_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UsageError, match="missing, but there are checkpoints"):
-        resume.find(Config(str(tmp_path)))
+    for going_on in (True, False):
+        with pytest.raises(UsageError, match="missing, but there are checkpoints"):
+            resume.find(Config(str(tmp_path), resume=going_on))
+    (tmp_path / "checkpoints" / "step-000000001").mkdir()
+    workdir.Workdir(str(tmp_path), overwrite=True, folders=[resume.FOLDER])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    out = workdir.Workdir(str(tmp_path), overwrite=False)
+    for step in range(4):
+        out.append_metrics({"step": step})
+    again = workdir.Workdir(str(tmp_path), overwrite=False, resume=True)
+    again.cut_metrics(2)
+    again.append_metrics({"step": 7})
+    assert [line["step"] for line in again.metrics()] == [0, 1, 7]
+    assert again.lines == 3
+    with pytest.raises(UsageError, match="has 3 lines, the checkpoint was taken after 5"):
+        again.cut_metrics(5)
 
 
 def test_a_second_signal_is_not_held_back():
