@@ -17,11 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import methods, paper
-from experiments.config import Config
+from experiments.config import FREE, Config
 from experiments.errors import UsageError
-
-# Settings that say where things are, not what is computed.
-PLACES = ("workdir", "data_dir", "overwrite")
 
 # Okabe and Ito's colours, told apart by the colour-blind, and three more; what is most often
 # compared has the most different ones.
@@ -119,7 +116,7 @@ def finished(config: Config) -> Record | None:
     for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
         # A run that is older than a setting had its default.
         other = there.get(name, json.loads(json.dumps(defaults[name], default=str)))
-        if name not in PLACES and other != value:
+        if name not in FREE and other != value:
             raise UsageError(
                 f"{folder}: was run with --{name}={other}, not --{name}={value}; name another "
                 "--workdir, give the same settings, or run it anew with --overwrite"

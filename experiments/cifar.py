@@ -4,6 +4,9 @@
 
 Every setting is a flag; a flagfile holds flags, one a line, and later flags win. A flag that the
 chosen method does not use is checked but ignored, so that one flagfile serves every method.
+
+The same command again goes on with a run that was stopped or killed. SIGTERM and Ctrl-C end a run
+after a checkpoint, with status 75; a second one ends it at once.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from experiments.config import Config
 from experiments.errors import UsageError
 
 HELP = {
-    "workdir": "Folder for config.json, metrics.jsonl, summary.json and curves.png.",
+    "workdir": "Folder for config.json, metrics.jsonl, summary.json, curves.png and checkpoints.",
     "dataset": "fashion_mnist_small, cifar10, cifar100, tfds:NAME, or folder:PATH with "
     "train/<class>/* and test/<class>/* (PNG, JPEG).",
     "data_dir": "Where prepared data sets and archives are, and where they are put.",
@@ -61,7 +64,12 @@ HELP = {
     "eval_every_epochs": "Epochs between evaluations.",
     "log_every_steps": "Steps between lines of metrics.jsonl.",
     "max_ahead": "Ticks that the host may be ahead of the devices.",
-    "overwrite": "Whether an earlier run in the workdir may be replaced.",
+    "checkpoint_every_steps": "Steps between checkpoints of the run, in the workdir; 0: none.",
+    "checkpoint_every_minutes": "A checkpoint also after so many minutes without one; 0: none.",
+    "keep_checkpoints": "How many of the newest checkpoints stay.",
+    "resume": "Whether an unfinished run in the workdir goes on from its newest good checkpoint, "
+    "as if it had never stopped; --noresume refuses a workdir that holds a run.",
+    "overwrite": "Whether an earlier run in the workdir is replaced, finished or not.",
 }
 
 

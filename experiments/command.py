@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
-from experiments.errors import UsageError
+from experiments.errors import Stopped, UsageError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -39,6 +39,9 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UsageError as error:
             fail(error)
+        except Stopped as stopped:
+            print(stopped, flush=True)
+            sys.exit(75)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

@@ -16,6 +16,16 @@ ORDERS = ("forward_first", "backward_first")
 REDUCTIONS = ("mean", "sum")
 UNROLL = ("auto", "yes", "no")
 DTYPES = ("float32", "bfloat16")
+# Settings that a run may go on with changed: they move nothing but files.
+FREE = (
+    "workdir",
+    "data_dir",
+    "overwrite",
+    "resume",
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "keep_checkpoints",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +65,10 @@ class Config:
     eval_every_epochs: int = 1
     log_every_steps: int = 20
     max_ahead: int = 4
+    checkpoint_every_steps: int = 500
+    checkpoint_every_minutes: float = 10.0
+    keep_checkpoints: int = 3
+    resume: bool = True
     overwrite: bool = False
 
     def check(self) -> None:
@@ -74,12 +88,18 @@ class Config:
         self._one_of("dtype", DTYPES)
         for name in ("num_stages", "batch_size", "epochs", "log_every_steps", "eval_every_epochs"):
             self._bound(name, 1)
-        for name in ("max_ahead", "microbatches"):
+        for name in ("max_ahead", "microbatches", "keep_checkpoints"):
             self._bound(name, 1)
         if self.accumulate is not None:
             self._bound("accumulate", 1)
         for name in ("steps", "seed", "validation_size", "train_size", "crop_padding"):
             self._bound(name, 0)
+        self._bound("checkpoint_every_steps", 0)
+        if self.checkpoint_every_minutes < 0:
+            raise UsageError(
+                f"--checkpoint_every_minutes={self.checkpoint_every_minutes:g}: must be 0 or more; "
+                "0 takes steps only"
+            )
         if not 0 < self.beta <= 1:
             raise UsageError(f"--beta={self.beta}: must lie in (0, 1]; 1 does not shrink")
         if self.learning_rate <= 0:

@@ -66,8 +66,12 @@ def prepare_jax(num_stages: int) -> None:
         jax.config.update("jax_num_cpu_devices", wanted)
 
 
-def make(config: Config) -> Setup:
+def make(config: Config, cuts: list[int] | None = None) -> Setup:
     """Loads the data and builds the pipeline; writes nothing.
+
+    Args:
+      config: the settings.
+      cuts: those of the run that goes on, whatever --partition would find today.
 
     Raises:
       UsageError: a setting does not fit the data or the network.
@@ -120,7 +124,7 @@ def make(config: Config) -> Setup:
             f"--batch_size={config.batch_size}: does not divide over the {len(devices)} devices of "
             f"--method={config.method}; choose a multiple"
         )
-    stages, times = split(config, layers, dataset, schedule.microbatches)
+    stages, times = split(config, layers, dataset, schedule.microbatches, cuts)
     rate = learning_rate(config, loader.steps_per_epoch / schedule.period, total / schedule.period)
     pipe = fdg.Pipeline(
         stages,
@@ -136,7 +140,11 @@ def make(config: Config) -> Setup:
 
 
 def split(
-    config: Config, layers: list[Layer], dataset: data.Dataset, microbatches: int
+    config: Config,
+    layers: list[Layer],
+    dataset: data.Dataset,
+    microbatches: int,
+    cuts: list[int] | None = None,
 ) -> tuple[fdg.Partition, measured.Times | None]:
     """The network in stages as --partition says, and the layers' times if that takes them.
 
@@ -145,7 +153,7 @@ def split(
     """
     num_stages = methods.num_stages(config)
     # One stage leaves nothing to balance, and so nothing to measure.
-    cuts = [] if num_stages == 1 else config.cuts()
+    cuts = [] if num_stages == 1 else config.cuts() if cuts is None else cuts
     height, width, channels = dataset.image_shape
 
     def images(count: int) -> jax.ShapeDtypeStruct:
@@ -224,6 +232,20 @@ def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def describe(setup: Setup, table: list[dict[str, Any]]) -> dict[str, Any]:
+    """What stands in config.json: the settings, what follows from them, where it runs."""
+    return {
+        **dataclasses.asdict(setup.config),
+        "total_steps": setup.total_steps,
+        "cuts": list(setup.stages.cuts),
+        "layer_costs": list(setup.stages.layer_costs),
+        "cost_unit": setup.stages.unit,
+        "balance": setup.stages.balance,
+        "stages": table,
+        **environment(),
+    }
 
 
 def environment() -> dict[str, Any]:

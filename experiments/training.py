@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import hashlib
 import math
@@ -16,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import fdg_jax as fdg
-from experiments import curves, data, setup, workdir
+from experiments import curves, data, resume, setup, workdir
 from experiments.config import Config
+from experiments.errors import Stopped
 from experiments.screen import Screen
 from experiments.setup import Setup
 
@@ -25,40 +25,50 @@ from experiments.setup import Setup
 def run(config: Config) -> dict[str, Any]:
     """Trains as ``config`` says and returns what stands in summary.json.
 
+    A run that is in the workdir already and was stopped goes on where its newest good checkpoint
+    was taken, and ends as if it had never stopped; a finished one stays as it is.
+
     Raises:
       UsageError: something in ``config`` cannot be done; nothing has been written then.
+      Stopped: a signal asked for it; the same ``config`` goes on.
     """
     # --- Everything that can be wrong is found before the first file is written.
     config.check()
-    workdir.check(config.workdir, overwrite=config.overwrite)
+    earlier = resume.find(config)
+    if earlier is not None and earlier.finished:
+        print(f"{config.workdir}: this run is finished; nothing is changed")
+        return workdir.read_json(config.workdir, "summary.json")
+    workdir.check(config.workdir, overwrite=config.overwrite or earlier is not None)
     setup.prepare_jax(config.num_stages)
-    run = setup.make(config)
+    run = setup.make(config, None if earlier is None else earlier.config["cuts"])
     pipe, loader = run.pipe, run.loader
+    checkpoints = resume.Checkpoints(run)
 
     root = jax.random.key(config.seed)
     model_key = jax.random.fold_in(root, setup.MODEL_KEY)
     height, width, channels = run.dataset.image_shape
     example = jax.ShapeDtypeStruct((config.batch_size, height, width, channels), jnp.float32)
-    state = pipe.init(model_key, example)
+    saved = checkpoints.restore() if earlier is not None else None
+    state, past = saved if saved is not None else (pipe.init(model_key, example), resume.NOTHING)
 
     # --- What the run is, on disk and on screen.
-    out = workdir.Workdir(config.workdir, overwrite=config.overwrite)
-    table = setup.stage_table(run, pipe.params(state))
-    out.write_json(
-        "config.json",
-        {
-            **dataclasses.asdict(config),
-            "total_steps": run.total_steps,
-            "cuts": list(run.stages.cuts),
-            "layer_costs": list(run.stages.layer_costs),
-            "cost_unit": run.stages.unit,
-            "balance": run.stages.balance,
-            "stages": table,
-            **setup.environment(),
-        },
+    out = workdir.Workdir(
+        config.workdir,
+        overwrite=config.overwrite,
+        folders=(resume.FOLDER,),
+        resume=earlier is not None,
     )
+    table = setup.stage_table(run, pipe.params(state))
+    described = setup.describe(run, table)
+    if earlier is None:
+        out.write_json("config.json", described)
+    else:
+        described = earlier.config
+        out.cut_metrics(past["lines"])
     screen = Screen(run.total_steps)
     introduce(screen, run, table)
+    if earlier is not None:
+        screen.line(f"goes on after step {past['step']}")
 
     # --- Programs beside the pipeline's own: augmentation before it, counting after it.
     first = pipe.stages[0]
@@ -71,15 +81,16 @@ def run(config: Config) -> dict[str, Any]:
 
     # --- Training. Nothing below waits for a device but the evaluations, and the log, which looks
     # only at batches that are known to be done.
-    waiting: collections.deque[dict[str, Any]] = collections.deque()
-    best, evaluated = math.inf, {"loss": math.nan, "error": math.nan}
-    train_seconds, logged_batch, logged_seconds = 0.0, 0, 0.0
+    waiting: collections.deque[dict[str, Any]] = collections.deque(past["waiting"])
+    best, evaluated = past["best"], {"loss": math.nan, "error": math.nan}
+    train_seconds, logged_batch, logged_seconds = past["clocks"]
     eval_steps = config.eval_every_epochs * loader.steps_per_epoch
 
     def log(done: Sequence[dict[str, Any]], step: int, seconds: float) -> None:
         nonlocal logged_batch, logged_seconds
         values = jax.device_get([(m["loss"], m["error"]) for m in done])
-        loss, error = (float(np.mean([v[i] for v in values])) for i in (0, 1))
+        # In double precision, in which a checkpoint keeps those that are not yet logged.
+        loss, error = (float(np.mean([float(v[i]) for v in values])) for i in (0, 1))
         seen = done[-1]["batch"] + 1
         speed = config.batch_size * (seen - logged_batch) / max(seconds - logged_seconds, 1e-9)
         logged_batch, logged_seconds = seen, seconds
@@ -118,9 +129,23 @@ def run(config: Config) -> dict[str, Any]:
         )
         return result
 
-    with screen, jax.transfer_guard("disallow"):
+    def save(state: fdg.PipelineState, step: int, seconds: float) -> None:
+        extra = {
+            "lines": out.lines,
+            "waiting": [{name: m[name] for name in ("batch", "loss", "error")} for m in waiting],
+            "best": best,
+            "clocks": [seconds, logged_batch, logged_seconds],
+        }
+        checkpoints.save(state, step, extra)
+
+    with (
+        screen,
+        checkpoints.checkpointer,
+        resume.Stop() as stop,
+        jax.transfer_guard("disallow"),
+    ):
         clock = time.perf_counter()
-        for step in range(run.total_steps):
+        for step in range(past["step"], run.total_steps):
             images, labels = next(loader)
             images, number = jax.device_put(
                 (images, np.int32(step)), (first.sharded, first.replicated)
@@ -141,6 +166,10 @@ def run(config: Config) -> dict[str, Any]:
                 evaluated = assess(state, step + 1)
                 best = min(best, evaluated["error"])
                 clock = time.perf_counter()
+            if stop.asked or (checkpoints.due(step + 1) and step + 1 < run.total_steps):
+                save(state, step + 1, train_seconds + time.perf_counter() - clock)
+            if stop.asked:
+                raise Stopped(checkpoints.farewell(step + 1))
 
         state, rest = pipe.drain(state)
         jax.block_until_ready(state)
@@ -162,13 +191,13 @@ def run(config: Config) -> dict[str, Any]:
         "split": run.split,
         "method": config.method,
         "stages": len(run.stages),
-        "balance": run.stages.balance,
+        "balance": described["balance"],
         "staleness": [run.schedule.staleness(k) for k in range(len(run.stages))],
         "params_sha256": params_sha256(pipe.params(state)),
     }
     title = f"{config.model} on {run.dataset.name}: {config.method}, K = {len(run.stages)}"
-    out.write_json("summary.json", summary)
     out.write_bytes("curves.png", curves.draw(out.metrics(), title))
+    out.write_json("summary.json", summary)  # the last: a run that has it is finished
     conclude(screen, run, summary)
     return summary
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -21,20 +22,36 @@ class Workdir:
       path: the folder, made if it is not there.
       overwrite: whether the files of an earlier run there may go.
       files: which those are.
+      folders: folders of an earlier run, which go before its files.
+      resume: whether the run there goes on instead: its files stay.
 
     Raises:
       UsageError: the folder cannot be written, or holds a run that may not be overwritten.
     """
 
-    def __init__(self, path: str, *, overwrite: bool, files: Sequence[str] = FILES) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        overwrite: bool,
+        files: Sequence[str] = FILES,
+        folders: Sequence[str] = (),
+        resume: bool = False,
+    ) -> None:
         self.path = pathlib.Path(path).expanduser()
-        check(path, overwrite=overwrite, files=files)
+        check(path, overwrite=overwrite or resume, files=files)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in files:
-                (self.path / name).unlink(missing_ok=True)
+            if not resume:
+                for name in folders:
+                    if (self.path / name).exists():
+                        shutil.rmtree(self.path / name)
+                # config.json, the first, goes last: what is left by a kill is still a run.
+                for name in reversed(files):
+                    (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(path, error) from error
+        self.lines = 0  # of metrics.jsonl
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """One of the JSON files, replaced as a whole."""
@@ -51,10 +68,34 @@ class Workdir:
         clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self.lines += 1
+
+    def cut_metrics(self, lines: int) -> None:
+        """Keeps the first ``lines`` of metrics.jsonl.
+
+        Raises:
+          UsageError: there are fewer.
+        """
+        path = self.path / "metrics.jsonl"
+        there = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if len(there) < lines:
+            raise UsageError(
+                f"--workdir={self.path}: metrics.jsonl has {len(there)} lines, the checkpoint was "
+                f"taken after {lines}; put the file back, or add --overwrite"
+            )
+        if there:
+            self.write_bytes("metrics.jsonl", b"".join(there[:lines]))
+        self.lines = lines
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_json(path: str, name: str) -> dict[str, Any]:
+    """One of the JSON files of the run in ``path``."""
+    value: dict[str, Any] = json.loads((pathlib.Path(path).expanduser() / name).read_text())
+    return value
 
 
 def check(path: str, *, overwrite: bool, files: Sequence[str] = FILES) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 import fdg_jax as fdg
+from fdg_jax.checkpoint import Checkpointer
 from tests import networks
 
 
@@ -54,6 +55,24 @@ def test_step_returns_before_a_slow_stage_is_done_and_transfers_nothing_unasked(
     assert unfinished
     assert dispatch < work / 3  # not even one of the three slow forwards was waited for
     assert float(metrics["loss"]) >= 0
+
+
+def test_a_save_returns_before_a_slow_stage_is_done(tmp_path):
+    pipe = pipeline(turns=200, max_ahead=4)
+    state = pipe.init(jax.random.key(0), BATCH[0])
+    for _ in range(8):
+        state, _ = pipe.step(state, BATCH)
+    with Checkpointer(tmp_path, pipe) as checkpoints:
+        checkpoints.save(state, 8)  # compiles the copies, once
+        checkpoints.wait()
+        with jax.transfer_guard("disallow"):
+            for _ in range(3):
+                state, _ = pipe.step(state, BATCH)
+            checkpoints.save(state, 11)
+            unfinished = not state.stages[1].number.is_ready()
+            state, _ = pipe.step(state, BATCH)
+    assert unfinished
+    assert checkpoints.latest() == 11
 
 
 def test_run_ahead_reaches_its_bound_and_stays_within_it():

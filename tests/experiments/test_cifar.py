@@ -259,8 +259,9 @@ def test_a_workdir_that_cannot_be_written_or_is_taken_is_refused(images, cache, 
     refused(cifar(cache, *small(images, "/proc/run")), "--workdir=/proc/run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    refused(cifar(cache, *small(images, tmp_path / "run")), "--overwrite")
-    assert (tmp_path / "run" / "config.json").read_text() == "{}"
+    for flag in ("--resume", "--noresume"):
+        refused(cifar(cache, *small(images, tmp_path / "run"), flag), "--overwrite")
+        assert (tmp_path / "run" / "config.json").read_text() == "{}"
     (tmp_path / "run" / "config.json").rename(tmp_path / "run" / "summary.json")
     refused(cifar(cache, *small(images, tmp_path / "run")), "summary.json")
     assert (tmp_path / "run" / "summary.json").read_text() == "{}"
@@ -270,5 +271,5 @@ def test_a_workdir_that_cannot_be_written_or_is_taken_is_refused(images, cache, 
 def test_help_names_every_flag(cache):
     done = cifar(cache, "--help")
     assert done.returncode == 0
-    for name in ("--beta", "--method", "--num_stages", "--[no]overwrite"):
+    for name in ("--beta", "--method", "--num_stages", "--[no]resume", "--[no]overwrite"):
         assert name in done.stdout

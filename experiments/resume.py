@@ -1,0 +1,178 @@
+"""Going on with a run that was stopped, and stopping one so that it can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+import fdg_jax as fdg
+from experiments.config import FREE, Config
+from experiments.errors import UsageError
+from experiments.setup import Setup
+from fdg_jax.checkpoint import Checkpointer
+
+FOLDER = "checkpoints"
+# What is done where no checkpoint has been taken.
+NOTHING: dict[str, Any] = {
+    "step": 0,
+    "lines": 0,
+    "waiting": [],
+    "best": math.inf,
+    "clocks": [0.0, 0, 0.0],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """A run that is in the workdir already.
+
+    Attributes:
+      config: what its config.json says.
+      finished: whether it has its summary.json, which a run writes last.
+    """
+
+    config: dict[str, Any]
+    finished: bool
+
+
+def find(config: Config) -> Earlier | None:
+    """The run to go on with; None where a new one begins (or is refused for what is there).
+
+    Raises:
+      UsageError: the run there has other settings, or its config.json cannot be read.
+    """
+    folder = pathlib.Path(config.workdir).expanduser()
+    path = folder / "config.json"
+    try:
+        if config.overwrite:
+            return None
+        if not path.is_file():
+            # A new run must not find the checkpoints of another later on.
+            if (folder / FOLDER).exists():
+                raise ValueError("it is missing, but there are checkpoints")
+            return None
+        if not config.resume:
+            return None
+        there = json.loads(path.read_text())
+        if not isinstance(there, dict) or not {"cuts", "balance"} <= there.keys():
+            raise ValueError("it is not that of a run")
+    except (OSError, RuntimeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"--workdir={config.workdir}: its config.json cannot be read ({error}); name another "
+            "folder, or add --overwrite"
+        ) from error
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
+        # A flag that came after the run was begun had its default then.
+        had = there.get(name, json.loads(json.dumps(defaults[name], default=str)))
+        if name not in FREE and had != value:
+            raise UsageError(
+                f"--{name}={_shown(value)}: the run in {config.workdir} has {name}={_shown(had)}; "
+                "give that to go on with it, name another folder, or add --overwrite"
+            )
+    return Earlier(there, (folder / "summary.json").is_file())
+
+
+def _shown(value: Any) -> str:
+    return ",".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+
+
+class Checkpoints:
+    """The checkpoints of one run: when they are due, and what is in them beside the state.
+
+    Args:
+      run: the run; its settings say when and how many.
+    """
+
+    def __init__(self, run: Setup) -> None:
+        config = run.config
+        self._run = run
+        self._every = config.checkpoint_every_steps
+        self._seconds = 60 * config.checkpoint_every_minutes
+        folder = pathlib.Path(config.workdir).expanduser() / FOLDER
+        self.checkpointer = Checkpointer(folder, run.pipe, config.keep_checkpoints)
+        self._last = time.monotonic()
+
+    def restore(self) -> tuple[fdg.PipelineState, dict[str, Any]] | None:
+        """State and extra of the newest good checkpoint, the loader where it was; None: there is
+        no checkpoint.
+
+        Raises:
+          UsageError: none is whole, or it does not fit the pipeline.
+        """
+        config, image_shape = self._run.config, self._run.dataset.image_shape
+        images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
+        labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+        try:
+            state, extra = self.checkpointer.restore((images, labels))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UsageError(
+                f"--workdir={config.workdir}: {error}; --overwrite does that"
+            ) from error
+        self._run.loader.set_state(extra["loader"])
+        return state, extra
+
+    def due(self, step: int) -> bool:
+        """Whether the state after ``step`` steps is to be saved."""
+        late = 0 < self._seconds <= time.monotonic() - self._last
+        return late or (self._every > 0 and step % self._every == 0)
+
+    def save(self, state: fdg.PipelineState, step: int, extra: dict[str, Any]) -> None:
+        """Begins to write a checkpoint; nothing waits for it."""
+        extra = {"step": step, "loader": self._run.loader.get_state(), **extra}
+        self.checkpointer.save(state, step, extra)
+        self._last = time.monotonic()
+
+    def farewell(self, step: int) -> str:
+        """The line with which a run stops after ``step`` steps; waits for the last save."""
+        self.checkpointer.close()
+        if self.checkpointer.latest() == step:
+            return f"stopped after step {step}; the same command goes on"
+        return f"stopped after step {step}; the same command goes on from an older checkpoint"
+
+
+class Stop:
+    """Notes SIGINT and SIGTERM, so that a run can end after a checkpoint.
+
+    Only the first signal is noted; the second does what it does everywhere: end the program at
+    once. Outside the main thread, where Python allows no handlers, nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)

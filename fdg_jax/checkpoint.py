@@ -1,0 +1,295 @@
+"""Checkpoints: a training state to disk and back, to the bit, while training goes on.
+
+    directory/step-000000500/
+      manifest.json     configuration, counts, and the SHA-256 of every other file; written last
+      arrays/stage_0/   one Orbax entry per stage: the causes of its state (causes.py)
+      arrays/stage_1/
+
+A checkpoint is written under another name and renamed when it is whole. One that is not, for
+whatever reason, is recognised by its hashes and passed over. Arrays and JSON: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import threading
+import warnings
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from fdg_jax import causes, manifest
+from fdg_jax.layer import PyTree
+from fdg_jax.pipeline import Pipeline
+from fdg_jax.state import PipelineState
+
+ARRAYS = "arrays"
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run.
+
+    Args:
+      directory: where they are; made at the first `save`.
+      pipe: the pipeline whose states are saved and restored.
+      keep: how many of the newest stay, >= 1.
+
+    Raises:
+      ValueError: keep < 1.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, optax
+      >>> import fdg_jax as fdg
+      >>> layer = fdg.Layer(lambda key, x: (jnp.ones(()), ()),
+      ...                   lambda p, s, x, *, train, key: (p * x, s))
+      >>> pipe = fdg.Pipeline([layer], lambda y, t: (jnp.mean((y - t) ** 2), {}),
+      ...                     lambda k: optax.sgd(0.1), fdg.schedule.fdg(1))
+      >>> batch = (jnp.ones((4, 1)), jnp.zeros((4, 1)))
+      >>> state, _ = pipe.step(pipe.init(jax.random.key(0), batch[0]), batch)
+      >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder, pipe) as checkpoints:
+      ...     checkpoints.save(state, step=1, extra={"position": 1})
+      ...     again, extra = checkpoints.restore(batch)
+      >>> again.tick, extra, bool(again.stages[0].params == state.stages[0].params)
+      (1, {'position': 1}, True)
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], pipe: Pipeline, keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least one checkpoint must stay; give 1 or more")
+        self.directory = pathlib.Path(directory).absolute()
+        self.pipe = pipe
+        self.keep = keep
+        self._configuration = manifest.configuration(pipe)
+        # New buffers: a copy is no output that JAX forwards from its inputs. Of a list, and not by
+        # names that have numbers of batches in them: so it compiles once for the steady state.
+        self._copy = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self._damaged: set[int] = set()
+
+    def save(self, state: PipelineState, step: int, extra: Any = None) -> None:
+        """Begins to write a checkpoint, and returns before it is written.
+
+        The devices copy what is saved, in their own queues: the copies are dispatched before any
+        later step, and JAX orders a donation after the earlier uses of a buffer, so what follows
+        may donate all of ``state``. A thread fetches the copies and writes them. This waits for
+        one thing only, that the save before is on disk: there are never copies of two.
+
+        Args:
+          state: any state; it is not consumed.
+          step: the number that the checkpoint goes by, >= 0.
+          extra: what else belongs to the run, such as the position of a data iterator: bytes, or
+            what JSON can hold. Arrays inside become (lists of) numbers when they are there.
+
+        Raises:
+          ValueError: step < 0, or more than one process.
+        """
+        if step < 0:
+            raise ValueError(f"step={step}: must not be negative; count steps from 0")
+        if jax.process_count() > 1:
+            raise ValueError("save: writes what one process holds; run it in a single process")
+        self.wait()
+        counts, names, copies = [], [], []
+        for stage in (s.copied() for s in state.stages):
+            leaves = {n: jax.tree.leaves(tree) for n, tree in causes.sections(stage).items()}
+            counts.append(causes.numbers(stage))
+            names.append({n: len(found) for n, found in leaves.items()})
+            copies.append(self._copy([leaf for found in leaves.values() for leaf in found]))
+        body = {
+            **self._configuration,
+            "step": step,
+            "tick": int(state.tick),
+            "origin": int(state.origin),
+            "counts": counts,
+        }
+        self._thread = threading.Thread(
+            target=self._guarded, args=(body, names, copies, state.key, extra), daemon=True
+        )
+        self._thread.start()
+
+    def restore(self, example: tuple[PyTree, PyTree]) -> tuple[PipelineState, Any]:
+        """The state of the newest checkpoint that is whole, every array on its stage's devices.
+
+        Each one that is damaged or incomplete is named in a warning. So is a machine, or a JAX,
+        other than the one that saved: the run goes on, but its last bits may differ.
+
+        Args:
+          example: a batch ``(inputs, labels)``; only shapes and dtypes are looked at.
+
+        Returns:
+          The state, and ``extra`` as it was given to `save`.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint.
+          ValueError: none is whole; or it was made by a pipeline of another configuration.
+        """
+        self.wait()
+        steps = self._steps()
+        if not steps:
+            raise FileNotFoundError(f"directory={self.directory}: holds no checkpoint")
+        for step in steps:
+            folder = self._folder(step)
+            try:
+                body = manifest.read(folder)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+                self._damaged.add(step)
+                warnings.warn(f"{folder} is damaged ({e}) and passed over", stacklevel=2)
+                continue
+            return self._load(folder, body, example)
+        raise ValueError(
+            f"directory={self.directory}: none of the checkpoints {', '.join(map(str, steps))} in "
+            "it is whole; start the run anew"
+        )
+
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint on disk, or None; not looked into, nor waited for."""
+        return max(self._steps(), default=None)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk, and warns if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure:
+            warnings.warn(failure, stacklevel=3)
+
+    def close(self) -> None:
+        """Waits for the last save, at the end of a run."""
+        self.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        # Whoever presses Ctrl-C twice does not want to wait: what is half written is passed over.
+        if kind is None or issubclass(kind, Exception):
+            self.close()
+
+    def _folder(self, step: int) -> pathlib.Path:
+        return self.directory / f"step-{step:09d}"
+
+    def _steps(self) -> list[int]:
+        """Newest first."""
+        found = [p.name.removeprefix("step-") for p in self.directory.glob("step-*") if p.is_dir()]
+        return sorted((int(n) for n in found if n.isdecimal()), reverse=True)
+
+    def _guarded(self, body: dict[str, Any], *rest: Any) -> None:
+        """In the thread. A save that fails, as on a full disk, must not end the training."""
+        try:
+            self._write(body, *rest)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            self._failure = (
+                f"{self._folder(body['step'])} could not be written ({reason}); older checkpoints "
+                "are as they were"
+            )
+
+    def _write(
+        self,
+        body: dict[str, Any],
+        names: list[dict[str, int]],
+        copies: list[list[jax.Array]],
+        key: jax.Array,
+        extra: Any,
+    ) -> None:
+        for left in self.directory.glob(".step-*"):  # of a save that was killed
+            shutil.rmtree(left)
+        final = self._folder(body["step"])
+        partial = final.with_name(f".{final.name}")
+        try:
+            # Waits for the devices, in this thread; the copies are freed on the way.
+            arrays = [
+                dict(zip(_leaves(sizes), jax.device_get(copies.pop(0)), strict=True))
+                for sizes in names
+            ]
+            data = jax.device_get(jax.random.key_data(key)).tolist()
+            body["key"] = [str(jax.random.key_impl(key)), data]
+            body["sections"] = []
+            for sizes, own in zip(names, arrays, strict=True):
+                signed = {leaf: manifest.signature(array) for leaf, array in own.items()}
+                body["sections"].append(
+                    [[n, [signed[_leaf(n, i)] for i in range(size)]] for n, size in sizes.items()]
+                )
+            body["extra"] = manifest.encoded(extra)
+            # Orbax takes no array without elements; the manifest has all that there is to such.
+            entries = {
+                f"stage_{k}": {n: v for n, v in own.items() if v.size}
+                for k, own in enumerate(arrays)
+            }
+            ocp.save_checkpointables(partial / ARRAYS, entries)
+            manifest.write(partial, body)
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        # What came after a checkpoint that was restored was damaged.
+        self._damaged.discard(body["step"])
+        good = [step for step in self._steps() if step not in self._damaged]
+        for step in [*self._damaged, *good[self.keep :]]:
+            shutil.rmtree(self._folder(step))
+        self._damaged.clear()
+
+    def _load(
+        self, folder: pathlib.Path, body: dict[str, Any], example: tuple[PyTree, PyTree]
+    ) -> tuple[PipelineState, Any]:
+        for name, here in self._configuration.items():
+            if body[name] != here:
+                says = f"{name}: {folder} was made with {body[name]}, this pipeline has {here}"
+                if name in manifest.BINDING:
+                    raise ValueError(f"{says}; restore it with the same, or start the run anew")
+                warnings.warn(f"{says}; the last bits may differ from now on", stacklevel=3)
+        templates = causes.templates(self.pipe, example)
+        abstract: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+        for k, (stage, template) in enumerate(zip(self.pipe.stages, templates, strict=True)):
+            abstract[f"stage_{k}"] = own = {}
+            for name, found in body["sections"][k]:
+                kind = name.partition(".")[0]
+                what, exact = f"{folder}: stage {k}, {name}", kind in causes.FIXED
+                manifest.fit(what, found, template[kind], exact=exact)
+                shardings = jax.tree.leaves(causes.place(stage, kind, template[kind]))
+                for i, ((dtype, shape), place) in enumerate(zip(found, shardings, strict=True)):
+                    leaf = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=place)
+                    own[_leaf(name, i)] = leaf
+        loaded = ocp.load_checkpointables(
+            folder / ARRAYS,
+            {k: {n: v for n, v in own.items() if v.size} for k, own in abstract.items()},
+        )
+        impl, data = body["key"]
+        key = jax.random.wrap_key_data(jnp.asarray(data, jnp.uint32), impl=impl)
+        stages = []
+        for k, (stage, template) in enumerate(zip(self.pipe.stages, templates, strict=True)):
+            own = abstract[f"stage_{k}"]
+            # Programs of this stage's devices donate these: they must be buffers of JAX's own.
+            there = loaded[f"stage_{k}"] | {
+                n: jax.device_put(jnp.zeros(v.shape, v.dtype), v.sharding)
+                for n, v in own.items()
+                if not v.size
+            }
+            there = dict(zip(there, self._copy(list(there.values())), strict=True))
+            parts = {
+                name: jax.tree.unflatten(
+                    jax.tree.structure(template[name.partition(".")[0]]),
+                    [there[_leaf(name, i)] for i in range(len(found))],
+                )
+                for name, found in body["sections"][k]
+            }
+            own_key = jax.device_put(key, stage.replicated)
+            today = self.pipe.gradient == "recompute"
+            stages.append(causes.rebuild(stage, today, own_key, body["counts"][k], parts))
+        state = PipelineState(body["tick"], body["origin"], key, tuple(stages))
+        return state, manifest.decoded(body["extra"])
+
+
+def _leaf(section: str, i: int) -> str:
+    return f"{section}/{i}"
+
+
+def _leaves(sizes: dict[str, int]) -> list[str]:
+    return [_leaf(section, i) for section, size in sizes.items() for i in range(size)]
