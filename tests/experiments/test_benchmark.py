@@ -242,7 +242,8 @@ def test_flagfile(path):
     )
     settings.check()
     assert settings.rounds >= 5
-    assert settings.partition == "time"
+    # Layers of a few microseconds are not worth measuring.
+    assert settings.partition == ("flops" if path.stem == "benchmark_dispatch" else "time")
     text = path.read_text()
     assert text.startswith("# ")
     assert f"--flagfile=experiments/flags/{path.name}" in text
