@@ -173,9 +173,10 @@ def optimal_cuts(costs: Sequence[float], num_stages: int) -> list[int]:
     """
     prefix = np.concatenate([[0.0], np.cumsum(np.asarray(costs, float))])
     # First how small the largest sum can be, then the smallest squares under that limit; the two
-    # at once would need more than one best split of every prefix. The limit has room for rounding.
+    # at once would need more than one best split of every prefix. The limit has room for what the
+    # prefix sums round by: a few units in the last place of the total.
     largest, _ = _best(prefix, num_stages, np.maximum, lambda sums: sums)
-    limit = largest * (1 + 1e-12)
+    limit = largest + 4 * np.finfo(float).eps * prefix[-1]
     _, cuts = _best(
         prefix, num_stages, np.add, lambda sums: np.where(sums <= limit, sums**2, np.inf)
     )

@@ -6,7 +6,13 @@ import pathlib
 # A cuda plugin that is installed without a GPU warns at start-up; the tests need no accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
+
+# The same examples every time, so that a test that passed passes again; a search for new ones is
+# `pytest --hypothesis-profile=default`. A compilation may take any time, hence no deadline.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)

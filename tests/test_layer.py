@@ -119,7 +119,7 @@ def numbered(stages):
 
 
 @given(st.sets(st.integers(1, 7), min_size=1, max_size=4).map(sorted))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_weights_and_noise_do_not_depend_on_the_cuts(cuts):
     whole = fdg.chain(network())
     params, state = whole.init(KEY, X)

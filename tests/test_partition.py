@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import fdg_jax as fdg
@@ -60,6 +60,7 @@ def test_no_other_split_has_a_faster_slowest_stage(problem):
 
 
 @given(problems(st.floats(0, 1e12)))
+@example(([885944140727.0, 0.5, 885944140727.0, 0.5], 2))
 def test_costs_need_not_be_whole_numbers(problem):
     costs, num_stages = problem
     cuts = optimal_cuts(costs, num_stages)
