@@ -6,6 +6,7 @@ causes; residuals are what the stage's own forward program makes of them, to the
 
     params  model_state  opt_state  number      today's
     gradient                                    accumulated and not yet applied, if any
+    record                                      of what was not finite, if anybody looks
     version.7                                   weights after 7 updates, once for all that met them
     flight.12                                   what micro-batch 12 met, beside its weights
     activation.13  cotangent.11  label.13       messages not yet consumed
@@ -18,6 +19,8 @@ from typing import Any
 
 import jax
 
+from fdg_jax import fault
+from fdg_jax.fault import Record
 from fdg_jax.layer import Key, PyTree
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.residual import Stash, split_inexact
@@ -25,7 +28,7 @@ from fdg_jax.stage import Stage
 from fdg_jax.state import Flight, StageState
 
 # Sections whose shapes follow from the network and the optimizer alone, not from the batch.
-FIXED = ("params", "model_state", "opt_state", "number", "gradient", "version")
+FIXED = ("params", "model_state", "opt_state", "number", "gradient", "version", "record")
 
 
 def sections(stage: StageState) -> dict[str, PyTree]:
@@ -45,6 +48,8 @@ def sections(stage: StageState) -> dict[str, PyTree]:
     }
     if stage.gradient is not None:
         found["gradient"] = stage.gradient
+    if stage.record is not None:
+        found["record"] = stage.record
     versions = dict(stage.older)
     for n, flight in stage.flights.items():
         if flight.params is not None:
@@ -104,7 +109,7 @@ def templates(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> list[dict[str, 
         last = k == pipe.num_stages - 1
         targets = labels if last else None
         y, *_ = jax.eval_shape(
-            stage.forward, own.params, own.model_state, x, targets, own.key, own.number
+            stage.forward, own.params, own.model_state, x, targets, own.key, own.number, None
         )
         metrics, cotangent = y if last else (None, split_inexact(y)[0])
         found.append(
@@ -125,6 +130,7 @@ def templates(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> list[dict[str, 
                 "cotangent": cotangent,
                 "label": targets,
                 "metrics": metrics,
+                "record": jax.eval_shape(fault.fresh),
             }
         )
         x = y
@@ -143,7 +149,12 @@ def place(stage: Stage, kind: str, template: PyTree) -> PyTree:
 
 
 def rebuild(
-    stage: Stage, today: bool, key: Key, counts: dict[str, Any], parts: dict[str, PyTree]
+    stage: Stage,
+    today: bool,
+    key: Key,
+    counts: dict[str, Any],
+    parts: dict[str, PyTree],
+    record: Record,
 ) -> StageState:
     """The state of a stage out of its causes.
 
@@ -153,6 +164,7 @@ def rebuild(
       key: the root key, on this stage's devices.
       counts: as `numbers` gave them.
       parts: as `sections` gave them, on this stage's devices.
+      record: the stage's, on its devices, or None where nobody looks.
 
     Returns:
       The state that the causes were taken from, bit for bit.
@@ -165,8 +177,8 @@ def rebuild(
         params = None if today else weights[version]
         stash = Stash(met["inputs"], met["labels"], met["model_state"], met["number"], None)
         if stage.keep_residuals:
-            *_, residuals = stage.forward(
-                params, stash.model_state, stash.inputs, stash.labels, key, stash.number
+            *_, residuals, _ = stage.forward(
+                params, stash.model_state, stash.inputs, stash.labels, key, stash.number, record
             )
             stash = stash._replace(residuals=residuals)
         flights[n] = Flight(params, version, stash)
@@ -189,6 +201,7 @@ def rebuild(
         cotangents={int(n): tree for n, tree in _numbered(parts, "cotangent")},
         labels={int(n): tree for n, tree in _numbered(parts, "label")},
         metrics=metrics,
+        record=record,
     )
 
 

@@ -11,6 +11,7 @@ whatever reason, is recognised by its hashes and passed over. Arrays and JSON: n
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import shutil
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from fdg_jax import causes, manifest
+from fdg_jax import causes, fault, manifest
 from fdg_jax.layer import PyTree
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.state import PipelineState
@@ -36,7 +37,7 @@ class Checkpointer:
     Args:
       directory: where they are; made at the first `save`.
       pipe: the pipeline whose states are saved and restored.
-      keep: how many of the newest stay, >= 1.
+      keep: how many of the newest stay, >= 1; beside them the one with the lowest score.
 
     Raises:
       ValueError: keep < 1.
@@ -71,19 +72,24 @@ class Checkpointer:
         self._failure: str | None = None
         self._damaged: set[int] = set()
 
-    def save(self, state: PipelineState, step: int, extra: Any = None) -> None:
+    def save(
+        self, state: PipelineState, step: int, extra: Any = None, score: float | None = None
+    ) -> None:
         """Begins to write a checkpoint, and returns before it is written.
 
         The devices copy what is saved, in their own queues: the copies are dispatched before any
         later step, and JAX orders a donation after the earlier uses of a buffer, so what follows
         may donate all of ``state``. A thread fetches the copies and writes them. This waits for
-        one thing only, that the save before is on disk: there are never copies of two.
+        one thing only, that the save before is on disk: there are never copies of two. A pipeline
+        that is to stop at what is not finite, and has met it, saves nothing more.
 
         Args:
           state: any state; it is not consumed.
           step: the number that the checkpoint goes by, >= 0.
           extra: what else belongs to the run, such as the position of a data iterator: bytes, or
             what JSON can hold. Arrays inside become (lists of) numbers when they are there.
+          score: of this state, lower is better: the checkpoint with the lowest stays beside the
+            newest ones.
 
         Raises:
           ValueError: step < 0, or more than one process.
@@ -102,6 +108,7 @@ class Checkpointer:
         body = {
             **self._configuration,
             "step": step,
+            "score": None if score is None or math.isnan(score) else float(score),
             "tick": int(state.tick),
             "origin": int(state.origin),
             "counts": counts,
@@ -207,6 +214,10 @@ class Checkpointer:
                 dict(zip(_leaves(sizes), jax.device_get(copies.pop(0)), strict=True))
                 for sizes in names
             ]
+            if self.pipe.on_nonfinite == "stop" and any(
+                own["record/0"][fault.FORWARD : fault.PENDING].max() >= 0 for own in arrays
+            ):
+                return
             data = jax.device_get(jax.random.key_data(key)).tolist()
             body["key"] = [str(jax.random.key_impl(key)), data]
             body["sections"] = []
@@ -232,7 +243,9 @@ class Checkpointer:
         # What came after a checkpoint that was restored was damaged.
         self._damaged.discard(body["step"])
         good = [step for step in self._steps() if step not in self._damaged]
-        for step in [*self._damaged, *good[self.keep :]]:
+        scores = {step: manifest.score(self._folder(step)) for step in good}
+        best = min(good, key=lambda step: (scores[step], -step))
+        for step in [*self._damaged, *(s for s in good[self.keep :] if s != best)]:
             shutil.rmtree(self._folder(step))
         self._damaged.clear()
 
@@ -282,7 +295,11 @@ class Checkpointer:
             }
             own_key = jax.device_put(key, stage.replicated)
             today = self.pipe.gradient == "recompute"
-            stages.append(causes.rebuild(stage, today, own_key, body["counts"][k], parts))
+            # Whether anybody looks may change from one run to the next.
+            fresh = jax.device_put(self.pipe.record(), stage.replicated)
+            record = fresh if fresh is None else parts.get("record", fresh)
+            counts = body["counts"][k]
+            stages.append(causes.rebuild(stage, today, own_key, counts, parts, record))
         state = PipelineState(body["tick"], body["origin"], key, tuple(stages))
         return state, manifest.decoded(body["extra"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -75,10 +76,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: it is not whole.
     """
-    path = folder / NAME
-    if path.stat().st_size > _LARGEST:
-        raise ValueError(f"{NAME} is too large")
-    whole = json.loads(path.read_text())
+    whole = json.loads(_text(folder / NAME))
     body: dict[str, Any] = whole["body"]
     if whole["sha256"] != _body_hash(body):
         raise ValueError(f"{NAME} has changed")
@@ -89,6 +87,22 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
         if _hash(there[name]) != expected:
             raise ValueError(f"{name} has changed")
     return body
+
+
+def score(folder: pathlib.Path) -> float:
+    """The score that a checkpoint was saved with; infinite where it has none, or none to be read.
+
+    Args:
+      folder: the checkpoint; its other files are not looked at.
+
+    Returns:
+      The lower the better.
+    """
+    try:
+        found = json.loads(_text(folder / NAME))["body"]["score"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return float(found) if isinstance(found, int | float) else math.inf
 
 
 def signature(array: np.ndarray) -> list[Any]:
@@ -140,6 +154,12 @@ def decoded(text: str) -> Any:
     """What `encoded` was given."""
     kind, _, rest = text.partition(":")
     return base64.b64decode(rest) if kind == "bytes" else json.loads(rest)
+
+
+def _text(path: pathlib.Path) -> str:
+    if path.stat().st_size > _LARGEST:
+        raise ValueError(f"{NAME} is too large")
+    return path.read_text()
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

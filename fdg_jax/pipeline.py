@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fdg_jax import fault
+from fdg_jax.fault import NonFiniteError
 from fdg_jax.layer import Key, Layer, LossFn, PyTree, typed_key
 from fdg_jax.placement import stage_meshes
 from fdg_jax.schedule import Schedule
 from fdg_jax.stage import Stage
 from fdg_jax.state import PipelineState, StageState
-from fdg_jax.tick import Metrics, Tick, send
+from fdg_jax.tick import Done, Metrics, Tick, failure, send
 
 GRADIENTS = ("stale", "recompute_stale", "recompute")
 
@@ -44,6 +46,11 @@ class Pipeline:
         the same weights and the same gradient, but the forward is run again; the stage's input and
         that weight version. "recompute": today's weights; the stage's input.
       max_ahead: how many ticks the host may be ahead of the slowest stage, >= 1.
+      on_nonfinite: what becomes of a micro-batch whose loss, gradient, output or new model state is
+        not finite. "ignore": nobody looks. "skip": the stage leaves it out: weights, optimizer
+        state and model state stay as they are, and an accumulation goes on without it; `left_out`
+        counts. "stop": the same, and `step` and `drain` raise a `NonFiniteError` as soon as the
+        host knows of it without waiting, which is at most ``max_ahead`` ticks later.
 
     Raises:
       ValueError: arguments that do not fit together; the message names the argument and the remedy.
@@ -73,6 +80,7 @@ class Pipeline:
         devices: Sequence[jax.Device] | None = None,
         gradient: str = "stale",
         max_ahead: int = 4,
+        on_nonfinite: str = "ignore",
     ) -> None:
         stages = list(stages)
         if len(stages) != schedule.num_stages:
@@ -82,6 +90,10 @@ class Pipeline:
             )
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient={gradient!r}: allowed are {', '.join(GRADIENTS)}")
+        if on_nonfinite not in fault.ON_NONFINITE:
+            raise ValueError(
+                f"on_nonfinite={on_nonfinite!r}: allowed are {', '.join(fault.ON_NONFINITE)}"
+            )
         if not callable(optimizer):
             raise ValueError(
                 "optimizer: must be a function of the stage, such as lambda k: optax.sgd"
@@ -93,24 +105,27 @@ class Pipeline:
         self.schedule = schedule
         self.gradient = gradient
         self.max_ahead = max_ahead
+        self.on_nonfinite = on_nonfinite
         self.num_stages = len(stages)
         self.stages: list[Stage] = []
         index = 0
         for k, mesh in enumerate(stage_meshes(len(stages), devices)):
             last = k == len(stages) - 1
-            placed, index = stages[k].at(index), index + stages[k].size
+            placed, start = stages[k].at(index), index
+            index += stages[k].size
             self.stages.append(
                 Stage(
                     placed,
                     optimizer(k),
                     mesh,
+                    start=start,
                     first=k == 0,
                     loss_fn=loss_fn if last else None,
                     keep_residuals=gradient == "stale",
                 )
             )
-        # One token of every stage for each of the last ticks; no part of the training state.
-        self._tokens: collections.deque[list[jax.Array]] = collections.deque()
+        # The programs of each of the last ticks, with their tokens; no part of the training state.
+        self._ticks: collections.deque[list[Done]] = collections.deque()
         self._loss_fn = loss_fn
         self._fitting: set[Any] = set()
 
@@ -130,8 +145,10 @@ class Pipeline:
         states = []
         for stage in self.stages:
             params, model_state, opt_state, x = stage.init(key, x)
-            own_key, number = jax.device_put((key, np.zeros((), np.int32)), stage.replicated)
-            states.append(StageState.fresh(params, model_state, opt_state, own_key, number))
+            counts = (np.zeros((), np.int32), self.record())
+            own_key, (number, record) = jax.device_put((key, counts), stage.replicated)
+            own = (params, model_state, opt_state, own_key, number, record)
+            states.append(StageState.fresh(*own))
         return PipelineState(0, 0, key, tuple(states))
 
     def step(
@@ -150,13 +167,15 @@ class Pipeline:
         Raises:
           ValueError: the batch does not fit the network, the loss, or the devices; the state is
             whole then.
+          StageError: a stage's program failed, in this tick or in one of the last ``max_ahead``.
+          NonFiniteError: with ``on_nonfinite="stop"``; the state is whole then.
         """
         tick = self._tick(state)
         tick.enter(*batch)
         self._check(state, *batch)
         self._wait()
         tick.run(self.schedule.tick(tick.batch - tick.origin))
-        self._tokens.append(tick.tokens())
+        self._ticks.append(tick.tokens())
         metrics = tick.metrics[-1] if tick.metrics else None
         return tick.state(tick.batch + 1, tick.origin), metrics
 
@@ -185,7 +204,7 @@ class Pipeline:
                 )
             self._wait()
             tick.run(self.schedule.tick(t, batches))
-            self._tokens.append(tick.tokens())
+            self._ticks.append(tick.tokens())
             t += 1
         tick.finish()
         return tick.state(tick.batch, tick.batch), tick.metrics
@@ -218,6 +237,31 @@ class Pipeline:
         """
         return [stage.params for stage in state.stages]
 
+    def left_out(self, state: PipelineState) -> list[int]:
+        """How many micro-batches each stage did not learn from, since they were not finite.
+
+        Args:
+          state: any state of a pipeline that does not ignore them; this waits for it.
+
+        Returns:
+          K counts; zeros where nobody looked.
+        """
+        records = jax.device_get([own.record for own in state.stages])
+        return [0 if record is None else int(record[fault.LEFT_OUT]) for record in records]
+
+    def check(self) -> None:
+        """Waits for all that has been dispatched.
+
+        Raises:
+          StageError, NonFiniteError: as in `step`.
+        """
+        while self._ticks:
+            self._wait(1)
+
+    def record(self) -> np.ndarray | None:
+        """A stage's record in which nothing has gone wrong, or None where nobody looks."""
+        return None if self.on_nonfinite == "ignore" else fault.fresh()
+
     def _check(self, state: PipelineState, x: PyTree, labels: PyTree) -> None:
         """Traces the network once for every new shape: found in the middle of a tick, a batch that
         does not fit would take the donated weights of other stages with it."""
@@ -226,12 +270,15 @@ class Pipeline:
             return
         count = self.schedule.microbatches
         y, targets = _part(x, count), _part(labels, count)
+        where = ""
         try:
-            for stage, own in zip(self.stages, state.stages, strict=True):
+            for k, (stage, own) in enumerate(zip(self.stages, state.stages, strict=True)):
+                where = f"stage {k} ({stage.layers})"
                 y = stage.output(own.params, own.model_state, y, own.key, own.number)
+            where = "loss_fn"
             found = jax.eval_shape(self._loss_fn, y, targets)
         except Exception as error:
-            raise ValueError(f"batch: does not fit the network or loss_fn: {error}") from error
+            raise ValueError(f"batch {int(state.tick)}: does not fit {where}: {error}") from error
         if not (
             isinstance(found, tuple)
             and len(found) == 2
@@ -254,9 +301,38 @@ class Pipeline:
     def _tick(self, state: PipelineState) -> Tick:
         return Tick(self.stages, self.schedule, self.gradient == "recompute", state)
 
-    def _wait(self) -> None:
-        if len(self._tokens) >= self.max_ahead:
-            jax.block_until_ready(self._tokens.popleft())
+    def _wait(self, allowed: int | None = None) -> None:
+        """Lets fewer than ``allowed`` ticks be under way, and looks at those that have ended."""
+        if len(self._ticks) < (allowed or self.max_ahead):
+            return
+        done = self._ticks.popleft()
+        for program in done:
+            try:
+                jax.block_until_ready(program.token)
+            except Exception as error:
+                self._ticks.clear()
+                k, what, batch, _ = program
+                raise failure(self.stages, k, what, batch, error) from error
+        if self.on_nonfinite == "stop":
+            # They have ended: fetching their records waits for nothing.
+            records = jax.device_get([program.token for program in done])
+            for program, record in zip(done, records, strict=True):
+                if max(record[[fault.FORWARD, fault.BACKWARD]]) >= 0:
+                    self._ticks.clear()
+                    raise self._nonfinite(program, record)
+
+    def _nonfinite(self, program: Done, record: np.ndarray) -> NonFiniteError:
+        k, stage = program.stage, self.stages[program.stage]
+        what = "output or model state"
+        if k == self.num_stages - 1:
+            what = "loss or model state"
+        n = record[fault.FORWARD]
+        if n < 0:
+            what, n = "gradient or update", record[fault.BACKWARD]
+        batch = int(n) // self.schedule.microbatches
+        return NonFiniteError(
+            f"mini-batch {batch}: {what} of stage {k} ({stage.layers}) is not finite", k, batch
+        )
 
 
 def _signature(tree: PyTree) -> Any:

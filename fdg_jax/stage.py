@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fdg_jax import fault
 from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key, output_of
 from fdg_jax.placement import BATCH_AXIS
 from fdg_jax.residual import Residuals, Stash, split_inexact
@@ -32,9 +33,13 @@ class Stage:
       layer: the stage's part of the network, already numbered (`Layer.at`).
       optimizer: of this stage's parameters.
       mesh: the stage's devices, one axis.
+      start: number of the stage's first layer in the network.
       first: whether it is next to the input: then nobody asks for the input's gradient.
       loss_fn: of the last stage, else None.
       keep_residuals: whether a forward leaves its residuals for the backward.
+
+    Programs take and return a record (`fdg_jax.fault`). With it, what is not finite leaves weights,
+    optimizer state and model state as they are; without (None), nothing is looked at.
     """
 
     def __init__(
@@ -43,11 +48,14 @@ class Stage:
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
         *,
+        start: int,
         first: bool,
         loss_fn: LossFn | None,
         keep_residuals: bool = True,
     ) -> None:
         self.layer = layer
+        end = start + layer.size - 1
+        self.layers = f"layers {start} to {end}" if end > start else f"layer {start}"
         self.optimizer = optimizer
         self.mesh = mesh
         self.first = first
@@ -60,7 +68,9 @@ class Stage:
         # the caller says (by the program it calls) when a stage's weights are its own alone.
         self.forward = jax.jit(self._forward)
         self.backward = jax.jit(self._backward_accumulate, donate_argnames="gradient")
-        self.update = jax.jit(self._update, donate_argnames=("opt_state", "gradient"))
+        self.update = jax.jit(
+            self._update, donate_argnames=("opt_state", "gradient"), static_argnames="mean"
+        )
         self.backward_update = jax.jit(self._backward_update, donate_argnames="opt_state")
         self.backward_update_own = jax.jit(
             self._backward_update_own, donate_argnames=("params", "opt_state")
@@ -148,10 +158,15 @@ class Stage:
         labels: PyTree,
         key: Key,
         number: jax.Array,
-    ) -> tuple[PyTree, PyTree, jax.Array, Residuals | None]:
-        """Output, new model state, number + 1, residuals if they are kept."""
+        record: fault.Record,
+    ) -> tuple[PyTree, PyTree, jax.Array, Residuals | None, fault.Record]:
+        """Output, new model state, number + 1, residuals if they are kept, record."""
         y, new_state, residuals = self._linearise(params, model_state, inputs, labels, key, number)
-        return y, new_state, number + 1, residuals if self.keep_residuals else None
+        if record is not None:
+            ok = fault.finite(y, new_state)
+            new_state = fault.choose(ok, new_state, model_state)
+            record = fault.note(record, fault.FORWARD, ok, number)
+        return y, new_state, number + 1, residuals if self.keep_residuals else None, record
 
     def _backward(
         self, params: PyTree, stash: Stash, key: Key, cotangent: PyTree
@@ -168,12 +183,22 @@ class Stage:
         return self._whole(gradient), self._over_batch(of_inputs[0]) if of_inputs else None
 
     def _backward_accumulate(
-        self, params: PyTree, stash: Stash, key: Key, cotangent: PyTree, gradient: PyTree
-    ) -> tuple[PyTree, PyTree, jax.Array]:
-        """Gradient added to what is there (None: nothing yet), cotangent of the input, token."""
+        self,
+        params: PyTree,
+        stash: Stash,
+        key: Key,
+        cotangent: PyTree,
+        gradient: PyTree,
+        record: fault.Record,
+    ) -> tuple[PyTree, PyTree, jax.Array, fault.Record]:
+        """Gradient added to what is there (None: nothing), input's cotangent, token, record."""
         new, of_inputs = self._backward(params, stash, key, cotangent)
+        if record is not None:
+            ok = fault.finite(new)
+            new = fault.choose(ok, new, jax.tree.map(jnp.zeros_like, new))
+            record = fault.leave_out(record, ok, stash.number, fault.PENDING)
         total = new if gradient is None else jax.tree.map(jnp.add, gradient, new)
-        return total, of_inputs, stash.number + 1
+        return total, of_inputs, stash.number + 1, record
 
     def _apply(
         self, params: PyTree, opt_state: optax.OptState, gradient: PyTree
@@ -182,11 +207,25 @@ class Stage:
         return self._whole(optax.apply_updates(params, updates)), self._whole(opt_state)
 
     def _update(
-        self, params: PyTree, opt_state: optax.OptState, gradient: PyTree, divisor: jax.Array
-    ) -> tuple[PyTree, optax.OptState]:
-        """One update with the accumulated gradient over ``divisor``."""
+        self,
+        params: PyTree,
+        opt_state: optax.OptState,
+        gradient: PyTree,
+        held: jax.Array,
+        record: fault.Record,
+        mean: bool,
+    ) -> tuple[PyTree, optax.OptState, jax.Array, fault.Record]:
+        """One update with the sum of ``held`` gradients, or with their mean; and a token."""
+        count = held if record is None else held - record[fault.PENDING]
+        divisor = jnp.maximum(count, 1) if mean else jnp.ones_like(count)
         reduced = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradient)
-        return self._apply(params, opt_state, reduced)
+        new, new_opt = self._apply(params, opt_state, reduced)
+        if record is not None:
+            ok = (count > 0) & fault.finite(new)
+            new, new_opt = fault.choose(ok, (new, new_opt), (params, opt_state))
+            out = jnp.where(ok, record[fault.PENDING], held)
+            record = record.at[fault.LEFT_OUT].add(out).at[fault.PENDING].set(0)
+        return new, new_opt, held + 1, record
 
     def _backward_update(
         self,
@@ -196,14 +235,20 @@ class Stage:
         stash: Stash,
         key: Key,
         cotangent: PyTree,
-    ) -> tuple[PyTree, optax.OptState, PyTree, jax.Array]:
+        record: fault.Record,
+    ) -> tuple[PyTree, optax.OptState, PyTree, jax.Array, fault.Record]:
         """Backward at some version of the weights, update of today's."""
         gradient, of_inputs = self._backward(backward_params, stash, key, cotangent)
-        return *self._apply(params, opt_state, gradient), of_inputs, stash.number + 1
+        new, new_opt = self._apply(params, opt_state, gradient)
+        if record is not None:
+            ok = fault.finite(gradient, new)
+            new, new_opt = fault.choose(ok, (new, new_opt), (params, opt_state))
+            record = fault.leave_out(record, ok, stash.number, fault.LEFT_OUT)
+        return new, new_opt, of_inputs, stash.number + 1, record
 
     def _backward_update_own(
         self, params: PyTree, opt_state: optax.OptState, *rest: PyTree
-    ) -> tuple[PyTree, optax.OptState, PyTree, jax.Array]:
+    ) -> tuple[PyTree, optax.OptState, PyTree, jax.Array, fault.Record]:
         """The same where the two are one version, and nothing else holds it."""
         return self._backward_update(params, params, opt_state, *rest)
 
@@ -216,15 +261,23 @@ class Stage:
         labels: PyTree,
         key: Key,
         number: jax.Array,
-    ) -> tuple[PyTree, PyTree, optax.OptState, PyTree, PyTree, jax.Array]:
+        record: fault.Record,
+    ) -> tuple[PyTree, PyTree, optax.OptState, PyTree, PyTree, jax.Array, fault.Record]:
         """The last stage's forward, loss, backward and update of one batch."""
         (metrics, one), new_state, residuals = self._linearise(
             params, model_state, inputs, labels, key, number
         )
         stash = Stash(inputs, labels, model_state, number, residuals)
         gradient, of_inputs = self._backward(params, stash, key, one)
-        params, opt_state = self._apply(params, opt_state, gradient)
-        return params, new_state, opt_state, metrics, of_inputs, number + 1
+        new, new_opt = self._apply(params, opt_state, gradient)
+        if record is not None:
+            ok = fault.finite(metrics, new_state)
+            record = fault.note(record, fault.FORWARD, ok, number)
+            new_state = fault.choose(ok, new_state, model_state)
+            ok = fault.finite(gradient, new)
+            new, new_opt = fault.choose(ok, (new, new_opt), (params, opt_state))
+            record = fault.leave_out(record, ok, number, fault.LEFT_OUT)
+        return new, new_state, new_opt, metrics, of_inputs, number + 1, record
 
     def _evaluate(self, params: PyTree, model_state: PyTree, inputs: PyTree) -> PyTree:
         y, _ = self.layer.apply(params, model_state, inputs, train=False, key=None)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
+from fdg_jax.fault import Record
 from fdg_jax.layer import Key, PyTree
 from fdg_jax.residual import Stash
 
@@ -47,6 +48,7 @@ class StageState(NamedTuple):
       labels: in the last stage, labels not yet consumed, by micro-batch.
       metrics: in the last stage, metrics of the micro-batches of an unfinished mini-batch, by
         mini-batch.
+      record: of what was not finite (`fdg_jax.fault`), or None where nobody looks.
     """
 
     params: PyTree
@@ -64,14 +66,22 @@ class StageState(NamedTuple):
     cotangents: dict[int, PyTree]
     labels: dict[int, PyTree]
     metrics: dict[int, list[dict[str, jax.Array]]]
+    record: Record
 
     @staticmethod
     def fresh(
-        params: PyTree, model_state: PyTree, opt_state: optax.OptState, key: Key, number: jax.Array
+        params: PyTree,
+        model_state: PyTree,
+        opt_state: optax.OptState,
+        key: Key,
+        number: jax.Array,
+        record: Record = None,
     ) -> StageState:
         """A stage that no batch has entered yet."""
+        counts = (0, 0, 0)
+        waiting: tuple[dict[int, Any], ...] = ({}, {}, {}, {}, {})
         return StageState(
-            params, model_state, opt_state, key, number, {}, None, 0, 0, 0, {}, {}, {}, {}, {}
+            params, model_state, opt_state, key, number, {}, None, *counts, *waiting, record
         )
 
     def copied(self) -> StageState:

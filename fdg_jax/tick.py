@@ -10,11 +10,12 @@ Every call below returns before its program has run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from fdg_jax.fault import Record, StageError
 from fdg_jax.layer import PyTree
 from fdg_jax.residual import Stash
 from fdg_jax.schedule import Action, Schedule
@@ -22,6 +23,23 @@ from fdg_jax.stage import Stage
 from fdg_jax.state import Flight, PipelineState
 
 Metrics = dict[str, Any]
+
+
+class Done(NamedTuple):
+    """A program that was dispatched.
+
+    Attributes:
+      stage: whose.
+      what: its actions, as in a schedule's grid.
+      batch: the mini-batch that it worked on.
+      token: a small output, never donated: there when the program has ended; the stage's record
+        where it keeps one.
+    """
+
+    stage: int
+    what: str
+    batch: int
+    token: jax.Array
 
 
 class Tick:
@@ -44,16 +62,16 @@ class Tick:
         self.key = state.key
         self.batch, self.origin = int(state.tick), int(state.origin)
         self.metrics: list[Metrics] = []
-        self.done: dict[int, jax.Array] = {}
+        self.done: list[Done] = []
         self.stages = [s.copied() for s in state.stages]
 
     def state(self, tick: int, origin: int) -> PipelineState:
         """What it has become."""
         return PipelineState(tick, origin, self.key, tuple(self.stages))
 
-    def tokens(self) -> list[jax.Array]:
-        """A small output of the last program of every stage that did something."""
-        tokens, self.done = list(self.done.values()), {}
+    def tokens(self) -> list[Done]:
+        """The programs dispatched since the last call, in order."""
+        tokens, self.done = self.done, []
         return tokens
 
     def enter(self, x: PyTree, labels: PyTree) -> None:
@@ -72,46 +90,60 @@ class Tick:
             first = group[0]
             k = first.stage
             n = (first.batch + self.origin) * self.schedule.microbatches + (first.micro or 0)
-            match "".join(action.kind for action in group):
-                case "FBU":
-                    self.train(k, n)
-                case "F":
-                    self.forward(k, n, first.version)
-                case "B":
-                    self.backward(k, n)
-                case "BU":
-                    self.backward_update(k, n)
-                case "U":
-                    self.update(k)
-                case kinds:
-                    raise AssertionError(f"no program does {kinds}")
+            kinds = "".join(action.kind for action in group)
+            try:
+                token = self.dispatch(kinds, k, n, first.version)
+            except Exception as error:
+                raise failure(self.programs, k, kinds, self.batch_of(n), error) from error
+            self.done.append(Done(k, kinds, self.batch_of(n), token))
 
-    def forward(self, k: int, n: int, version: int | None = None) -> None:
+    def batch_of(self, n: int) -> int:
+        """The mini-batch that micro-batch n is part of."""
+        return n // self.schedule.microbatches
+
+    def dispatch(self, kinds: str, k: int, n: int, version: int | None) -> jax.Array:
+        """One program; returns its token."""
+        match kinds:
+            case "FBU":
+                token = self.train(k, n)
+            case "F":
+                token = self.forward(k, n, version)
+            case "B":
+                token = self.backward(k, n)
+            case "BU":
+                token = self.backward_update(k, n)
+            case "U":
+                token = self.update(k)
+            case _:
+                raise AssertionError(f"no program does {kinds}")
+        record = self.stages[k].record
+        return token if record is None else record
+
+    def forward(self, k: int, n: int, version: int | None = None) -> jax.Array:
         s = self.stages[k]
         version = s.version if version is None else s.base + version
         params = s.params if version == s.version else s.older[version]
         inputs, labels = s.activations.pop(n), s.labels.pop(n, None)
-        output, model_state, number, residuals = self.programs[k].forward(
-            params, s.model_state, inputs, labels, s.key, s.number
+        output, model_state, number, residuals, record = self.programs[k].forward(
+            params, s.model_state, inputs, labels, s.key, s.number, s.record
         )
         stash = Stash(inputs, labels, s.model_state, s.number, residuals)
         s.flights[n] = Flight(None if self.today else params, version, stash)
-        self.stages[k] = s._replace(model_state=model_state, number=number)
-        self.done[k] = number
+        self.stages[k] = s._replace(model_state=model_state, number=number, record=record)
         if k < self.last:
             self.stages[k + 1].activations[n] = send(output, self.programs[k + 1])
         else:
             metrics, s.cotangents[n] = output
             self.report(n, metrics)
+        return number
 
-    def train(self, k: int, n: int) -> None:
+    def train(self, k: int, n: int) -> jax.Array:
         """Forward, backward and update of one batch in the last stage, as one program."""
         s = self.stages[k]
         if s.held or s.flights or self.schedule.versions > 1:
             self.forward(k, n)
-            self.backward_update(k, n)
-            return
-        params, model_state, opt_state, metrics, of_inputs, number = self.programs[k].train(
+            return self.backward_update(k, n)
+        params, model_state, opt_state, metrics, of_inputs, number, record = self.programs[k].train(
             s.params,
             s.model_state,
             s.opt_state,
@@ -119,6 +151,7 @@ class Tick:
             s.labels.pop(n),
             s.key,
             s.number,
+            s.record,
         )
         self.stages[k] = s._replace(
             params=params,
@@ -126,52 +159,58 @@ class Tick:
             opt_state=opt_state,
             number=number,
             version=s.version + 1,
+            record=record,
         )
-        self.done[k] = number
         self.report(n, metrics)
         self.send_back(k, n, of_inputs)
+        return number
 
-    def backward(self, k: int, n: int) -> None:
+    def backward(self, k: int, n: int) -> jax.Array:
         s = self.stages[k]
         flight, cotangent = s.flights.pop(n), s.cotangents.pop(n)
         params = s.params if self.today else flight.params
-        gradient, of_inputs, token = self.programs[k].backward(
-            params, flight.stash, s.key, cotangent, s.gradient
+        gradient, of_inputs, token, record = self.programs[k].backward(
+            params, flight.stash, s.key, cotangent, s.gradient, s.record
         )
-        self.stages[k] = s._replace(gradient=gradient, held=s.held + 1)
-        self.done[k] = token
+        self.stages[k] = s._replace(gradient=gradient, held=s.held + 1, record=record)
         self.send_back(k, n, of_inputs)
+        return token
 
-    def backward_update(self, k: int, n: int) -> None:
+    def backward_update(self, k: int, n: int) -> jax.Array:
         """A backward and the update after it, as one program unless something is accumulated."""
         s, stage = self.stages[k], self.programs[k]
         if s.held:
             self.backward(k, n)
-            self.update(k)
-            return
+            return self.update(k)
         flight, cotangent = s.flights.pop(n), s.cotangents.pop(n)
-        rest = (s.opt_state, flight.stash, s.key, cotangent)
+        rest = (s.opt_state, flight.stash, s.key, cotangent, s.record)
         current = self.today or flight.version == s.version
         elsewhere = any(f.params is not None and f.version == s.version for f in s.flights.values())
         if current and not elsewhere and self.schedule.versions == 1:
-            params, opt_state, of_inputs, token = stage.backward_update_own(s.params, *rest)
+            new = stage.backward_update_own(s.params, *rest)
         else:
-            params, opt_state, of_inputs, token = stage.backward_update(
-                s.params, s.params if self.today else flight.params, *rest
-            )
-        self.updated(k, params, opt_state)
-        self.done[k] = token
+            old = s.params if self.today else flight.params
+            new = stage.backward_update(s.params, old, *rest)
+        params, opt_state, of_inputs, token, record = new
+        self.updated(k, params, opt_state, record)
         self.send_back(k, n, of_inputs)
+        return token
 
-    def update(self, k: int) -> None:
+    def update(self, k: int) -> jax.Array:
         s, stage = self.stages[k], self.programs[k]
-        divisor = np.int32(s.held if self.schedule.reduction == "mean" else 1)
-        params, opt_state = stage.update(
-            s.params, s.opt_state, s.gradient, jax.device_put(divisor, stage.replicated)
+        held = jax.device_put(np.int32(s.held), stage.replicated)
+        params, opt_state, token, record = stage.update(
+            s.params,
+            s.opt_state,
+            s.gradient,
+            held,
+            s.record,
+            mean=self.schedule.reduction == "mean",
         )
-        self.updated(k, params, opt_state)
+        self.updated(k, params, opt_state, record)
+        return token
 
-    def updated(self, k: int, params: PyTree, opt_state: Any) -> None:
+    def updated(self, k: int, params: PyTree, opt_state: Any, record: Record) -> None:
         s = self.stages[k]
         older = {**s.older, s.version: s.params}
         kept = sorted(older)[len(older) - (self.schedule.versions - 1) :]
@@ -182,6 +221,7 @@ class Tick:
             held=0,
             version=s.version + 1,
             older={version: older[version] for version in kept},
+            record=record,
         )
 
     def finish(self) -> None:
@@ -205,6 +245,18 @@ class Tick:
                 return
             metrics = self.programs[self.last].average(self.stages[self.last].metrics.pop(batch))
         self.metrics.append({"batch": batch, **metrics})
+
+
+def failure(
+    programs: Sequence[Stage], k: int, what: str, batch: int, error: Exception
+) -> StageError:
+    """An error that names where it came from."""
+    return StageError(
+        f"stage {k} ({programs[k].layers}), mini-batch {batch}, {what}: "
+        f"{type(error).__name__}: {error}",
+        k,
+        batch,
+    )
 
 
 def fuse(actions: Sequence[Action], last: int) -> Iterator[tuple[Action, ...]]:

@@ -11,6 +11,10 @@ from flax import nnx
 
 from fdg_jax.models.compute import DEFAULT, Compute
 
+# A weight gradient takes a batch in parts of so many images, fewer where there are many channels,
+# and in so many parts at most. Measured; BENCHMARKS.md has the figures.
+_WIDE, _PART_WIDE, _PART, _PARTS = 64, 4, 8, 16
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0) -> jax.Array:
@@ -23,8 +27,9 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0) -
     so that the batch becomes the channels. On CPU XLA fuses into a transpose all that is
     elementwise before it: batch norm, ReLU and the additions of a whole row of residual blocks are
     computed again, and read with the stride of an image. Here both arrays pass a branch of which
-    the compiler cannot know that it is always taken, so that each is computed once. On other
-    platforms the derivative is XLA's own.
+    the compiler cannot know that it is always taken, so that each is computed once. And the
+    gradient is summed over parts of a few images, whose transposes stay in a core's cache. On
+    other platforms the derivative is XLA's own.
 
     Args:
       x: images, [N, H, W, C], any floating dtype.
@@ -62,15 +67,29 @@ def _backward(
     stride: int, padding: int, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    if kernel.shape[:2] != (1, 1):  # which is a matrix product, without transposes
+
+    def of_kernel(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        transposed = jax.linear_transpose(lambda w: _convolve(x, w, stride, padding), kernel)
+        return transposed(cotangent)[0]
+
+    def of_kernel_in_parts(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        size = _PART_WIDE if min(kernel.shape[2:]) >= _WIDE else _PART
+        size = max(size, -(-len(x) // _PARTS))
+        parts = [slice(i, i + size) for i in range(0, len(x), size)]
+        first, *rest = (of_kernel(x[part], cotangent[part]) for part in parts)
+        return sum(rest, first)
+
+    if kernel.shape[:2] == (1, 1):  # a matrix product, without transposes
+        by_kernel = of_kernel(x, cotangent)
+    else:
         x, cotangent = jax.lax.platform_dependent(
             (x, cotangent), kernel, cpu=_computed_once, default=lambda arrays, _: arrays
         )
-    (of_x,) = jax.linear_transpose(lambda v: _convolve(v, kernel, stride, padding), x)(cotangent)
-    (of_kernel,) = jax.linear_transpose(lambda w: _convolve(x, w, stride, padding), kernel)(
-        cotangent
-    )
-    return of_x, of_kernel
+        by_kernel = jax.lax.platform_dependent(
+            x, cotangent, cpu=of_kernel_in_parts, default=of_kernel
+        )
+    (by_x,) = jax.linear_transpose(lambda v: _convolve(v, kernel, stride, padding), x)(cotangent)
+    return by_x, by_kernel
 
 
 conv2d.defvjp(_forward, _backward)
