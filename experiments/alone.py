@@ -75,4 +75,4 @@ class Alone:
             if k != self.k:
                 other.activations.clear()
                 other.cotangents.clear()
-        return tick.tokens()
+        return [program.token for program in tick.tokens()]

@@ -6,7 +6,8 @@ Every setting is a flag; a flagfile holds flags, one a line, and later flags win
 chosen method does not use is checked but ignored, so that one flagfile serves every method.
 
 The same command again goes on with a run that was stopped or killed. SIGTERM and Ctrl-C end a run
-after a checkpoint, with status 75; a second one ends it at once.
+after a checkpoint, with status 75; a second one ends it at once. A stage that fails, or numbers
+that are not finite, end it with status 1.
 """
 
 from __future__ import annotations
@@ -64,9 +65,12 @@ HELP = {
     "eval_every_epochs": "Epochs between evaluations.",
     "log_every_steps": "Steps between lines of metrics.jsonl.",
     "max_ahead": "Ticks that the host may be ahead of the devices.",
+    "on_nonfinite": "What becomes of a mini-batch whose loss or gradient is NaN or infinite: stop "
+    "ends the run, with status 1, and names it; skip leaves it out in the stage concerned.",
     "checkpoint_every_steps": "Steps between checkpoints of the run, in the workdir; 0: none.",
     "checkpoint_every_minutes": "A checkpoint also after so many minutes without one; 0: none.",
-    "keep_checkpoints": "How many of the newest checkpoints stay.",
+    "keep_checkpoints": "How many of the newest checkpoints stay, beside the one with the lowest "
+    "evaluated error.",
     "resume": "Whether an unfinished run in the workdir goes on from its newest good checkpoint, "
     "as if it had never stopped; --noresume refuses a workdir that holds a run.",
     "overwrite": "Whether an earlier run in the workdir is replaced, finished or not.",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from absl import app, flags, logging
 
-from experiments.errors import Stopped, UsageError
+from experiments.errors import Failed, Stopped, UsageError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -35,6 +37,7 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(arguments: Sequence[str]) -> None:
         del arguments
+        warnings.showwarning = one_line
         try:
             main()
         except UsageError as error:
@@ -42,6 +45,9 @@ def run(main: Callable[[], None]) -> None:
         except Stopped as stopped:
             print(stopped, flush=True)
             sys.exit(75)
+        except Failed as failed:
+            logging.info("what the error came from", exc_info=failed.__cause__)
+            fail(failed, 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -49,7 +55,19 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def fail(error: Exception) -> None:
-    """Ends the program with the error's message on one line and exit status 2."""
+def one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning without the place in the source that gave it."""
+    print("warning: " + " ".join(str(message).split()), file=file or sys.stderr, flush=True)
+
+
+def fail(error: Exception, status: int = 2) -> None:
+    """Ends the program with the error's message on one line."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)

@@ -16,7 +16,8 @@ ORDERS = ("forward_first", "backward_first")
 REDUCTIONS = ("mean", "sum")
 UNROLL = ("auto", "yes", "no")
 DTYPES = ("float32", "bfloat16")
-# Settings that a run may go on with changed: they move nothing but files.
+ON_NONFINITE = ("stop", "skip")
+# Settings that a run may go on with changed: while all is well they move nothing but files.
 FREE = (
     "workdir",
     "data_dir",
@@ -25,6 +26,7 @@ FREE = (
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
     "keep_checkpoints",
+    "on_nonfinite",
 )
 
 
@@ -65,6 +67,7 @@ class Config:
     eval_every_epochs: int = 1
     log_every_steps: int = 20
     max_ahead: int = 4
+    on_nonfinite: str = "stop"
     checkpoint_every_steps: int = 500
     checkpoint_every_minutes: float = 10.0
     keep_checkpoints: int = 3
@@ -86,6 +89,7 @@ class Config:
         self._one_of("lr_schedule", LR_SCHEDULES)
         self._one_of("unroll", UNROLL)
         self._one_of("dtype", DTYPES)
+        self._one_of("on_nonfinite", ON_NONFINITE)
         for name in ("num_stages", "batch_size", "epochs", "log_every_steps", "eval_every_epochs"):
             self._bound(name, 1)
         for name in ("max_ahead", "microbatches", "keep_checkpoints"):

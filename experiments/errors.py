@@ -13,3 +13,7 @@ class Stopped(Exception):
 
     75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again.
     """
+
+
+class Failed(Exception):
+    """A run could not go on; its message is shown alone, the status is 1."""

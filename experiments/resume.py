@@ -28,6 +28,7 @@ NOTHING: dict[str, Any] = {
     "lines": 0,
     "waiting": [],
     "best": math.inf,
+    "evaluated": None,
     "clocks": [0.0, 0, 0.0],
 }
 
@@ -124,15 +125,28 @@ class Checkpoints:
         self._run.loader.set_state(extra["loader"])
         return state, extra
 
-    def due(self, step: int) -> bool:
-        """Whether the state after ``step`` steps is to be saved."""
+    @property
+    def on(self) -> bool:
+        """Whether any are taken."""
+        return self._every > 0 or self._seconds > 0
+
+    def due(self, step: int, *, best: bool) -> bool:
+        """Whether the state after ``step`` steps, the best so far or not, is to be saved."""
+        if best and self.on:
+            return True
         late = 0 < self._seconds <= time.monotonic() - self._last
         return late or (self._every > 0 and step % self._every == 0)
 
-    def save(self, state: fdg.PipelineState, step: int, extra: dict[str, Any]) -> None:
+    def save(
+        self,
+        state: fdg.PipelineState,
+        step: int,
+        extra: dict[str, Any],
+        score: float | None,
+    ) -> None:
         """Begins to write a checkpoint; nothing waits for it."""
         extra = {"step": step, "loader": self._run.loader.get_state(), **extra}
-        self.checkpointer.save(state, step, extra)
+        self.checkpointer.save(state, step, extra, score)
         self._last = time.monotonic()
 
     def farewell(self, step: int) -> str:

@@ -134,6 +134,7 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
         devices=devices,
         gradient=methods.gradient(config),
         max_ahead=config.max_ahead,
+        on_nonfinite=config.on_nonfinite,
     )
     tested = "validation" if config.validation_size else "test"
     return Setup(config, dataset, loader, stages, schedule, pipe, total, tested, times)

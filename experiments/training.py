@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ import numpy as np
 import fdg_jax as fdg
 from experiments import curves, data, resume, setup, workdir
 from experiments.config import Config
-from experiments.errors import Stopped
-from experiments.screen import Screen
+from experiments.errors import Failed, Stopped
+from experiments.screen import Screen, conclude, introduce
 from experiments.setup import Setup
+from fdg_jax.fault import NonFiniteError, StageError
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
       UsageError: something in ``config`` cannot be done; nothing has been written then.
       Stopped: a signal asked for it; the same ``config`` goes on.
+      Failed: a stage failed, or numbers were not finite, or there were no more data.
     """
     # --- Everything that can be wrong is found before the first file is written.
     config.check()
@@ -82,15 +85,16 @@ def run(config: Config) -> dict[str, Any]:
     # --- Training. Nothing below waits for a device but the evaluations, and the log, which looks
     # only at batches that are known to be done.
     waiting: collections.deque[dict[str, Any]] = collections.deque(past["waiting"])
-    best, evaluated = past["best"], {"loss": math.nan, "error": math.nan}
+    best, evaluated = past["best"], past["evaluated"]
     train_seconds, logged_batch, logged_seconds = past["clocks"]
     eval_steps = config.eval_every_epochs * loader.steps_per_epoch
 
     def log(done: Sequence[dict[str, Any]], step: int, seconds: float) -> None:
         nonlocal logged_batch, logged_seconds
         values = jax.device_get([(m["loss"], m["error"]) for m in done])
-        # In double precision, in which a checkpoint keeps those that are not yet logged.
-        loss, error = (float(np.mean([float(v[i]) for v in values])) for i in (0, 1))
+        # In double precision, in which a checkpoint keeps those that are not yet logged. What is
+        # not finite was left out of the training as well.
+        loss, error = (finite_mean([float(v[i]) for v in values]) for i in (0, 1))
         seen = done[-1]["batch"] + 1
         speed = config.batch_size * (seen - logged_batch) / max(seconds - logged_seconds, 1e-9)
         logged_batch, logged_seconds = seen, seconds
@@ -127,26 +131,32 @@ def run(config: Config) -> dict[str, Any]:
             f"epoch {epoch:6.2f}  step {step:6d}  {run.split} loss {result['loss']:.4f}  "
             f"{run.split} error {100 * result['error']:5.2f} %  {train_seconds:7.1f} s"
         )
+        if any(left_out := pipe.left_out(state)):
+            screen.line(f"not finite and left out, per stage: {', '.join(map(str, left_out))}")
         return result
 
-    def save(state: fdg.PipelineState, step: int, seconds: float) -> None:
+    def save(
+        state: fdg.PipelineState, step: int, seconds: float, score: float | None = None
+    ) -> None:
         extra = {
             "lines": out.lines,
             "waiting": [{name: m[name] for name in ("batch", "loss", "error")} for m in waiting],
             "best": best,
+            "evaluated": evaluated if step == run.total_steps else None,
             "clocks": [seconds, logged_batch, logged_seconds],
         }
-        checkpoints.save(state, step, extra)
+        checkpoints.save(state, step, extra, score)
 
     with (
         screen,
+        failures(checkpoints),
         checkpoints.checkpointer,
         resume.Stop() as stop,
         jax.transfer_guard("disallow"),
     ):
         clock = time.perf_counter()
         for step in range(past["step"], run.total_steps):
-            images, labels = next(loader)
+            images, labels = fetch(loader, step)
             images, number = jax.device_put(
                 (images, np.int32(step)), (first.sharded, first.replicated)
             )
@@ -160,25 +170,34 @@ def run(config: Config) -> dict[str, Any]:
                 if count > 0:
                     done = [waiting.popleft() for _ in range(count)]
                     log(done, step + 1, train_seconds + time.perf_counter() - clock)
-            if (step + 1) % eval_steps == 0 and step + 1 < run.total_steps:
+            if step + 1 == run.total_steps:
+                break
+            score = None
+            if (step + 1) % eval_steps == 0:
+                pipe.check()
                 jax.block_until_ready(state)
                 train_seconds += time.perf_counter() - clock
-                evaluated = assess(state, step + 1)
-                best = min(best, evaluated["error"])
+                error = assess(state, step + 1)["error"]
+                score, best = (error, error) if error < best else (None, best)
                 clock = time.perf_counter()
-            if stop.asked or (checkpoints.due(step + 1) and step + 1 < run.total_steps):
-                save(state, step + 1, train_seconds + time.perf_counter() - clock)
+            if stop.asked or checkpoints.due(step + 1, best=score is not None):
+                save(state, step + 1, train_seconds + time.perf_counter() - clock, score)
             if stop.asked:
                 raise Stopped(checkpoints.farewell(step + 1))
 
         state, rest = pipe.drain(state)
+        pipe.check()
         jax.block_until_ready(state)
         train_seconds += time.perf_counter() - clock
         waiting.extend(rest)
         if waiting:
             log(list(waiting), run.total_steps, train_seconds)
-        evaluated = assess(state, run.total_steps)
-        best = min(best, evaluated["error"])
+            waiting.clear()
+        if evaluated is None:  # else the run was stopped after its last evaluation
+            evaluated = assess(state, run.total_steps)
+            best = min(best, evaluated["error"])
+            if checkpoints.on:
+                save(state, run.total_steps, train_seconds, evaluated["error"])
 
     # --- Results.
     summary = {
@@ -193,6 +212,7 @@ def run(config: Config) -> dict[str, Any]:
         "stages": len(run.stages),
         "balance": described["balance"],
         "staleness": [run.schedule.staleness(k) for k in range(len(run.stages))],
+        "left_out": pipe.left_out(state),
         "params_sha256": params_sha256(pipe.params(state)),
     }
     title = f"{config.model} on {run.dataset.name}: {config.method}, K = {len(run.stages)}"
@@ -239,6 +259,36 @@ class Evaluation:
         return {"loss": loss, "error": error}
 
 
+def fetch(loader: data.Loader, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """The next mini-batch; whatever keeps a source from giving it ends the run."""
+    try:
+        return next(loader)
+    except StopIteration:
+        raise Failed(f"step {step}: the data ran dry; check the source of the data") from None
+    except Exception as error:
+        raise Failed(f"step {step}: the data cannot be read ({error})") from error
+
+
+@contextlib.contextmanager
+def failures(checkpoints: resume.Checkpoints) -> Iterator[None]:
+    """Says of a run that cannot go on where it would start again."""
+    try:
+        yield
+    except (StageError, Failed) as error:
+        step = checkpoints.checkpointer.latest()
+        newest = "no checkpoint yet" if step is None else f"newest good checkpoint: step {step}"
+        remedy = ""
+        if isinstance(error, NonFiniteError):
+            remedy = "; lower --learning_rate in a new run, or go on with --on_nonfinite=skip"
+        raise Failed(f"{error}; {newest}{remedy}") from error
+
+
+def finite_mean(values: Sequence[float]) -> float:
+    """Of the finite ones; NaN where there are none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan
+
+
 def params_sha256(params: Sequence[Any]) -> str:
     """A hash of parameters: path, dtype, shape and bytes of every leaf, in the order of paths."""
     digest = hashlib.sha256()
@@ -247,55 +297,3 @@ def params_sha256(params: Sequence[Any]) -> str:
         name = f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}"
         digest.update(name.encode() + b"\0" + np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()
-
-
-def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> None:
-    """The schedule's grid and the stage table."""
-    config, dataset = run.config, run.dataset
-    screen.line(
-        f"{config.method} of {config.model} on {dataset.name} "
-        f"({len(dataset.train_labels):,} train, {len(dataset.test_labels):,} {run.split} images), "
-        f"K = {len(run.stages)}, "
-        f"{run.total_steps:,} steps of {config.batch_size}"
-    )
-    screen.line()
-    screen.line(str(run.schedule))
-    screen.line()
-    if run.times is not None:
-        screen.line(f"partition: {run.times.note}")
-    total = sum(run.stages.costs)
-    rows = []
-    for row in table:
-        share = f"{100 * row['cost'] / total:.0f} %" if total else "-"
-        a, b = row["layers"]
-        rows.append(
-            (
-                str(row["stage"]),
-                ", ".join(row["devices"]),
-                f"{a}-{b - 1}",
-                f"{row['parameters']:,}",
-                share,
-                str(row["delay"]),
-                str(row["staleness"]),
-                str(row["in_flight"]),
-                f"{row['shrink']:.3g}",
-            )
-        )
-    heads = ("stage", "devices", "layers", "parameters", "cost", "delay", "staleness")
-    title = f"Stages, balance {run.stages.balance:.2f} ({run.stages.unit})"
-    screen.table(title, (*heads, "in flight", "shrink"), rows)
-
-
-def conclude(screen: Screen, run: Setup, summary: dict[str, Any]) -> None:
-    """The closing table."""
-    split = run.split
-    rows = [
-        (f"{split} error", f"{100 * summary[f'{split}_error']:.2f} %"),
-        (f"best {split} error", f"{100 * summary[f'best_{split}_error']:.2f} %"),
-        ("training time", f"{summary['train_seconds']:.1f} s"),
-        ("images per second", f"{summary['images_per_second']:,.0f}"),
-        ("staleness per stage", ", ".join(map(str, summary["staleness"]))),
-        ("params sha256", summary["params_sha256"][:16] + "..."),
-        ("results", run.config.workdir),
-    ]
-    screen.table("Result", ("", ""), rows)

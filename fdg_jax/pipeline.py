@@ -19,6 +19,7 @@ import optax
 
 from fdg_jax import fault
 from fdg_jax.fault import NonFiniteError
+from fdg_jax.fit import fit, signature
 from fdg_jax.layer import Key, Layer, LossFn, PyTree, typed_key
 from fdg_jax.placement import stage_meshes
 from fdg_jax.schedule import Schedule
@@ -263,40 +264,11 @@ class Pipeline:
         return None if self.on_nonfinite == "ignore" else fault.fresh()
 
     def _check(self, state: PipelineState, x: PyTree, labels: PyTree) -> None:
-        """Traces the network once for every new shape: found in the middle of a tick, a batch that
-        does not fit would take the donated weights of other stages with it."""
-        shapes = _signature(x), _signature(labels)
-        if shapes in self._fitting:
-            return
-        count = self.schedule.microbatches
-        y, targets = _part(x, count), _part(labels, count)
-        where = ""
-        try:
-            for k, (stage, own) in enumerate(zip(self.stages, state.stages, strict=True)):
-                where = f"stage {k} ({stage.layers})"
-                y = stage.output(own.params, own.model_state, y, own.key, own.number)
-            where = "loss_fn"
-            found = jax.eval_shape(self._loss_fn, y, targets)
-        except Exception as error:
-            raise ValueError(f"batch {int(state.tick)}: does not fit {where}: {error}") from error
-        if not (
-            isinstance(found, tuple)
-            and len(found) == 2
-            and getattr(found[0], "shape", None) == ()
-            and isinstance(found[1], dict)
-        ):
-            raise ValueError(
-                f"loss_fn: returns {found}, but must return the mean loss (a scalar) and a dict of "
-                "metrics"
-            )
-        if "batch" in found[1]:
-            raise ValueError('loss_fn: a metric is named "batch", which is the batch\'s number')
-        if count > 1 and any(leaf.ndim for leaf in jax.tree.leaves(found[1])):
-            raise ValueError(
-                f"loss_fn: returns metrics {found[1]}, but those of micro-batches are averaged: "
-                "give scalars that are means over the batch"
-            )
-        self._fitting.add(shapes)
+        """Tries every new shape of a batch before anything is dispatched."""
+        shapes = signature(x), signature(labels)
+        if shapes not in self._fitting:
+            fit(self.stages, self._loss_fn, self.schedule.microbatches, state, x, labels)
+            self._fitting.add(shapes)
 
     def _tick(self, state: PipelineState) -> Tick:
         return Tick(self.stages, self.schedule, self.gradient == "recompute", state)
@@ -333,18 +305,3 @@ class Pipeline:
         return NonFiniteError(
             f"mini-batch {batch}: {what} of stage {k} ({stage.layers}) is not finite", k, batch
         )
-
-
-def _signature(tree: PyTree) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple((np.shape(v), getattr(v, "dtype", type(v))) for v in leaves)
-
-
-def _part(tree: PyTree, count: int) -> PyTree:
-    """Shapes and dtypes of one of ``count`` micro-batches."""
-
-    def part(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        shape = (leaf.shape[0] // count, *leaf.shape[1:]) if leaf.shape else ()
-        return jax.ShapeDtypeStruct(shape, leaf.dtype)
-
-    return jax.tree.map(part, jax.eval_shape(lambda v: v, tree))

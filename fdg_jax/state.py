@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
@@ -78,10 +78,23 @@ class StageState(NamedTuple):
         record: Record = None,
     ) -> StageState:
         """A stage that no batch has entered yet."""
-        counts = (0, 0, 0)
-        waiting: tuple[dict[int, Any], ...] = ({}, {}, {}, {}, {})
         return StageState(
-            params, model_state, opt_state, key, number, {}, None, *counts, *waiting, record
+            params=params,
+            model_state=model_state,
+            opt_state=opt_state,
+            key=key,
+            number=number,
+            older={},
+            gradient=None,
+            held=0,
+            version=0,
+            base=0,
+            flights={},
+            activations={},
+            cotangents={},
+            labels={},
+            metrics={},
+            record=record,
         )
 
     def copied(self) -> StageState:

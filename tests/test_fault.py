@@ -174,7 +174,7 @@ def infinite_loss(y, labels):
 
 def steep_loss(y, labels):
     """Finite at 0, where its derivative is not."""
-    return jnp.sqrt(jnp.sum(jnp.where(labels[0] == 100, 0, y) ** 2)), {}
+    return jnp.sqrt(jnp.sum((y * (labels[0] != 100)) ** 2)), {}
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_a_run_writes_its_files_and_repeats_bit_for_bit(images, cache, tmp_path)
     assert 0.5 <= first["balance"] <= 1
     assert first["train_seconds"] > 0
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "checkpoints",
         "config.json",
         "curves.png",
         "metrics.jsonl",
