@@ -145,8 +145,9 @@ def run(series: Series, runner: Runner = bands.train) -> int:
             if 0 < series.limit_minutes * 60 <= time.monotonic() - began:
                 return len(configs) - i
             start = time.monotonic()
-            # What an interrupted run left behind, or --overwrite gave up, goes.
-            status, errors = runner(bands.arguments(config, overwrite=True))
+            # An interrupted run goes on from its newest checkpoint, unless --overwrite gives it up.
+            overwrite = series.common.overwrite
+            status, errors = runner(bands.arguments(config, overwrite=overwrite))
             spent.append(time.monotonic() - start)
             record = bands.finished(config) if status == 0 else None
             left = len(configs) - i - 1 + later

@@ -94,7 +94,7 @@ def test_what_is_there_is_not_run_again_and_what_was_interrupted_is(tmp_path, ca
     fake = Fake()
     assert compare.run(series, fake) == 0
     assert fake.folders == ["fdg_k2_beta1_seed0", "backprop_k1_seed1", "fdg_k2_beta1_seed1"]
-    assert all("--overwrite" in command for command in fake.commands)
+    assert not any("--overwrite" in command for command in fake.commands)
     assert "2/4  fdg  K=2  beta=1  seed=0  test error 25.00 %  10 s" in capsys.readouterr().out
     assert compare.run(series, fake) == 0
     assert len(fake.folders) == 3
@@ -116,6 +116,7 @@ def test_other_settings_are_refused_before_anything_runs(tmp_path):
     assert fake.folders == []
     assert compare.run(parse(*lists, "--learning_rate=0.2", "--overwrite"), fake) == 0
     assert len(fake.folders) == 2
+    assert all("--overwrite" in command for command in fake.commands)
 
 
 def test_table_by_hand(tmp_path):
