@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import fdg_jax as fdg
 from experiments.setup import loss_fn
 from experiments.workload import ONE_DEVICE, Workload, gradient
+from fdg_jax.checkpoint import Checkpointer
 from fdg_jax.layer import PyTree, batch_key
 from fdg_jax.placement import BATCH_AXIS, stage_meshes
 from fdg_jax.schedule import Schedule
@@ -131,6 +133,7 @@ class Piped(Contender):
       schedule: who does what when.
       devices: fewer than stages are shared.
       choice: which gradient a delayed backward takes.
+      on_nonfinite: whether anybody looks.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Piped(Contender):
         schedule: Schedule,
         devices: list[jax.Device],
         choice: str = "stale",
+        on_nonfinite: str = "ignore",
     ) -> None:
         self.name, self.schedule, self.gradient = name, schedule, choice
         self.stages = schedule.num_stages
@@ -147,6 +151,8 @@ class Piped(Contender):
         self.about = f"{schedule.name}, {self.stages} stages, {choice}"
         if schedule.microbatches > 1:
             self.about += f", {schedule.microbatches} micro-batches"
+        if on_nonfinite != "ignore":
+            self.about += ", looks at what is not finite"
         self.split = work.split(self.stages)
         self.pipe = fdg.Pipeline(
             self.split,
@@ -155,6 +161,7 @@ class Piped(Contender):
             schedule,
             devices=devices[: self.devices],
             gradient=choice,
+            on_nonfinite=on_nonfinite,
         )
         self.state = self.pipe.init(work.key, work.example)
         first, last = self.pipe.stages[0], self.pipe.stages[-1]
@@ -182,6 +189,38 @@ class Piped(Contender):
         return float(self.metrics["loss"])
 
 
+class Saving(Piped):
+    """The same, with a checkpoint in the middle of every `EVERY` steps, to a temporary folder."""
+
+    EVERY = 50
+
+    def __init__(
+        self, name: str, work: Workload, schedule: Schedule, devices: list[jax.Device]
+    ) -> None:
+        super().__init__(name, work, schedule, devices)
+        self.about += f", saved every {self.EVERY} steps"
+        self.folder = tempfile.TemporaryDirectory()
+        self.checkpointer = Checkpointer(self.folder.name, self.pipe)
+        self.count = 0
+
+    def turn(self, steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.state, metrics = self.pipe.step(self.state, self.batch)
+            self.metrics = metrics or self.metrics
+            self.count += 1
+            if self.count % self.EVERY == self.EVERY // 2:
+                self.checkpointer.save(self.state, self.count)
+        jax.block_until_ready((self.state, self.metrics))
+        seconds = time.perf_counter() - start
+        self.checkpointer.wait()  # the next contender's turn is its own
+        return seconds
+
+    def close(self) -> None:
+        self.checkpointer.close()
+        self.folder.cleanup()
+
+
 def make(name: str, work: Workload) -> Contender:
     """A contender that runs in this process."""
     count = work.settings.num_stages
@@ -194,4 +233,8 @@ def make(name: str, work: Workload) -> Contender:
         return Piped(name, work, fdg.schedule.fdg(1), devices[:1])
     if single := ONE_DEVICE.fullmatch(name):
         return Piped(name, work, fdg.schedule.fdg(int(single[1])), devices[:1])
-    return Piped(name, work, work.settings.schedule(name), devices, gradient(name))
+    schedule = work.settings.schedule(name)
+    if name == "fdg_saving":
+        return Saving(name, work, schedule, devices)
+    look = "stop" if name == "fdg_guarded" else "ignore"
+    return Piped(name, work, schedule, devices, gradient(name), look)

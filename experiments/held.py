@@ -87,7 +87,7 @@ def bytes_of(stage: StageState) -> dict[str, int]:
             [(stash.inputs, stash.residuals) for stash in stashes],
             [stage.activations, stage.cotangents],
             [stage.gradient],
-            [stage.model_state, stage.number, stage.labels, stage.metrics]
+            [stage.model_state, stage.number, stage.labels, stage.metrics, stage.record]
             + [(stash.model_state, stash.number, stash.labels) for stash in stashes],
         ]
     )
@@ -114,8 +114,8 @@ def predict(contender: Piped) -> list[float]:
     inputs, residuals = [], []
     for k, (stage, own) in enumerate(zip(pipe.stages, state.stages, strict=True)):
         wanted = labels if k == last else None
-        output, _, _, left = jax.eval_shape(
-            stage.forward, own.params, own.model_state, x, wanted, own.key, own.number
+        output, _, _, left, _ = jax.eval_shape(
+            stage.forward, own.params, own.model_state, x, wanted, own.key, own.number, own.record
         )
         inputs.append(parts * nbytes(x))
         residuals.append(parts * nbytes(left))

@@ -35,6 +35,8 @@ PIPED = {
     **{name: method for name, method in METHODS.items() if not method.one_stage},
     "fdg_recompute_stale": Method("fdg", gradient="recompute_stale"),
     "fdg_recompute": Method("fdg", gradient="recompute"),
+    "fdg_guarded": Method("fdg"),
+    "fdg_saving": Method("fdg"),
 }
 del PIPED["backprop"]  # is the plain loop here
 NAMES = ("backprop", "backprop_xla", "engine_k1", "data_parallel", *PIPED, "backprop_torch")

@@ -40,6 +40,7 @@ def test_contenders_train_the_same_network(tiny):
     delayed = made(tiny, "fdg", steps=6)
     assert same(delayed, made(tiny, "fdg_recompute_stale", steps=6), **ROUNDING)
     assert same(delayed, made(tiny, "one_device_k2", steps=6), **ROUNDING)
+    assert same(delayed, made(tiny, "fdg_guarded", steps=6), **ROUNDING)
     assert same(made(tiny, "dsp", steps=6), made(tiny, "fdg_recompute", steps=6), **exact)
     assert not same(delayed, made(tiny, "fdg_recompute", steps=6), **ROUNDING)
     assert not same(delayed, plain, **ROUNDING)
@@ -112,3 +113,12 @@ def test_every_split_is_made_from_the_same_costs(tiny, monkeypatch):
     assert len(given.split(4)) == 4
     assert calls == [1]
     assert jnp.asarray(given.images).dtype == jnp.float32
+
+
+def test_a_contender_that_saves_trains_no_other_way(tiny, monkeypatch):
+    monkeypatch.setattr(contender.Saving, "EVERY", 4)
+    saving = made(tiny, "fdg_saving", steps=11)
+    assert saving.checkpointer.latest() == 10
+    assert same(saving, made(tiny, "fdg", steps=11), rtol=0, atol=0)
+    saving.close()
+    assert not saving.checkpointer.directory.exists()
