@@ -35,6 +35,7 @@ HELP = {
     "flip": "Whether to mirror half of the train images.",
     "model": "small_resnet; resnet20, 32, 44, 56, 110, 1202; resnet18, 34, 50, 101; plain16; "
     "wrn28_10 or any other wrn<6n+4>_<k>.",
+    "dropout": "Rate in the blocks of a wide ResNet, in [0, 1); the other models have none.",
     "unroll": f"Equal blocks written out, or compiled once and scanned: {config.UNROLL}. auto "
     "scans on GPU and TPU only.",
     "dtype": f"Of activations and their gradients, one of {config.DTYPES}; parameters are float32.",

@@ -42,6 +42,7 @@ class Config:
     crop_padding: int = 4
     flip: bool = True
     model: str = "small_resnet"
+    dropout: float = 0.0
     unroll: str = "auto"
     dtype: str = "float32"
     fast_derivatives: bool = True
@@ -106,6 +107,8 @@ class Config:
             )
         if not 0 < self.beta <= 1:
             raise UsageError(f"--beta={self.beta}: must lie in (0, 1]; 1 does not shrink")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout={self.dropout}: must lie in [0, 1); 0 switches it off")
         if self.learning_rate <= 0:
             raise UsageError(f"--learning_rate={self.learning_rate}: must be above 0; try 0.1")
         if not 0 <= self.momentum < 1:

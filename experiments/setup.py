@@ -103,6 +103,7 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
             channels,
             unroll,
             compute(config.dtype, config.fast_derivatives),
+            config.dropout,
         )
     number = len(units_of(layers))
     num_stages = methods.num_stages(config)
@@ -170,6 +171,7 @@ def split(
             "model": config.model,
             "num_classes": dataset.num_classes,
             "channels": channels,
+            "dropout": config.dropout,
             "unroll": config.unroll,
             "dtype": config.dtype,
             "fast_derivatives": config.fast_derivatives,

@@ -90,6 +90,29 @@ def test_unknown_networks_are_refused(name, message):
         models.create(name)
 
 
+def test_dropout_changes_training_alone_and_only_where_a_network_has_it():
+    """In one block, the second layer; at rate 0 it has the weights of the network without."""
+    x = jax.random.normal(jax.random.key(0), (4, 4, 4, 16), jnp.float32)
+
+    def outputs(**options):
+        block = models.create("wrn10_1", **options)[1]
+        params, state = block.init(jax.random.key(1), x)
+        train = jax.jit(lambda key: block.apply(params, state, x, train=True, key=key)[0])
+        noisy = [np.asarray(train(jax.random.key(n))) for n in (2, 2, 3)]
+        return noisy, np.asarray(block.apply(params, state, x, train=False, key=None)[0])
+
+    (first, again, other), calm = outputs(dropout=0.3)
+    assert (first == again).all()
+    assert (first != other).any()
+    (plain, _, same), evaluated = outputs()
+    assert (plain == same).all()
+    assert (calm == evaluated).all()
+    with pytest.raises(ValueError, match=r"dropout=0\.1: small_resnet has none; give 0, or a wide"):
+        models.create("small_resnet", dropout=0.1)
+    with pytest.raises(ValueError, match=r"dropout=1: must lie in \[0, 1\)"):
+        models.create("wrn10_1", dropout=1.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet1202", "wrn28_10"])
 def test_the_deepest_and_the_widest_network_take_eight_fdg_ticks(name):

@@ -22,6 +22,7 @@ def create(
     channels: int = 3,
     unroll: bool | None = None,
     compute: Compute = DEFAULT,
+    dropout: float = 0.0,
 ) -> list[Layer]:
     """A network by its name.
 
@@ -32,12 +33,13 @@ def create(
       channels: of the images.
       unroll: whether equal blocks are written out or scanned, see `fdg_jax.repeat`.
       compute: dtype of activations, and whether the models' own derivatives are used.
+      dropout: rate in the blocks of a wide ResNet, in [0, 1); the others have no dropout.
 
     Returns:
       Layers, input first.
 
     Raises:
-      ValueError: no such network.
+      ValueError: no such network, or one without dropout for which a rate is given.
 
     Example:
       >>> len(create("wrn28_10", num_classes=100))
@@ -52,9 +54,13 @@ def create(
     }
     if wide := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
         depth, widen = map(int, wide.groups())
-        return wide_resnet(depth, widen, num_classes, channels, **options)
+        return wide_resnet(depth, widen, num_classes, channels, dropout=dropout, **options)
     if name not in makers:
         raise ValueError(f"model={name!r}: allowed are {', '.join(makers)}, wrn28_10 (wrn<d>_<k>)")
+    if dropout:
+        raise ValueError(
+            f"dropout={dropout:g}: {name} has none; give 0, or a wide ResNet such as wrn28_10"
+        )
     return makers[name](num_classes=num_classes, channels=channels)
 
 

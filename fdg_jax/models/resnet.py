@@ -128,7 +128,7 @@ def wide_resnet(
       Layers, input first.
 
     Raises:
-      ValueError: depth is not 6n+4, or widen < 1.
+      ValueError: depth is not 6n+4, widen < 1, or dropout is out of its bounds.
 
     Example:
       >>> len(wide_resnet(28, 10))
@@ -141,6 +141,8 @@ def wide_resnet(
         raise ValueError(f"depth={depth}: a wide ResNet has depth 6n+4 with n >= 1 (16, 28, 40)")
     if widen < 1:
         raise ValueError(f"widen={widen}: the widening factor is at least 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout:g}: must lie in [0, 1); 0 switches it off")
     layers = [from_nnx(functools.partial(_plain_stem, channels, 16, compute=compute))]
     width = 16
     for outputs, stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):

@@ -205,6 +205,8 @@ def test_every_method_trains(images, cache, tmp_path):
         (["--beta=0"], "--beta=0.0"),
         (["--beta=1.5"], "--beta=1.5"),
         (["--beta=nan"], "--beta=nan"),
+        (["--dropout=1"], "--dropout=1.0"),
+        (["--dropout=0.1"], "dropout=0.1: small_resnet has none"),
         (["--learning_rate=inf"], "--learning_rate=inf"),
         (["--lr_milestones=10,nan"], "--lr_milestones=nan"),
         (["--lr_milestones=a"], "--lr_milestones=a"),

@@ -1,0 +1,159 @@
+"""A run that is killed and started again, beside one that is not."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests.kills.plan import Order, Setting
+
+ROOT = pathlib.Path(__file__).parents[2]
+TIMES = ("images_per_second", "seconds", "train_seconds")
+# Seconds of one process, start to end: one that takes longer hangs.
+DEADLINE = 300
+# Of a process that was killed before it could say where it is.
+BEFORE = {"moment": "", "main": "start", "save": "none", "step": 0}
+# Runs, at most, until all kills of a setting have found their moment.
+ATTEMPTS = 3
+
+
+def make_images(folder: pathlib.Path) -> None:
+    """A data set of 8x8 images in two classes: five steps of 8 an epoch, two evaluation batches."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 6)):
+        for label in ("a", "b"):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 255, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
+
+
+def start(
+    setting: Setting, images: pathlib.Path, workdir: pathlib.Path, program: str, **more: str
+) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "FDG_CACHE_DIR": str(ROOT / ".cache" / "experiments"),
+        **more,
+    }
+    line = [f"--dataset=folder:{images}", f"--workdir={workdir}", *setting.flags]
+    return subprocess.Popen(
+        [sys.executable, "-m", program, *line],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> int:
+    """The status of a process that ended by itself or was killed; all others are errors."""
+    try:
+        out, errors = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
+    if process.returncode not in (0, -signal.SIGKILL) or "damaged" in errors:
+        raise AssertionError(f"status {process.returncode}\n{out}\n{errors}")
+    return process.returncode
+
+
+def attempt(
+    setting: Setting, images: pathlib.Path, workdir: pathlib.Path, order: Order | None
+) -> dict[str, Any] | None:
+    """Starts the run, or goes on with it, until it is killed: where it was then. None: it ended."""
+    log = workdir.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    kill = order.moment if order else ""
+    process = start(
+        setting, images, workdir, "tests.kills.watched", WATCH_LOG=str(log), WATCH_KILL=kill
+    )
+
+    def lines() -> list[str]:
+        return log.read_text().split("\n")[:-1] if log.exists() else []
+
+    try:
+        if order and not order.moment:
+            deadline = time.monotonic() + DEADLINE
+            while len(lines()) < order.lines and process.poll() is None:
+                if time.monotonic() > deadline:
+                    raise AssertionError(f"{setting.name} hangs after {lines()[-1:]}")
+                time.sleep(0.001)
+            time.sleep(order.seconds)
+            process.kill()
+    except BaseException:
+        process.kill()
+        raise
+    if end(process) == 0:
+        return None
+    where = json.loads(lines()[-1]) if lines() else BEFORE
+    if order is None or (kill and kill.rpartition(":")[0] != where["moment"]):
+        raise AssertionError(f"{setting.name} was killed by somebody else at {where}")
+    whole = [int(path.name[5:]) for path in (workdir / "checkpoints").glob("step-*")]
+    return {"how": "aimed" if kill else "outside", **where, "newest": max(whole, default=0)}
+
+
+def differences(run: pathlib.Path, whole: pathlib.Path) -> list[str]:
+    """What two runs do not agree in, but for times."""
+
+    def content(folder: pathlib.Path) -> dict[str, Any]:
+        summary = json.loads((folder / "summary.json").read_text())
+        metrics = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+        return {
+            **{n: v for n, v in summary.items() if n not in TIMES},
+            "metrics": [{n: v for n, v in x.items() if n not in TIMES} for x in metrics],
+            "files": sorted(path.name for path in folder.iterdir()),
+            "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+        }
+
+    ours, theirs = content(run), content(whole)
+    return [n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
+
+
+def torment(
+    setting: Setting, orders: Sequence[Order], images: pathlib.Path, folder: pathlib.Path
+) -> dict[str, Any]:
+    """Trains undisturbed, then killed at ``orders``; in another run those that the first did not
+    come to, because it was at its end before.
+
+    Returns:
+      The kills, each with the newest checkpoint from which the next process had to go on; for each
+      disturbed run what differs from the undisturbed one; the orders that no run came to.
+    """
+    whole = folder / "whole"
+    if end(start(setting, images, whole, "experiments.cifar")) != 0:
+        raise AssertionError(f"{setting.name} was killed by somebody else")
+    left, kills, outcomes = collections.deque(orders), [], []
+    for number in range(ATTEMPTS):
+        run, missed = folder / str(number), []
+        while True:
+            order = left.popleft() if left else None
+            where = attempt(setting, images, run, order)
+            if where is None:
+                missed += [order] if order else []
+                break
+            kills.append(where)
+            print(f"  {setting.name}: {json.dumps(where)}", flush=True)
+        outcomes.append(differences(run, whole))
+        left.extendleft(missed)
+        if not left:
+            break
+    return {
+        **dataclasses.asdict(setting),
+        "kills": kills,
+        "differences": outcomes,
+        "missed": [dataclasses.asdict(order) for order in left],
+    }

@@ -1,0 +1,235 @@
+"""experiments.cifar with a log of where it is, and a moment at which it kills itself.
+
+    WATCH_LOG=where.jsonl WATCH_KILL="arrays written:2" python -m tests.kills.watched --workdir=...
+
+The program has no hooks for tests. Its functions are wrapped here before it starts, so that each of
+the moments below is a line in the log before the program goes on; at its n-th pass of the moment
+that WATCH_KILL names it sends itself SIGKILL. The last line says where a process was when it died,
+whoever killed it:
+
+    {"moment": "arrays", "main": "steady", "save": "arrays", "step": 12}
+
+`main` is what the loop is doing: start, fill (stage 0 has applied no gradient yet), steady,
+evaluation, drain, end. `save` is what the thread that writes checkpoints is doing: none, copies
+(they are fetched from the devices), arrays, manifest, rename, removing (older checkpoints).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import runpy
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from experiments import resume, training, workdir
+from fdg_jax import checkpoint, manifest, pipeline, tick
+
+# Pauses between two looks at what a library, of which no function is wrapped, has written so far.
+LOOK_SECONDS = 0.0002
+
+
+class Watch:
+    """The log, and the moment to die at.
+
+    Args:
+      log: lines are appended to it.
+      kill: ``moment:n``, or nothing.
+    """
+
+    def __init__(self, log: str, kill: str) -> None:
+        self._file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._lock = threading.Lock()
+        self._passed: collections.Counter[str] = collections.Counter()
+        self._kill = kill
+        self.main, self.save, self.step = "start", "none", 0
+        self.behind = ""  # the phase after an evaluation
+
+    def at(self, moment: str, *, main: str | None = None, save: str | None = None) -> None:
+        """The program is at ``moment``, and in another phase from now on if one is named."""
+        with self._lock:
+            self.main, self.save = main or self.main, save or self.save
+            where = {"moment": moment, "main": self.main, "save": self.save, "step": self.step}
+            # One system call, past all buffers: what is written outlives the process.
+            os.write(self._file, (json.dumps(where) + "\n").encode())
+            self._passed[moment] += 1
+            if f"{moment}:{self._passed[moment]}" == self._kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def files(self, folder: pathlib.Path) -> Iterator[None]:
+        """Meanwhile every file that appears in ``folder`` is a moment, if one of them is aimed at.
+
+        A look takes time, which a program that is not to die from it should not lose.
+        """
+        if not self._kill.startswith("array file:"):
+            yield
+            return
+        over = threading.Event()
+
+        def look() -> None:
+            seen = 0
+            while not over.is_set():
+                there = sum(len(files) for _, _, files in os.walk(folder))
+                for _ in range(seen, there):
+                    self.at("array file")
+                seen = max(seen, there)
+                over.wait(LOOK_SECONDS)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replaces a function by one that is made of it."""
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def around(
+    watch: Watch,
+    before: str,
+    after: str,
+    when: Callable[..., bool] = lambda *given: True,
+    *,
+    main: str | None = None,
+    then_save: str | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A wrapper with a moment before the call and one after it.
+
+    Args:
+      watch: the log.
+      before, after: the moments' names.
+      when: of the call's arguments, whether it counts.
+      main: the phase of the loop from before the call on.
+      then_save: what the thread of the checkpoints does from after the call on.
+    """
+
+    def make(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any, **named: Any) -> Any:
+            if not when(*given):
+                return call(*given, **named)
+            watch.at(before, main=main)
+            result = call(*given, **named)
+            watch.at(after, save=then_save)
+            return result
+
+        return wrapped
+
+    return make
+
+
+def watch_main(watch: Watch) -> None:
+    """Wraps what the training loop calls."""
+    wrap(resume.Checkpoints, "restore", around(watch, "restore", "restored"))
+
+    def replacing(write: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(self: workdir.Workdir, name: str, content: bytes) -> None:
+            # A run that was killed after its last checkpoint comes here without an evaluation.
+            result = name in ("curves.png", "summary.json")
+            watch.at(f"write {name}", main="end" if result else None)
+            write(self, name, content)
+            watch.at(f"wrote {name}")
+
+        return wrapped
+
+    wrap(workdir.Workdir, "write_bytes", replacing)
+
+    def writing(append: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any) -> None:
+            watch.at("line")
+            append(*given)
+            # An evaluation ends with its line.
+            watch.at("line written", main=watch.behind if watch.main == "evaluation" else None)
+
+        return wrapped
+
+    wrap(workdir.Workdir, "append_metrics", writing)
+
+    def stepping(step: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(self: pipeline.Pipeline, state: Any, batch: Any) -> Any:
+            watch.step = state.tick + 1
+            filling = state.tick - state.origin < self.schedule.delay(0)
+            phase = "fill" if filling else "steady"
+            watch.at(phase, main=phase)
+            return step(self, state, batch)
+
+        return wrapped
+
+    wrap(pipeline.Pipeline, "step", stepping)
+
+    def evaluating(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any) -> Any:
+            watch.behind = "end" if watch.main == "drain" else watch.main
+            watch.at("evaluation", main="evaluation")
+            result = evaluate(*given)
+            watch.at("evaluated")
+            return result
+
+        return wrapped
+
+    wrap(training.Evaluation, "__call__", evaluating)
+    wrap(pipeline.Pipeline, "predict", around(watch, "predict", "predicted"))
+    wrap(pipeline.Pipeline, "drain", around(watch, "drain", "drained", main="drain"))
+    draining = around(watch, "drain tick", "drain ticked", lambda *_: watch.main == "drain")
+    wrap(tick.Tick, "run", draining)
+
+
+def watch_saves(watch: Watch) -> None:
+    """Wraps what the thread that writes checkpoints calls."""
+    wrap(checkpoint.Checkpointer, "save", around(watch, "save", "save begun"))
+
+    def writing(write: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any) -> None:
+            # The last checkpoint, of the drained state, is a moment of its own.
+            watch.at("last copies" if watch.main == "end" else "copies", save="copies")
+            try:
+                write(*given)
+            finally:
+                watch.at("saved", save="none")
+
+        return wrapped
+
+    wrap(checkpoint.Checkpointer, "_write", writing)
+
+    def filling(save: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(folder: pathlib.Path, *given: Any, **named: Any) -> Any:
+            watch.at("arrays", save="arrays")
+            with watch.files(folder.parent):
+                result = save(folder, *given, **named)
+            watch.at("arrays written", save="manifest")
+            return result
+
+        return wrapped
+
+    wrap(checkpoint.ocp, "save_checkpointables", filling)
+    wrap(manifest, "write", around(watch, "manifest", "manifest written", then_save="rename"))
+
+    def partial(path: pathlib.Path, *_: Any) -> bool:
+        return path.name.startswith(".step-")
+
+    renaming = around(watch, "rename", "renamed", partial, then_save="removing")
+    wrap(pathlib.Path, "rename", renaming)
+    # Of what shutil.rmtree calls: an older checkpoint is gone in part then.
+    unlinking = around(watch, "remove", "removed", lambda *_: watch.save == "removing")
+    wrap(os, "unlink", unlinking)
+
+
+def main() -> None:
+    watch = Watch(os.environ["WATCH_LOG"], os.environ.get("WATCH_KILL", ""))
+    watch_main(watch)
+    watch_saves(watch)
+    runpy.run_module("experiments.cifar", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
