@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from experiments.data.arrays import Images
 from experiments.data.progress import progress
 from experiments.errors import UsageError
+from experiments.memory import memory
 
 _GRAY = ("1", "L", "LA")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -84,11 +85,11 @@ def decode_all(
             are larger than the memory.
     """
     height, width, _ = decode(read(0), describe(0), flag).shape
-    needed, memory = count * height * width * 3, _memory()
-    if needed > memory:
+    needed = count * height * width * 3
+    if needed > memory():
         raise UsageError(
             f"{flag}: {count:,} images of {width}x{height} take {needed / 1e9:,.0f} GB, and this "
-            f"machine has {memory / 1e9:,.0f} GB of memory; resize them or take fewer"
+            f"machine has {memory() / 1e9:,.0f} GB of memory; resize them or take fewer"
         )
     images = np.empty((count, height, width, 3), np.uint8)
     gray = np.empty(count, np.bool_)
@@ -119,8 +120,3 @@ def decode_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return np.ascontiguousarray(images[..., :1]) if gray.all() else images
-
-
-def _memory() -> int:
-    """Bytes that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

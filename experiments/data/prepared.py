@@ -149,8 +149,9 @@ def _trust(folder: Path, flag: str) -> None:
             value = values.pop()
             if isinstance(value, dict):
                 if strange := [key for key, part in value.items() if bad(key, part)]:
+                    what = str(value[strange[0]])[:100]
                     raise UsageError(
-                        f"{flag}: {folder / file} has {strange[0]}={value[strange[0]]!r}, which "
+                        f"{flag}: {folder / file} has {strange[0]}={what!r}, which "
                         "lies outside of the data set; choose another one"
                     )
                 values += value.values()
