@@ -118,10 +118,11 @@ def members(path: Path, sizes: Mapping[str, int | None], flag: str) -> dict[str,
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that ends in an error where more than ``most`` bytes are asked for."""
+    """A stream that ends in an error where more than ``most`` bytes are asked for, or more than
+    there are: tarfile would skip a member of a petabyte in little steps at the end of the file."""
 
-    def __init__(self, file: io.BufferedIOBase | gzip.GzipFile, most: int) -> None:
-        self._file, self._left = file, most
+    def __init__(self, file: gzip.GzipFile, most: int) -> None:
+        self._file, self._left, self._ends = file, most, 0
 
     def readable(self) -> bool:
         return True
@@ -130,8 +131,11 @@ class _Bounded(io.RawIOBase):
         """The next bytes."""
         content = self._file.read(size)
         self._left -= len(content)
+        self._ends += not content
         if self._left < 0:
             raise OSError("it unpacks to more than it should hold")
+        if self._ends > 2:
+            raise OSError("it ends inside of a member")
         return content
 
 
