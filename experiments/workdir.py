@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from experiments.errors import UsageError
 
+# Seconds that a full disk is waited for.
+PATIENCE = 20.0
 FILES = ("config.json", "metrics.jsonl", "summary.json", "curves.png")
 
 
@@ -78,11 +82,21 @@ class Workdir:
           UsageError: it cannot be written.
         """
         clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()}
-        try:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(clean, allow_nan=False) + "\n")
-        except OSError as error:
-            raise self._unwritten("metrics.jsonl", error) from error
+        path = self.path / "metrics.jsonl"
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            size = path.stat().st_size if path.is_file() else 0
+            try:
+                with path.open("a") as file:
+                    file.write(json.dumps(clean, allow_nan=False) + "\n")
+                break
+            except OSError as error:
+                if path.is_file():
+                    os.truncate(path, size)  # part of a line
+                # A checkpoint that does not fit fills the disk until it has failed.
+                if error.errno != errno.ENOSPC or time.monotonic() > deadline:
+                    raise self._unwritten("metrics.jsonl", error) from error
+                time.sleep(0.1)
         self.lines += 1
 
     def cut_metrics(self, lines: int) -> None:

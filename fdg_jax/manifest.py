@@ -97,7 +97,8 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
         if whole["sha256"] != _body_hash(body):
             raise ValueError(f"{NAME} has changed")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(error) from error
+        text = str(error)
+        raise Damaged(text if NAME in text else f"{NAME}: {text}") from error
     if not isinstance(body, dict):
         raise Damaged(f"{NAME} has no body")
     return body
@@ -138,7 +139,9 @@ def check(body: dict[str, Any], step: int, stages: int) -> None:
     forms = {
         "step": natural(body.get("step")) and body["step"] == step,
         "tick": natural(body.get("tick")),
-        "origin": natural(body.get("origin")) and 0 <= body["origin"] <= body.get("tick", -1),
+        "origin": natural(body.get("origin"))
+        and natural(body.get("tick"))
+        and body["origin"] <= body["tick"],
         "counts": _list(body.get("counts"), stages)
         and all(isinstance(own, dict) and natural(own.get("base")) for own in body["counts"]),
         "sections": _list(body.get("sections"), stages) and all(map(sections, body["sections"])),
@@ -148,7 +151,7 @@ def check(body: dict[str, Any], step: int, stages: int) -> None:
     }
     for name, fits in forms.items():
         if not fits:
-            raise Damaged(f"{NAME}: {name} is missing or none")
+            raise Damaged(f"{NAME}: {name} is missing or of another form")
 
 
 def verify(folder: pathlib.Path, body: dict[str, Any], most: int) -> None:

@@ -125,7 +125,8 @@ def read(folder: pathlib.Path, expected: Mapping[str, jax.ShapeDtypeStruct]) -> 
             found[name] = store.read()
         values = {name: future.result() for name, future in found.items()}
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
-        raise manifest.Damaged(f"{folder.name}: {error}") from error
+        reason = str(error).partition(" [tensorstore_spec=")[0]
+        raise manifest.Damaged(f"{folder.name}: {reason}") from error
     return {
         name: jax.device_put(
             values[name] if like.size else jnp.zeros(like.shape, like.dtype), like.sharding

@@ -119,14 +119,14 @@ def _decode(folder: Path, flag: str) -> Arrays:
     def encoded(i: int) -> bytes:
         try:
             example = train[i] if i < n else test[i - n]
+            labels[i] = example["label"]
+            return bytes(example["image"])
         # The reader's C++ code raises many types, all of which mean damaged files.
         except Exception as error:
             raise UsageError(
                 f"{flag}: {describe(i)} cannot be read ({' '.join(str(error).split())}); "
                 "prepare the data set anew"
             ) from error
-        labels[i] = example["label"]
-        return bytes(example["image"])
 
     def describe(i: int) -> str:
         return f"image {i} of train" if i < n else f"image {i - n} of test"
