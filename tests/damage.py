@@ -12,6 +12,11 @@ import tensorstore as ts
 
 from fdg_jax import manifest
 
+# Without the pieces in pieces that Orbax writes.
+PLAIN = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "zstd", "configuration": {"level": 1}},
+]
 Damage = Callable[[pathlib.Path], object]
 
 
@@ -57,6 +62,11 @@ def bomb(size: int) -> bytes:
     for left in range(size // block, 0, -1):
         frame += (block << 3 | 1 << 1 | (left == 1)).to_bytes(3, "little") + b"\0"
     return bytes(frame)
+
+
+def regular(shape: list[int]) -> dict[str, Any]:
+    """How an array is cut into pieces."""
+    return {"name": "regular", "configuration": {"chunk_shape": shape}}
 
 
 def cut(path: pathlib.Path) -> None:
@@ -168,12 +178,10 @@ STRANGERS: dict[str, Damage] = {
         folder, "params/1", data_type="int64"
     ),
     "hashes fit: pieces of gigabytes": lambda folder: metadata(
-        folder,
-        "params/1",
-        chunk_grid={"name": "regular", "configuration": {"chunk_shape": [4, 10**9]}},
+        folder, "params/1", codecs=PLAIN, chunk_grid=regular([4, 10**9])
     ),
     "hashes fit: 24 values that unpack to 4 GB": lambda folder: (
-        metadata(folder, "params/1", codecs=[{"name": "bytes"}, {"name": "zstd"}]),
+        metadata(folder, "params/1", codecs=PLAIN),
         content(folder, "params/1", bomb(1 << 32)),
     ),
     "hashes fit: values that are none": lambda folder: content(folder, "params/1", b"\1" * 99),
