@@ -11,6 +11,7 @@ whatever reason, is recognised by its hashes and passed over. Arrays and JSON: n
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import pathlib
@@ -188,7 +189,7 @@ class Checkpointer:
         try:
             self._write(body, *rest)
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
             self._failure = (
                 f"{self._folder(body['step'])} could not be written ({reason}); older checkpoints "
                 "are as they were"
@@ -233,6 +234,8 @@ class Checkpointer:
                 f"stage_{k}": {n: v for n, v in own.items() if v.size}
                 for k, own in enumerate(arrays)
             }
+            # On a disk that fills while it writes, Orbax shows a traceback for each of its threads.
+            self._check_room([array.nbytes for own in arrays for array in own.values()])
             ocp.save_checkpointables(partial / stored.ARRAYS, entries)
             manifest.write(partial, body)
             _remove(final)
@@ -248,6 +251,14 @@ class Checkpointer:
         for step in [*self._damaged, *(s for s in good[self.keep :] if s != best)]:
             _remove(self._folder(step))
         self._damaged.clear()
+
+    def _check_room(self, sizes: list[int]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.directory).free
+        # Beside its values each array takes some lines of JSON and a few entries of an index.
+        if free < (needed := sum(sizes) + 2048 * len(sizes)):
+            text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
+            raise OSError(errno.ENOSPC, text)
 
 
 def _remove(path: pathlib.Path) -> None:

@@ -22,9 +22,9 @@ from fdg_jax.pipeline import Pipeline
 from fdg_jax.state import PipelineState
 
 ARRAYS = "arrays"
-# What a checkpoint may be larger than its arrays: Orbax writes most of them twice, and beside them
-# a few hundred bytes for each.
-_COPIES, _EACH, _REST = 4, 1 << 13, 1 << 20
+# How large the files of a checkpoint may be: for a byte of its arrays, which may grow when they are
+# compressed; for each array, of which there are descriptions and entries of an index; in all.
+_BYTE, _EACH, _REST = 2, 1 << 13, 1 << 20
 
 Abstract = dict[str, jax.ShapeDtypeStruct]
 
@@ -61,7 +61,7 @@ def load(
     abstract = [_abstract(pipe, folder, body, templates, k) for k in range(pipe.num_stages)]
     leaves = [leaf for own in abstract for leaf in own.values()]
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    manifest.verify(folder, body, _COPIES * size + _EACH * len(leaves) + _REST)
+    manifest.verify(folder, body, _BYTE * size + _EACH * len(leaves) + _REST)
     # All is read before any of it is used: what comes after this is no question of the checkpoint.
     arrays = [read(folder / ARRAYS / f"stage_{k}", own) for k, own in enumerate(abstract)]
     stages = []

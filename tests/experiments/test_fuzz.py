@@ -90,7 +90,7 @@ def test_the_base_is_accepted(base):
     assert until_the_first_file([*base, "--betta=2"]) == "flags"
 
 
-@examples(1)
+@examples(0.4)
 @hypothesis.given(
     changes=st.lists(st.tuples(st.sampled_from(NAMES), VALUES), min_size=1, max_size=3)
 )

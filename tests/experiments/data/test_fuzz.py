@@ -33,7 +33,7 @@ def images_of(pixels: np.ndarray) -> list[bytes]:
     return [*found, palette.getvalue(), b"BM" + bytes(60), b"<svg/>"]
 
 
-@examples(2)
+@examples(0.8)
 @hypothesis.given(data=st.data())
 def test_images(image_folder, cache_dir, data):
     path = image_folder / "train" / "bee" / "1.png"
@@ -77,7 +77,7 @@ def test_what_is_no_image_file(image_folder, what):
 TAR_TYPES = [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE]
 
 
-@examples(1.5)
+@examples(0.5)
 @hypothesis.given(data=st.data())
 def test_archives(tmp_path, data):
     path, sizes = tmp_path / "a.tar.gz", {"a/train.bin": 3000, "a/names.txt": None}
@@ -138,7 +138,7 @@ def shapes(tmp_path_factory) -> pathlib.Path:
     return prepare(tmp_path_factory.mktemp("shapes"), {"train": images, "test": images})
 
 
-@examples(1)
+@examples(0.5)
 @hypothesis.given(data=st.data())
 def test_prepared_data_sets(shapes, tmp_path, cache_dir, data):
     root = tmp_path / "tfds"
@@ -160,7 +160,7 @@ def test_prepared_data_sets(shapes, tmp_path, cache_dir, data):
         one_line(error)
 
 
-@examples(1)
+@examples(0.5)
 @hypothesis.given(data=st.data())
 def test_cache_entries(image_folder, cache_dir, data):
     arrays = folder.read(str(image_folder))
