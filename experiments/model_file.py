@@ -29,14 +29,14 @@ from experiments import setup
 from experiments.config import Config
 from experiments.training import params_sha256
 from fdg_jax import manifest
-from fdg_jax.checkpoint import ARRAYS
+from fdg_jax.stored import ARRAYS
 from fdg_jax.layer import Layer, PyTree
 from fdg_jax.layout import difference, join, separate
 
 FORMATS = ("safetensors", "orbax")
 SECTIONS = ("params", "model_state")
 # Settings that say what a network computes.
-SETTINGS = ("model", "unroll", "dtype", "fast_derivatives")
+SETTINGS = ("model", "unroll", "dtype", "fast_derivatives", "dropout")
 # What reading damage can raise.
 DAMAGE = (
     OSError,

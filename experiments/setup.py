@@ -18,6 +18,7 @@ import fdg_jax as fdg
 from experiments import data, measured, methods
 from experiments.config import Config, blame
 from experiments.errors import UsageError
+from experiments.memory import memory
 from fdg_jax.layer import Layer
 from fdg_jax.partition import units_of
 
@@ -104,7 +105,18 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
             f"--num_stages={config.num_stages}: {config.model} has {number} layers that can be "
             f"split, so choose 1 to {number}"
         )
+    if (needed := _bytes(layers, dataset)) > memory() and jax.default_backend() == "cpu":
+        raise UsageError(
+            f"--model={config.model}: its weights, gradients and momentum take "
+            f"{needed / 1e9:,.0f} GB, and this machine has {memory() / 1e9:,.0f} GB of memory; "
+            "choose a smaller one"
+        )
     total = config.steps or config.epochs * loader.steps_per_epoch
+    if total >= 2**31:
+        raise UsageError(
+            f"--epochs={config.epochs}: makes {total:,} steps, and no more than {2**31 - 1:,} are "
+            "counted; choose less, or give --steps"
+        )
     schedule = methods.schedule(config)
     if schedule.period > total:
         raise UsageError(
@@ -141,9 +153,7 @@ def network(config: Config, num_classes: int, channels: int) -> list[Layer]:
     """
     unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
     how = compute(config.dtype, config.fast_derivatives)
-    return fdg.models.create(
-        config.model, num_classes, channels, unroll, how, config.dropout
-    )
+    return fdg.models.create(config.model, num_classes, channels, unroll, how, config.dropout)
 
 
 def split(
@@ -186,6 +196,13 @@ def split(
         stages = fdg.partition(layers, num_stages, example, cost=times.seconds)
         stages.unit = "seconds"
     return stages, times
+
+
+def _bytes(layers: list[Layer], dataset: data.Dataset) -> int:
+    """Of weights, gradients and momentum, in float32."""
+    image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    params, _ = jax.eval_shape(fdg.chain(layers).init, jax.random.key(0), image)
+    return 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def compute(dtype: str, fast_derivatives: bool) -> fdg.models.Compute:

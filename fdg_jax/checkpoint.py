@@ -11,6 +11,7 @@ whatever reason, is recognised by its hashes and passed over. Arrays and JSON: n
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import pathlib
@@ -23,12 +24,10 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from fdg_jax import causes, fault, manifest
+from fdg_jax import causes, fault, manifest, stored
 from fdg_jax.layer import PyTree
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.state import PipelineState
-
-ARRAYS = "arrays"
 
 
 class Checkpointer:
@@ -125,7 +124,8 @@ class Checkpointer:
         other than the one that saved: the run goes on, but its last bits may differ.
 
         Args:
-          example: a batch ``(inputs, labels)``; only shapes and dtypes are looked at.
+          example: a batch ``(inputs, labels)``, as large as any in flight; only shapes and dtypes
+            are looked at.
 
         Returns:
           The state, and ``extra`` as it was given to `save`.
@@ -141,12 +141,10 @@ class Checkpointer:
         for step in steps:
             folder = self._folder(step)
             try:
-                body = manifest.read(folder)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+                return stored.load(self.pipe, folder, step, example, self._copy)
+            except manifest.Damaged as error:
                 self._damaged.add(step)
-                warnings.warn(f"{folder} is damaged ({e}) and passed over", stacklevel=2)
-                continue
-            return self._load(folder, body, example)
+                warnings.warn(f"{folder} is damaged ({error}) and passed over", stacklevel=2)
         raise ValueError(
             f"directory={self.directory}: none of the checkpoints {', '.join(map(str, steps))} in "
             "it is whole; start the run anew"
@@ -189,7 +187,7 @@ class Checkpointer:
         try:
             self._write(body, *rest)
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
             self._failure = (
                 f"{self._folder(body['step'])} could not be written ({reason}); older checkpoints "
                 "are as they were"
@@ -204,7 +202,7 @@ class Checkpointer:
         extra: Any,
     ) -> None:
         for left in self.directory.glob(".step-*"):  # of a save that was killed
-            shutil.rmtree(left)
+            _remove(left)
         final = self._folder(body["step"])
         partial = final.with_name(f".{final.name}")
         try:
@@ -223,7 +221,10 @@ class Checkpointer:
             for sizes, own in zip(names, arrays, strict=True):
                 signed = {leaf: manifest.signature(array) for leaf, array in own.items()}
                 body["sections"].append(
-                    [[n, [signed[_leaf(n, i)] for i in range(size)]] for n, size in sizes.items()]
+                    [
+                        [n, [signed[stored.leaf(n, i)] for i in range(size)]]
+                        for n, size in sizes.items()
+                    ]
                 )
             body["extra"] = manifest.encoded(extra)
             # Orbax takes no array without elements; the manifest has all that there is to such.
@@ -231,10 +232,11 @@ class Checkpointer:
                 f"stage_{k}": {n: v for n, v in own.items() if v.size}
                 for k, own in enumerate(arrays)
             }
-            ocp.save_checkpointables(partial / ARRAYS, entries)
+            # On a disk that fills while it writes, Orbax shows a traceback for each of its threads.
+            self._check_room([array.nbytes for own in arrays for array in own.values()])
+            ocp.save_checkpointables(partial / stored.ARRAYS, entries)
             manifest.write(partial, body)
-            if final.exists():
-                shutil.rmtree(final)
+            _remove(final)
             partial.rename(final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -245,67 +247,25 @@ class Checkpointer:
         scores = {step: manifest.score(self._folder(step)) for step in good}
         best = min(good, key=lambda step: (scores[step], -step))
         for step in [*self._damaged, *(s for s in good[self.keep :] if s != best)]:
-            shutil.rmtree(self._folder(step))
+            _remove(self._folder(step))
         self._damaged.clear()
 
-    def _load(
-        self, folder: pathlib.Path, body: dict[str, Any], example: tuple[PyTree, PyTree]
-    ) -> tuple[PipelineState, Any]:
-        for name, here in self._configuration.items():
-            if body[name] != here:
-                says = f"{name}: {folder} was made with {body[name]}, this pipeline has {here}"
-                if name in manifest.BINDING:
-                    raise ValueError(f"{says}; restore it with the same, or start the run anew")
-                warnings.warn(f"{says}; the last bits may differ from now on", stacklevel=3)
-        templates = causes.templates(self.pipe, example)
-        abstract: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-        for k, (stage, template) in enumerate(zip(self.pipe.stages, templates, strict=True)):
-            abstract[f"stage_{k}"] = own = {}
-            for name, found in body["sections"][k]:
-                kind = name.partition(".")[0]
-                what, exact = f"{folder}: stage {k}, {name}", kind in causes.FIXED
-                manifest.fit(what, found, template[kind], exact=exact)
-                shardings = jax.tree.leaves(causes.place(stage, kind, template[kind]))
-                for i, ((dtype, shape), place) in enumerate(zip(found, shardings, strict=True)):
-                    leaf = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=place)
-                    own[_leaf(name, i)] = leaf
-        loaded = ocp.load_checkpointables(
-            folder / ARRAYS,
-            {k: {n: v for n, v in own.items() if v.size} for k, own in abstract.items()},
-        )
-        impl, data = body["key"]
-        key = jax.random.wrap_key_data(jnp.asarray(data, jnp.uint32), impl=impl)
-        stages = []
-        for k, (stage, template) in enumerate(zip(self.pipe.stages, templates, strict=True)):
-            own = abstract[f"stage_{k}"]
-            # Programs of this stage's devices donate these: they must be buffers of JAX's own.
-            there = loaded[f"stage_{k}"] | {
-                n: jax.device_put(jnp.zeros(v.shape, v.dtype), v.sharding)
-                for n, v in own.items()
-                if not v.size
-            }
-            there = dict(zip(there, self._copy(list(there.values())), strict=True))
-            parts = {
-                name: jax.tree.unflatten(
-                    jax.tree.structure(template[name.partition(".")[0]]),
-                    [there[_leaf(name, i)] for i in range(len(found))],
-                )
-                for name, found in body["sections"][k]
-            }
-            own_key = jax.device_put(key, stage.replicated)
-            today = self.pipe.gradient == "recompute"
-            # Whether anybody looks may change from one run to the next.
-            fresh = jax.device_put(self.pipe.record(), stage.replicated)
-            record = fresh if fresh is None else parts.get("record", fresh)
-            counts = body["counts"][k]
-            stages.append(causes.rebuild(stage, today, own_key, counts, parts, record))
-        state = PipelineState(body["tick"], body["origin"], key, tuple(stages))
-        return state, manifest.decoded(body["extra"])
+    def _check_room(self, sizes: list[int]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.directory).free
+        # Beside its values each array takes some lines of JSON and a few entries of an index.
+        if free < (needed := sum(sizes) + 2048 * len(sizes)):
+            text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
+            raise OSError(errno.ENOSPC, text)
 
 
-def _leaf(section: str, i: int) -> str:
-    return f"{section}/{i}"
+def _remove(path: pathlib.Path) -> None:
+    """Whatever stands under the name of a checkpoint: a folder, or a file or link put there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _leaves(sizes: dict[str, int]) -> list[str]:
-    return [_leaf(section, i) for section, size in sizes.items() for i in range(size)]
+    return [stored.leaf(section, i) for section, size in sizes.items() for i in range(size)]

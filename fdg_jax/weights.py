@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
-from fdg_jax import manifest
-from fdg_jax.checkpoint import ARRAYS
+from fdg_jax import manifest, stored
 from fdg_jax.layer import Layer, PyTree, chain
+from fdg_jax.stored import ARRAYS
 
 
 class Weights(NamedTuple):
@@ -61,40 +61,32 @@ def read(folder: str | os.PathLike[str], stages: Sequence[Layer], example: PyTre
       1.0
     """
     folder = pathlib.Path(folder).absolute()
+    if not folder.exists():
+        raise FileNotFoundError(f"folder={folder}: there is no checkpoint; name one that is there")
     body = manifest.read(folder)
-    if (body["format"], body["stages"]) != (manifest.FORMAT, len(stages)):
+    made = (body.get("format"), body.get("stages"))
+    if made != (manifest.FORMAT, len(stages)):
         raise ValueError(
-            f"stages: {folder} has {body['stages']} (format {body['format']}), and these are "
-            f"{len(stages)} (format {manifest.FORMAT}); give the stages that it was made with"
+            f"stages: {folder} has {manifest.short(made[1])} (format {manifest.short(made[0])}), "
+            f"these are {len(stages)} (format {manifest.FORMAT}); give those that it was made with"
         )
+    manifest.check(body, body.get("step", -1), len(stages))
     templates = jax.eval_shape(chain(stages).init, jax.random.key(0), example)
-    empty: list[dict[str, list[np.ndarray]]] = [{} for _ in stages]
-    for k, own in enumerate(empty):
+    expected: list[dict[str, jax.ShapeDtypeStruct]] = [{} for _ in stages]
+    for k, own in enumerate(expected):
         signatures = dict(body["sections"][k])
         for name, template in zip(Weights._fields, templates, strict=True):
             what = f"{folder}: stage {k}, {name}"
-            manifest.fit(what, signatures[name], template[k], exact=True)
+            manifest.fit(what, signatures.get(name, []), template[k], exact=True)
             leaves = jax.tree.leaves(template[k])
-            own[name] = [np.empty(leaf.shape, leaf.dtype) for leaf in leaves]
-    # Orbax gives back arrays of numpy for such as these, and had none without elements to save.
-    wanted = {
-        f"stage_{k}": {
-            f"{name}/{i}": array
-            for name, arrays in own.items()
-            for i, array in enumerate(arrays)
-            if array.size
-        }
-        for k, own in enumerate(empty)
-    }
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context:
-        loaded = ocp.load_checkpointables(folder / ARRAYS, wanted)
-    found: list[list[PyTree]] = []
+            own |= {stored.leaf(name, i): leaf for i, leaf in enumerate(leaves)}
+    manifest.verify(folder, body, sys.maxsize)
+    found = [stored.read(folder / ARRAYS / f"stage_{k}", own) for k, own in enumerate(expected)]
+    parts: list[list[PyTree]] = []
     for name, template in zip(Weights._fields, templates, strict=True):
-        found.append([])
+        parts.append([])
         for k, tree in enumerate(template):
-            there = loaded[f"stage_{k}"]
-            arrays = [there.get(f"{name}/{i}", array) for i, array in enumerate(empty[k][name])]
-            found[-1].append(jax.tree.unflatten(jax.tree.structure(tree), arrays))
-    return Weights(*found)
+            count = len(jax.tree.leaves(tree))
+            arrays = [np.asarray(found[k][stored.leaf(name, i)]) for i in range(count)]
+            parts[-1].append(jax.tree.unflatten(jax.tree.structure(tree), arrays))
+    return Weights(*parts)
