@@ -29,9 +29,9 @@ from experiments import setup
 from experiments.config import Config
 from experiments.training import params_sha256
 from fdg_jax import manifest
-from fdg_jax.stored import ARRAYS
 from fdg_jax.layer import Layer, PyTree
 from fdg_jax.layout import difference, join, separate
+from fdg_jax.stored import ARRAYS
 
 FORMATS = ("safetensors", "orbax")
 SECTIONS = ("params", "model_state")
