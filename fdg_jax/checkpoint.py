@@ -178,12 +178,11 @@ class Checkpointer:
             self.close()
 
     def _folder(self, step: int) -> pathlib.Path:
-        return self.directory / f"step-{step:09d}"
+        return manifest.folder(self.directory, step)
 
     def _steps(self) -> list[int]:
         """Newest first."""
-        found = [p.name.removeprefix("step-") for p in self.directory.glob("step-*") if p.is_dir()]
-        return sorted((int(n) for n in found if n.isdecimal()), reverse=True)
+        return manifest.steps(self.directory)
 
     def _guarded(self, body: dict[str, Any], *rest: Any) -> None:
         """In the thread. A save that fails, as on a full disk, must not end the training."""

@@ -49,6 +49,17 @@ def configuration(pipe: Pipeline) -> dict[str, Any]:
     }
 
 
+def folder(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Where the checkpoint of a step is among those of a run."""
+    return directory / f"step-{step:09d}"
+
+
+def steps(directory: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints of a run, newest first; they may be damaged."""
+    found = [p.name.removeprefix("step-") for p in directory.glob("step-*") if p.is_dir()]
+    return sorted((int(n) for n in found if n.isdecimal()), reverse=True)
+
+
 def write(folder: pathlib.Path, body: dict[str, Any]) -> None:
     """Adds the manifest to a checkpoint that is otherwise whole.
 
