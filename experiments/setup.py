@@ -95,16 +95,8 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
             f"--crop_padding={config.crop_padding}: must not exceed the image, {height}x{width}; "
             "4 is usual"
         )
-    unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
     with blame("model"):
-        layers = fdg.models.create(
-            config.model,
-            dataset.num_classes,
-            channels,
-            unroll,
-            compute(config.dtype, config.fast_derivatives),
-            config.dropout,
-        )
+        layers = network(config, dataset.num_classes, channels)
     number = len(units_of(layers))
     num_stages = methods.num_stages(config)
     if num_stages > number:
@@ -139,6 +131,17 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
     )
     tested = "validation" if config.validation_size else "test"
     return Setup(config, dataset, loader, stages, schedule, pipe, total, tested, times)
+
+
+def network(config: Config, num_classes: int, channels: int) -> list[Layer]:
+    """The network that the settings name, input first.
+
+    Raises:
+      ValueError: there is none such.
+    """
+    unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
+    how = compute(config.dtype, config.fast_derivatives)
+    return fdg.models.create(config.model, num_classes, channels, unroll, how, config.dropout)
 
 
 def split(
@@ -239,8 +242,14 @@ def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:
 
 def describe(setup: Setup, table: list[dict[str, Any]]) -> dict[str, Any]:
     """What stands in config.json: the settings, what follows from them, where it runs."""
+    dataset = setup.dataset
     return {
         **dataclasses.asdict(setup.config),
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
+        "image_shape": list(dataset.image_shape),
+        "mean": dataset.mean.tolist(),
+        "std": dataset.std.tolist(),
         "total_steps": setup.total_steps,
         "cuts": list(setup.stages.cuts),
         "layer_costs": list(setup.stages.layer_costs),
