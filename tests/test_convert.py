@@ -96,6 +96,18 @@ def test_there_and_back_is_the_same_state():
         assert_same(values(state), expected)
 
 
+def test_stages_that_share_a_device_share_no_buffer():
+    """Each donates its own."""
+    source = make(fdg.schedule.fdg(3))
+    target = make(fdg.schedule.fdg(2), devices=jax.devices()[:1])
+    state = start(source)
+    counts = [s.opt_state for s in state.stages]
+    state = convert(source, state, target, X)
+    arrays = jax.tree.leaves([(s.params, s.opt_state, s.number) for s in state.stages])
+    buffers = [v.unsafe_buffer_pointer() for v in [*arrays, *jax.tree.leaves(counts)]]
+    assert len(set(buffers)) == len(buffers)
+
+
 @pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3), (3, 2)])
 def test_where_nothing_is_delayed_another_number_of_stages_changes_nothing(before, after):
     pipes = [make(fdg.schedule.backprop(k)) for k in (before, after)]
