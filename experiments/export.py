@@ -78,34 +78,34 @@ def choose(workdir: str, checkpoint: str) -> pathlib.Path:
     directory = pathlib.Path(workdir).expanduser() / resume.FOLDER
     steps = manifest.steps(directory)
     if not steps:
-        raise UsageError(f"--workdir={workdir}: its run has no checkpoint; let it go on to one")
+        raise UsageError(f"--workdir={workdir}: its run has no checkpoint; --checkpoint_every_steps takes some")
+    folders = {step: manifest.folder(directory, step) for step in steps}
     listed = ", ".join(map(str, steps))
     if checkpoint == "best":
-        scores = {step: score(manifest.folder(directory, step)) for step in steps}
-        scored = {step: value for step, value in scores.items() if value is not None}
-        if not scored:
-            raise UsageError(
-                f"--checkpoint=best: none of {listed} in {workdir} is whole and was evaluated; "
-                "choose one of these"
-            )
-        return manifest.folder(directory, min(scored, key=lambda step: (scored[step], -step)))
+        for step in sorted(steps, key=lambda step: (manifest.score(folders[step]), -step)):
+            if math.isfinite(manifest.score(folders[step])) and whole(folders[step]):
+                return folders[step]
+        raise UsageError(
+            f"--checkpoint=best: none of {listed} in {workdir} is whole and was evaluated; "
+            "choose one of these"
+        )
     if checkpoint == "last":
-        return manifest.folder(directory, steps[0])
+        return folders[steps[0]]
     if not checkpoint.isdecimal() or int(checkpoint) not in steps:
         raise UsageError(
             f"--checkpoint={checkpoint}: not in {workdir}; choose last, best, or one of {listed}"
         )
-    return manifest.folder(directory, int(checkpoint))
+    return folders[int(checkpoint)]
 
 
-def score(folder: pathlib.Path) -> float | None:
-    """The error after which a checkpoint was taken; None: it was not evaluated, or is damaged."""
+def whole(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint is; says so of one that is not."""
     try:
-        found = manifest.read(folder).get("score")
+        manifest.read(folder)
     except model_file.DAMAGE as error:
         print(f"{folder} is damaged ({error}) and passed over", file=sys.stderr)
-        return None
-    return found if isinstance(found, float) and math.isfinite(found) else None
+        return False
+    return True
 
 
 def place(output: str, overwrite: bool) -> pathlib.Path:
@@ -156,8 +156,8 @@ def export(workdir: str, output: str, kind: str, checkpoint: str, overwrite: boo
         raise UsageError(
             f"--checkpoint={checkpoint}: {folder} cannot be read ({error}); choose another"
         ) from error
-    whole = fdg.chain(stages)
-    arrays = model_file.named(*(separate(whole, tuple(trees)) for trees in found))
+    network = fdg.chain(stages)
+    arrays = model_file.named(*(separate(network, tuple(trees)) for trees in found))
     step = int(folder.name.removeprefix("step-"))
     about = {name: run[name] for name in (*DESCRIBED, *model_file.SETTINGS)}
     about |= {

@@ -48,11 +48,13 @@ def convert(
       example_inputs: an input with its batch axis; only shapes and dtypes are looked at.
 
     Returns:
-      The state of ``target`` as after a drain of as many batches, on its devices.
+      The state of ``target`` as after a drain of as many batches, on its devices. What is left out
+      for not being finite is counted from there.
 
     Raises:
       ValueError: the networks or the optimizers differ, and the state is whole then; or what the
         optimizers of the stages count is not the same after the drain.
+      NonFiniteError: ``source`` is to stop at what is not finite, and met it.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -73,6 +75,7 @@ def convert(
     template = _arrays(jax.eval_shape(target.init, jax.random.key(0), example_inputs))
     _check(_abstract(source, _arrays(state)), _abstract(target, template))
     state, _ = source.drain(state)
+    source.check()
     parts = _parts(source, jax.device_get(_arrays(state)))
     shared = {name: _same(name, values) for name, values in parts.shared.items()}
     version = _same("version", [s.version for s in state.stages])
@@ -84,7 +87,7 @@ def convert(
         joined = {name: join(stage.layer, trees[mine]) for name, trees in parts.layers.items()}
         slots, structure = _slots(stage, opt_state)
         whole = jax.tree.unflatten(structure, [(joined | shared)[name] for name in slots])
-        arrays = joined["params"], joined["model_state"], whole, state.key, number
+        arrays = joined["params"], joined["model_state"], whole, state.key, number, target.record()
         fresh = StageState.fresh(*_own(stage, arrays))
         made.append(fresh._replace(version=version, base=version))
     return PipelineState(state.tick, state.tick, state.key, tuple(made))

@@ -1,5 +1,7 @@
 """convert: the same network and optimizer state, cut elsewhere."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 import fdg_jax as fdg
-from fdg_jax import reference
+from fdg_jax import fault, reference
 from fdg_jax.convert import convert
 from fdg_jax.layer import batch_key
 from tests import networks
@@ -171,6 +173,26 @@ def test_other_stages_go_on_as_the_oracle_from_there(schedule):
     assert networks.difference(two.params(state), expected.params) <= 1e-12
     left = [stage.model_state for stage in state.stages]
     assert networks.difference(left, expected.model_state) <= 1e-12
+
+
+def test_what_is_not_finite_is_looked_for_as_the_other_pipeline_does():
+    pipes = [make(fdg.schedule.fdg(2), on_nonfinite=name) for name in ("skip", "ignore", "stop")]
+    first, last = start(pipes[0]).stages
+    record = first.record.at[fault.LEFT_OUT].set(3)
+    state = start(pipes[0])._replace(stages=(first._replace(record=record), last))
+    records = []
+    for source, target in itertools.pairwise([*pipes, pipes[0]]):
+        state = convert(source, state, target, X)
+        records.append([None if s.record is None else s.record.tolist() for s in state.stages])
+    fresh = fault.fresh().tolist()
+    assert records == [[None, None], [fresh, fresh], [fresh, fresh]]
+
+
+def test_a_source_that_is_to_stop_stops():
+    source = make(fdg.schedule.backprop(1), on_nonfinite="stop")
+    state = train(source, start(source), [(np.full_like(X, np.nan), DATA[0][1])])
+    with pytest.raises(fault.NonFiniteError):
+        convert(source, state, make(fdg.schedule.fdg(2)), X)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 4])

@@ -227,7 +227,9 @@ def test_the_best_is_that_of_the_lowest_error(copy, capsys):
         UsageError, match=r"--checkpoint=best: none of 5, 3 in .* evaluated; choose"
     ):
         export.choose(str(copy), "best")
-    scored(copy, s3=0.25, s5=0.5)
+    scored(copy, s3=None, s5=0.5)
+    assert export.choose(str(copy), "best").name == "step-000000005"
+    scored(copy, s3=0.25)
     assert export.choose(str(copy), "best").name == "step-000000003"
     scored(copy, s3=0.5)
     assert export.choose(str(copy), "best").name == "step-000000005"
