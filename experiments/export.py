@@ -78,7 +78,9 @@ def choose(workdir: str, checkpoint: str) -> pathlib.Path:
     directory = pathlib.Path(workdir).expanduser() / resume.FOLDER
     steps = manifest.steps(directory)
     if not steps:
-        raise UsageError(f"--workdir={workdir}: its run has no checkpoint; --checkpoint_every_steps takes some")
+        raise UsageError(
+            f"--workdir={workdir}: its run has no checkpoint; --checkpoint_every_steps takes some"
+        )
     folders = {step: manifest.folder(directory, step) for step in steps}
     listed = ", ".join(map(str, steps))
     if checkpoint == "best":

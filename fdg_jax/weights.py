@@ -89,12 +89,14 @@ def read(folder: str | os.PathLike[str], stages: Sequence[Layer], example: PyTre
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        loaded = ocp.load_checkpointables(folder / ARRAYS, wanted)
+        loaded = ocp.load_checkpointables(
+            folder / ARRAYS, {stage: arrays for stage, arrays in wanted.items() if arrays}
+        )
     found: list[list[PyTree]] = []
     for name, template in zip(Weights._fields, templates, strict=True):
         found.append([])
         for k, tree in enumerate(template):
-            there = loaded[f"stage_{k}"]
+            there = loaded.get(f"stage_{k}", {})
             arrays = [there.get(f"{name}/{i}", array) for i, array in enumerate(empty[k][name])]
             found[-1].append(jax.tree.unflatten(jax.tree.structure(tree), arrays))
     return Weights(*found)
