@@ -36,7 +36,7 @@ from fdg_jax.layout import difference, join, separate
 FORMATS = ("safetensors", "orbax")
 SECTIONS = ("params", "model_state")
 # Settings that say what a network computes.
-SETTINGS = ("model", "unroll", "dtype", "fast_derivatives")
+SETTINGS = ("model", "dropout", "unroll", "dtype", "fast_derivatives")
 # What reading damage can raise.
 DAMAGE = (
     OSError,

@@ -42,10 +42,10 @@ class Nnx(nnx.Module):
         return x + nnx.relu(self.norm(self.dense(x)))
 
 
-def create(name, num_classes=10, channels=3, unroll=None, compute=None):
+def create(name, num_classes=10, channels=3, unroll=None, compute=None, dropout=0.0):
     """Real models, and one that is made of ordinary modules and compiles in a moment."""
     if name != "tiny":
-        return REAL(name, num_classes, channels, unroll, compute)
+        return REAL(name, num_classes, channels, unroll, compute, dropout)
     block, head = fdg.from_nnx(Nnx), lambda rngs: nnx.Linear(6, num_classes, rngs=rngs)
     return [fdg.from_linen(Linen()), fdg.repeat(block, 4, unroll=unroll), fdg.from_nnx(head)]
 

@@ -100,6 +100,7 @@ def test_the_model_predicts_what_the_stages_predict(trained, tmp_path, kind):
             "mean": [0.5] * 3,
             "std": [0.25] * 3,
             "dtype": "float32",
+            "dropout": 0.0,
             "unroll": "auto",
             "fast_derivatives": True,
             "step": step,
