@@ -103,7 +103,7 @@ def choose(workdir: str, checkpoint: str) -> pathlib.Path:
 def whole(folder: pathlib.Path) -> bool:
     """Whether a checkpoint is; says so of one that is not."""
     try:
-        manifest.read(folder)
+        manifest.verify(folder, manifest.read(folder))
     except model_file.DAMAGE as error:
         print(f"{folder} is damaged ({error}) and passed over", file=sys.stderr)
         return False

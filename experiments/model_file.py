@@ -36,7 +36,7 @@ from fdg_jax.stored import ARRAYS
 FORMATS = ("safetensors", "orbax")
 SECTIONS = ("params", "model_state")
 # Settings that say what a network computes.
-SETTINGS = ("model", "unroll", "dtype", "fast_derivatives", "dropout")
+SETTINGS = ("model", "dropout", "unroll", "dtype", "fast_derivatives")
 # What reading damage can raise.
 DAMAGE = (
     OSError,
@@ -182,6 +182,7 @@ def metadata(path: pathlib.Path) -> dict[str, Any]:
     try:
         if path.is_dir():
             about = manifest.read(path)
+            manifest.verify(path, about)
             del about["files"]
         else:
             with safe_open(path, framework="numpy") as file:

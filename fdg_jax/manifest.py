@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ _LARGEST = 1 << 26  # bytes: what strangers made is not read without bound
 _MOST = 2**31 - 1  # of anything that is counted
 
 
-class Damaged(Exception):
+class Damaged(ValueError):
     """A checkpoint is not whole, or is none: an older one is to be used. The message is one line.
 
     Args:
@@ -166,7 +167,7 @@ def check(body: dict[str, Any], step: int, stages: int) -> None:
             raise Damaged(f"{NAME}: {name} is missing or of another form")
 
 
-def verify(folder: pathlib.Path, body: dict[str, Any], most: int) -> None:
+def verify(folder: pathlib.Path, body: dict[str, Any], most: int = sys.maxsize) -> None:
     """Whether every file of a checkpoint is there and has not changed since it was written.
 
     Args:
@@ -186,7 +187,7 @@ def verify(folder: pathlib.Path, body: dict[str, Any], most: int) -> None:
         for name, expected in body["files"].items():
             if _hash(there[name]) != expected:
                 raise ValueError(f"{name} has changed")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(error) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,7 +79,7 @@ def read(folder: str | os.PathLike[str], stages: Sequence[Layer], example: PyTre
             manifest.fit(what, signatures.get(name, []), template[k], exact=True)
             leaves = jax.tree.leaves(template[k])
             own |= {stored.leaf(name, i): leaf for i, leaf in enumerate(leaves)}
-    manifest.verify(folder, body, sys.maxsize)
+    manifest.verify(folder, body)
     found = [stored.read(folder / ARRAYS / f"stage_{k}", own) for k, own in enumerate(expected)]
     parts: list[list[PyTree]] = []
     for name, template in zip(Weights._fields, templates, strict=True):

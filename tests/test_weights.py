@@ -27,10 +27,10 @@ def cut(*cuts, width=networks.CLASSES):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint with batches in flight, and the state that is in it."""
-    folder, stages = tmp_path_factory.mktemp("saved"), cut(2, 5)
-    schedule = fdg.schedule.fdg(3)
-    pipe = fdg.Pipeline(stages, networks.loss_fn, networks.sgd(1.0, 3), schedule)
+    """A checkpoint with batches in flight, one stage without weights, and its state."""
+    folder, stages = tmp_path_factory.mktemp("saved"), cut(2, 3, 5)
+    schedule = fdg.schedule.fdg(4)
+    pipe = fdg.Pipeline(stages, networks.loss_fn, networks.sgd(1.0, 4), schedule)
     state = pipe.init(jax.random.key(7), X)
     for batch in DATA:
         state, _ = pipe.step(state, batch)
@@ -41,7 +41,7 @@ def saved(tmp_path_factory):
 
 def test_they_are_those_of_the_state(saved):
     folder, state = saved
-    found = weights.read(folder, cut(2, 5), X)
+    found = weights.read(folder, cut(2, 3, 5), X)
     for name in ("params", "model_state"):
         expected = [getattr(stage, name) for stage in state.stages]
         assert all(isinstance(v, np.ndarray) for v in jax.tree.leaves(getattr(found, name)))
@@ -51,9 +51,9 @@ def test_they_are_those_of_the_state(saved):
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        (cut(2), "stages: .* has 3 .* these are 2"),
-        (cut(1, 5), r"stage 0, params: the checkpoint has 4 arrays, this pipeline 2"),
-        (cut(2, 5, width=4), r"stage 2, params.*: the checkpoint has .*\[3\], .*\[4\]"),
+        (cut(2), "stages: .* has 4 .* these are 2"),
+        (cut(1, 3, 5), r"stage 0, params: the checkpoint has 4 arrays, this pipeline 2"),
+        (cut(2, 3, 5, width=4), r"stage 3, params.*: the checkpoint has .*\[3\], .*\[4\]"),
     ],
 )
 def test_other_stages_are_refused(saved, stages, message):
@@ -69,6 +69,6 @@ def test_a_damaged_checkpoint_is_refused(saved):
     try:
         name = re.escape(str(path.relative_to(folder)))
         with pytest.raises(ValueError, match=f"{name} has changed"):
-            weights.read(folder, cut(2, 5), X)
+            weights.read(folder, cut(2, 3, 5), X)
     finally:
         path.write_bytes(whole)

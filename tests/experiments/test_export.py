@@ -10,106 +10,40 @@ import sys
 import jax
 import numpy as np
 import pytest
-from flax import linen, nnx, traverse_util
+from flax import nnx, traverse_util
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
 import fdg_jax as fdg
-from experiments import data, export, model_file, setup, workdir
-from experiments.config import Config
+from experiments import data, export, model_file
 from experiments.errors import UsageError
 from experiments.training import params_sha256
 from fdg_jax import manifest
-from fdg_jax.checkpoint import Checkpointer
 from fdg_jax.layout import join, separate
+from tests.experiments.made import (
+    DATASET,
+    IMAGES,
+    LABELS,
+    NAMES,
+    Linen,
+    Nnx,
+    X,
+    begin,
+    create,
+    save,
+    scattered,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
-RNG = np.random.default_rng(0)
-IMAGES = RNG.integers(0, 255, (24, 8, 8, 3), np.uint8)
-LABELS = RNG.integers(0, 3, 24).astype(np.int32)
-NAMES = ("cat", "dog", "ship")
-X = data.normalise(IMAGES[:8], [0.5] * 3, [0.25] * 3)
-
-
-class Linen(linen.Module):
-    @linen.compact
-    def __call__(self, x, train):
-        x = linen.Dense(6)(x.reshape(len(x), -1))
-        return linen.relu(linen.BatchNorm(use_running_average=not train, momentum=0.5)(x))
-
-
-class Nnx(nnx.Module):
-    def __init__(self, rngs):
-        self.dense = nnx.Linear(6, 6, rngs=rngs)
-        self.norm = nnx.BatchNorm(6, momentum=0.5, rngs=rngs)
-
-    def __call__(self, x):
-        return x + nnx.relu(self.norm(self.dense(x)))
-
-
-def create(name, num_classes=10, channels=3, unroll=None, compute=None):
-    """Real models, and one that is made of ordinary modules and compiles in a moment."""
-    if name != "tiny":
-        return REAL(name, num_classes, channels, unroll, compute)
-    block, head = fdg.from_nnx(Nnx), lambda rngs: nnx.Linear(6, num_classes, rngs=rngs)
-    return [fdg.from_linen(Linen()), fdg.repeat(block, 4, unroll=unroll), fdg.from_nnx(head)]
-
-
-REAL = fdg.models.create
 
 
 @pytest.fixture(scope="module", autouse=True)
 def made():
-    """The network above, and a data set that is in memory."""
-    dataset = data.Dataset(
-        "folder:images",
-        IMAGES,
-        LABELS,
-        IMAGES,
-        LABELS,
-        NAMES,
-        *map(np.float32, ([0.5] * 3, [0.25] * 3)),
-    )
+    """A network and a data set that take no time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda *arguments, **options: dataset)
+        patch.setattr(data, "load", lambda *arguments, **options: DATASET)
         patch.setattr(fdg.models, "create", create)
         yield
-
-
-def begin(folder, **settings):
-    """A run's folder with its config.json; the run and its first state."""
-    options = {"dataset": "folder:images", "batch_size": 8, "num_stages": 3, **settings}
-    options.setdefault("partition", "2,4")
-    run = setup.make(Config(str(folder), crop_padding=1, **options))
-    state = run.pipe.init(jax.random.key(0), X)
-    described = setup.describe(run, setup.stage_table(run, run.pipe.params(state)))
-    workdir.Workdir(str(folder), overwrite=False).write_json("config.json", described)
-    return run, state
-
-
-def save(folder, run, state, step):
-    """A checkpoint; what is predicted after it, and the hash of its parameters."""
-    with Checkpointer(folder / "checkpoints", run.pipe) as checkpoints:
-        checkpoints.save(state, step)
-    return np.asarray(run.pipe.predict(state, X)), params_sha256(run.pipe.params(state))
-
-
-def scattered(folder, **settings):
-    """A checkpoint of random numbers: a network that takes long to compile is not trained here."""
-    run, state = begin(folder, **settings)
-    rng = np.random.default_rng(1)
-
-    def scatter(leaf):
-        moved = leaf + rng.uniform(0, 0.1, leaf.shape).astype(leaf.dtype)
-        return jax.device_put(moved, leaf.sharding)
-
-    stages = [
-        s._replace(
-            params=jax.tree.map(scatter, s.params), model_state=jax.tree.map(scatter, s.model_state)
-        )
-        for s in state.stages
-    ]
-    return save(folder, run, state._replace(stages=tuple(stages)), 7)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +100,7 @@ def test_the_model_predicts_what_the_stages_predict(trained, tmp_path, kind):
             "mean": [0.5] * 3,
             "std": [0.25] * 3,
             "dtype": "float32",
+            "dropout": 0.0,
             "unroll": "auto",
             "fast_derivatives": True,
             "step": step,

@@ -18,6 +18,7 @@ ABOUT = {
     "model": "one",
     "num_classes": 3,
     "image_shape": [2, 2, 1],
+    "dropout": 0.0,
     "unroll": "auto",
     "dtype": "float32",
     "fast_derivatives": True,
@@ -25,7 +26,7 @@ ABOUT = {
 }
 
 
-def create(name, num_classes, channels, unroll, compute):
+def create(name, num_classes, channels, unroll, compute, dropout):
     """Stacked layers and one with an array that would not lie in order."""
     flat = fdg.from_fn(lambda x: x.reshape(len(x), -1))
     block = fdg.from_nnx(lambda rngs: nnx.Linear(4, 4, rngs=rngs))
