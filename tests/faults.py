@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -261,7 +262,13 @@ def rows() -> list[tuple[str, str]]:
         for i, (fault, run) in enumerate(RUNS.items()):
             (folder / str(i)).mkdir()
             found.append((fault, run(images, whole, folder / str(i))))
-        return [(fault, said.replace(f"{folder}/", "").replace("|", "/")) for fault, said in found]
+        return [(fault, _cell(said.replace(f"{folder}/", ""))) for fault, said in found]
+
+
+def _cell(said: str) -> str:
+    """For a table: without random names, and of no more than two lines."""
+    text = re.sub("[0-9a-f]{32}", "...", said).replace("|", "/")
+    return text if len(text) < 160 else text[:160] + " ..."
 
 
 def main() -> None:
