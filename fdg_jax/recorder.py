@@ -150,29 +150,40 @@ class Recorder:
         ends: dict[int, float] = {}
         for thread in self._queues:
             ends |= thread.ends
-        free: dict[int, float] = {}  # device -> end of its last program
-        entered: dict[int, float] = {}  # mini-batch -> when its inputs were there
-        ended: dict[Action, float] = {}
+        sources = self._sources()
+        # A thread may be late to see an end, but nothing ends after what waited for it.
+        for place in reversed(range(len(self._programs))):
+            for source in sources[place]:
+                ends[source] = min(ends[source], ends[place])
         events = []
         for place, program in enumerate(self._programs):
-            end = ends[place]
-            if not program.actions:
-                entered[program.batch] = end
-                continue
-            first, device = program.actions[0], program.device
-            times = [program.since, free.get(device, 0.0)]
-            if (first.kind, first.stage) == ("F", 0):
-                times.append(entered.get(first.batch, 0.0))
-            if first.kind != "U":
-                sources = needs(first, self._pipe.num_stages)
-                times += [ended[source] for source in sources if source in ended]
-            free[device] = end
-            ended.update({replace(a, version=None): end for a in program.actions})
-            if program.tick >= self._lead:
-                # The clocks of two threads: a successor may be seen to end a moment too early.
-                start = min(max(times), end)
-                events.append(Event(first, start, end, device, program.actions[1:]))
+            if program.actions and program.tick >= self._lead:
+                start = max([program.since, *(ends[source] for source in sources[place])])
+                first, *rest = program.actions
+                events.append(Event(first, start, ends[place], program.device, tuple(rest)))
         return events
+
+    def _sources(self) -> list[list[int]]:
+        """What each program could not begin before the end of, as far as it has been seen."""
+        last: dict[int, int] = {}  # of each device
+        entered: dict[int, int] = {}  # mini-batch -> its inputs
+        made: dict[Action, int] = {}
+        found = []
+        for place, program in enumerate(self._programs):
+            sources: list[int | None] = []
+            if not program.actions:
+                entered[program.batch] = place
+            else:
+                first = program.actions[0]
+                sources.append(last.get(program.device))
+                if first.kind == "F" and first.stage == 0:
+                    sources.append(entered.get(first.batch))
+                if first.kind != "U":
+                    sources += [made.get(need) for need in needs(first, self._pipe.num_stages)]
+                last[program.device] = place
+                made |= {replace(action, version=None): place for action in program.actions}
+            found.append([source for source in sources if source is not None])
+        return found
 
 
 @dataclass(frozen=True)
