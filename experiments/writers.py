@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from experiments.errors import UsageError
+from experiments.errors import Failed, UsageError
 
 if TYPE_CHECKING:
     from experiments.workdir import Workdir
@@ -71,16 +71,19 @@ class WandB:
         # The same for the same run, which may go on; its beginning tells it from a later one there.
         born = (out.path / "config.json").stat()
         name = f"{out.path.resolve()} {born.st_ino} {born.st_mtime_ns}"
-        self._run = wandb.init(
-            project="fdg_jax",
-            name=out.path.name,
-            id=hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16],
-            resume=None if mode == "offline" else "allow",
-            dir=str(out.path),
-            config=config,
-            mode=mode,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self._run = wandb.init(
+                project="fdg_jax",
+                name=out.path.name,
+                id=hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16],
+                resume=None if mode == "offline" else "allow",
+                dir=str(out.path),
+                config=config,
+                mode=mode,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:
+            raise Failed(f"--writers=wandb: {error}") from error
         self._run.define_metric("*", step_metric="step")
 
     def write(self, number: int, line: dict[str, Any]) -> None:
@@ -139,8 +142,14 @@ def check(text: str) -> None:
                 f"--writers={text}: {WRITERS[name]} is not installed; pip install -e .[{name}], or "
                 f"leave {name} out"
             )
-        if name == "wandb":
-            wandb_mode()
+        if name == "wandb" and wandb_mode() == "online":
+            import wandb
+
+            if not wandb.login(prompt=False):
+                raise UsageError(
+                    f"--writers={text}: WANDB_MODE=online needs a key; run wandb login, or leave "
+                    "WANDB_MODE out to write to the workdir"
+                )
 
 
 @contextlib.contextmanager
