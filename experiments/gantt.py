@@ -52,7 +52,7 @@ def draw(rows: Sequence[tuple[str, Timeline]], marked: int | None = None) -> byt
     used = {_kind(event) for run in runs for event in run.events}
     handles = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in COLOURS if kind in used]
     handles.append(Patch(facecolor="white", edgecolor="black", label=f"batch {traced}"))
-    figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
