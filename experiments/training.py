@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fdg_jax as fdg
-from experiments import curves, data, resume, setup, workdir
+from experiments import curves, data, resume, setup, timeline, workdir, writers
 from experiments.config import Config
 from experiments.errors import Failed, Stopped
 from experiments.screen import Screen, conclude, introduce
@@ -54,11 +54,13 @@ def run(config: Config) -> dict[str, Any]:
     saved = checkpoints.restore() if earlier is not None else None
     state, past = saved if saved is not None else (pipe.init(model_key, example), resume.NOTHING)
 
+    watch = timeline.Watch(run, past["step"])
+
     # --- What the run is, on disk and on screen.
     out = workdir.Workdir(
         config.workdir,
         overwrite=config.overwrite,
-        folders=(resume.FOLDER,),
+        folders=(resume.FOLDER, timeline.PROFILE, *writers.WRITERS),
         resume=earlier is not None,
     )
     table = setup.stage_table(run, pipe.params(state))
@@ -151,11 +153,13 @@ def run(config: Config) -> dict[str, Any]:
         screen,
         failures(checkpoints),
         checkpoints.checkpointer,
+        writers.attached(config.writers, out, described),
         resume.Stop() as stop,
         jax.transfer_guard("disallow"),
     ):
         clock = time.perf_counter()
         for step in range(past["step"], run.total_steps):
+            watch.before(step)
             images, labels = fetch(loader, step)
             images, number = jax.device_put(
                 (images, np.int32(step)), (first.sharded, first.replicated)
@@ -217,6 +221,7 @@ def run(config: Config) -> dict[str, Any]:
     }
     title = f"{config.model} on {run.dataset.name}: {config.method}, K = {len(run.stages)}"
     out.write_bytes("curves.png", curves.draw(out.metrics(), title))
+    watch.write(out, screen)
     out.write_json("summary.json", summary)  # the last: a run that has it is finished
     conclude(screen, run, summary)
     return summary
