@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from PIL import Image
 
 import fdg_jax as fdg
 from fdg_jax.checkpoint import Checkpointer
-from tests import damage, networks
+from tests import damage, failing, networks
 from tests.test_checkpoint import make, train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -234,6 +235,11 @@ CHECKPOINTS = {
     "a save killed half-way": half_written,
     "all checkpoints damaged": all_damaged,
 }
+STAGES: dict[str, Callable[[], object]] = {
+    "NaN in a batch, on_nonfinite=stop": lambda: failing.nan_in_a_batch("stop"),
+    "NaN in a batch, on_nonfinite=skip": lambda: failing.nan_in_a_batch("skip"),
+    "an error raised in stage 1 of 3": lambda: failing.error_in_stage_1(fdg.schedule.fdg(3)),
+}
 RUNS = {
     "disk full while a checkpoint is written": full_while_saving,
     "disk full where the run's own files are to be written": full_at_the_end,
@@ -257,6 +263,8 @@ def rows() -> list[tuple[str, str]]:
             found.append((fault, f"step 3 used: {damaged(pipe, fresh(), harm)}"))
         for fault, check in CHECKPOINTS.items():
             found.append((fault, check(pipe, fresh())))
+        for fault, run_stages in STAGES.items():
+            found.append((fault, " ".join(str(run_stages()).split())))
         images = make_images(folder / "images")
         whole = whole_run(images, folder)
         for i, (fault, run) in enumerate(RUNS.items()):
