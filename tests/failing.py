@@ -1,4 +1,4 @@
-"""A NaN in a batch, an error in a stage: what a pipeline says of them, for tests and for a table."""
+"""A NaN in a batch, an error in a stage: what a pipeline says of them."""
 
 from __future__ import annotations
 
