@@ -28,6 +28,7 @@ from fdg_jax.timeline import Timeline
 FLAGS = flags.FLAGS
 METHODS = [name for name, method in methods.METHODS.items() if not method.one_stage]
 DEFAULT_METHODS = ["backprop", "fdg", "ddg", "pipedream", "gpipe", "one_f_one_b", "adl"]
+FILES = ("simulate.json", "timeline.png", "timeline.trace.json")
 BLOCKS = ("ideal", "transfer", "slow")
 
 
@@ -164,8 +165,8 @@ def files() -> Iterator[tuple[str, bytes]]:
         timeline(method, num_stages, its),
     )
     title = f"{method}, {num_stages} stages, {block}: {steady.speedup:.2f} x backprop"
-    yield "timeline.png", gantt.draw([(title, run)])
-    yield "timeline.trace.json", (json.dumps(run.chrome_trace()) + "\n").encode()
+    yield FILES[1], gantt.draw([(title, run)])
+    yield FILES[2], (json.dumps(run.chrome_trace()) + "\n").encode()
 
 
 def drawn_stages() -> int:
@@ -197,11 +198,12 @@ def check() -> list[int]:
         plan(FLAGS.draw, drawn_stages())
         if costs(drawn_stages(), FLAGS.draw_block) is None:
             raise UsageError(f"--draw_block={FLAGS.draw_block}: the flags leave it out; draw ideal")
-        if any(pathlib.Path(FLAGS.workdir, name).exists() for name in workdir.FILES):
+        others = set(workdir.FILES) - set(FILES)
+        if any(pathlib.Path(FLAGS.workdir, name).exists() for name in others):
             raise UsageError(
                 f"--workdir={FLAGS.workdir}: holds a training run; name another folder"
             )
-        workdir.check(FLAGS.workdir, overwrite=False)
+        workdir.check(FLAGS.workdir, overwrite=True, files=FILES)
     return stages
 
 
@@ -228,9 +230,9 @@ def main() -> None:
     )
     if FLAGS.workdir is not None:
         drawn = dict(files())
-        folder = workdir.Workdir(FLAGS.workdir, overwrite=False)
+        folder = workdir.Workdir(FLAGS.workdir, overwrite=True, files=FILES)
         settings = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
-        folder.write_json("simulate.json", {"flags": settings, "blocks": blocks})
+        folder.write_json(FILES[0], {"flags": settings, "blocks": blocks})
         for name, content in drawn.items():
             folder.write_bytes(name, content)
         screen.line(f"wrote simulate.json, {', '.join(drawn)} to {FLAGS.workdir}")
