@@ -19,6 +19,8 @@ import fdg_jax as fdg
 from experiments.config import FREE, Config
 from experiments.errors import UsageError
 from experiments.setup import Setup
+from experiments.timeline import PROFILE
+from experiments.writers import WRITERS
 from fdg_jax.checkpoint import Checkpointer
 
 FOLDER = "checkpoints"
@@ -82,6 +84,14 @@ def find(config: Config) -> Earlier | None:
                 "give that to go on with it, name another folder, or add --overwrite"
             )
     return Earlier(there, (folder / "summary.json").is_file())
+
+
+def folders(config: Config) -> tuple[str, ...]:
+    """What goes, beside the files, where a new run begins."""
+    if config.overwrite and (pathlib.Path(config.workdir).expanduser() / "config.json").is_file():
+        return (FOLDER, PROFILE, *WRITERS)
+    # Folders of these names may be somebody else's.
+    return (FOLDER,)
 
 
 def _shown(value: Any) -> str:

@@ -60,7 +60,7 @@ def run(config: Config) -> dict[str, Any]:
     out = workdir.Workdir(
         config.workdir,
         overwrite=config.overwrite,
-        folders=(resume.FOLDER, timeline.PROFILE, *writers.WRITERS),
+        folders=resume.folders(config),
         resume=earlier is not None,
     )
     table = setup.stage_table(run, pipe.params(state))

@@ -44,10 +44,11 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         del config  # it is in config.json
-        folder = out.path / "tensorboard"
-        # Lines after the checkpoint may be in it: all are given once more.
-        shutil.rmtree(folder, ignore_errors=True)
-        self._writer = SummaryWriter(str(folder))
+        folder, name = out.path / "tensorboard", identity(out)
+        # Lines after the checkpoint may be in them: all are given once more.
+        for path in folder.glob(f"events*.{name}"):
+            path.unlink()
+        self._writer = SummaryWriter(str(folder), filename_suffix=f".{name}")
 
     def write(self, number: int, line: dict[str, Any]) -> None:
         del number
@@ -64,18 +65,15 @@ class WandB:
     def __init__(self, out: Workdir, config: dict[str, Any]) -> None:
         import wandb
 
-        mode = wandb_mode()
-        folder = out.path / "wandb"
+        mode, name = wandb_mode(), identity(out)
         if mode == "offline":  # else the server knows what it has
-            shutil.rmtree(folder, ignore_errors=True)
-        # The same for the same run, which may go on; its beginning tells it from a later one there.
-        born = (out.path / "config.json").stat()
-        name = f"{out.path.resolve()} {born.st_ino} {born.st_mtime_ns}"
+            for path in (out.path / "wandb").glob(f"offline-run-*-{name}"):
+                shutil.rmtree(path)
         try:
             self._run = wandb.init(
                 project="fdg_jax",
                 name=out.path.name,
-                id=hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16],
+                id=name,
                 resume=None if mode == "offline" else "allow",
                 dir=str(out.path),
                 config=config,
@@ -106,6 +104,13 @@ def quantities(line: dict[str, Any]) -> dict[str, float]:
         for name, value in line.items()
         if name not in _PLACE and value is not None
     }
+
+
+def identity(out: Workdir) -> str:
+    """A name for the run in a workdir: the same when it goes on, another for a later one there."""
+    born = (out.path / "config.json").stat()
+    name = f"{out.path.resolve()} {born.st_ino} {born.st_mtime_ns}"
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def wandb_mode() -> str:

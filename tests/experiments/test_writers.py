@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from experiments import config, writers
+from experiments import config, resume, writers
 from experiments.errors import UsageError
 from experiments.workdir import Workdir
 
@@ -82,6 +82,25 @@ def test_tensorboard_has_what_metrics_has(tmp_path):
     ]
     assert len(lines) == 6
     assert scalars(tmp_path / "run" / "tensorboard") == sorted(expected, key=lambda e: e[:2])
+
+
+@needs_tensorboard
+def test_what_others_wrote_stays(tmp_path):
+    other = tmp_path / "run" / "tensorboard" / "events.out.tfevents.1"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"of somebody else")
+    stopped_and_resumed(tmp_path / "run", "tensorboard")
+    assert other.read_bytes() == b"of somebody else"
+    assert len(list(other.parent.iterdir())) == 2
+
+
+def test_folders_go_with_a_run_that_is_replaced_only(tmp_path):
+    workdir, every = str(tmp_path), ("checkpoints", "profile", "tensorboard", "wandb")
+    for begun, overwrite in ((False, False), (False, True), (True, False), (True, True)):
+        if begun:
+            (tmp_path / "config.json").touch()
+        folders = resume.folders(config.Config(workdir, overwrite=overwrite))
+        assert folders == (every if begun and overwrite else every[:1])
 
 
 @needs_wandb
