@@ -5,6 +5,10 @@
       arrays/stage_0/   one Orbax entry per stage: the causes of its state (causes.py)
       arrays/stage_1/
 
+Where a run has several processes, each writes the stages that it has, as files (part.py), and the
+process of the last stage writes the manifest. They share the file system, and any number of
+processes, one too, can go on from it.
+
 A checkpoint is written under another name and renamed when it is whole. One that is not, for
 whatever reason, is recognised by its hashes and passed over. Arrays and JSON: nothing is unpickled.
 """
@@ -21,18 +25,23 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from fdg_jax import causes, fault, manifest
+from fdg_jax import causes, distributed, fault, manifest, part
 from fdg_jax.layer import PyTree
 from fdg_jax.pipeline import Pipeline
+from fdg_jax.placement import absent, put
 from fdg_jax.state import PipelineState
 
 ARRAYS = "arrays"
+_GRACE = 5.0  # seconds
 
 
 class Checkpointer:
     """Writes and reads the checkpoints of one run.
+
+    In a run of several processes each makes one, and calls the same methods in the same order.
 
     Args:
       directory: where they are; made at the first `save`.
@@ -67,7 +76,20 @@ class Checkpointer:
         self._configuration = manifest.configuration(pipe)
         # New buffers: a copy is no output that JAX forwards from its inputs. Of a list, and not by
         # names that have numbers of batches in them: so it compiles once for the steady state.
-        self._copy = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
+        self._copy = jax.jit(_copies)
+        # A stage of several processes, whole in each of them.
+        self._whole = {
+            k: jax.jit(_copies, out_shardings=stage.replicated)
+            for k, stage in enumerate(pipe.stages)
+            if not stage.replicated.is_fully_addressable
+        }
+        here, owners = jax.process_index(), [stage.owner for stage in pipe.stages]
+        self._mine = [k for k, owner in enumerate(owners) if owner == here]
+        self._writer = owners[-1] == here
+        # What a run that was killed has left half written is not for this one to finish.
+        mark = int(distributed.gather(np.frombuffer(os.urandom(4), np.uint32))[0, 0])
+        self._mark = f".{mark:08x}" if jax.process_count() > 1 else ""
+        self._abandoned = threading.Event()
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._damaged: set[int] = set()
@@ -92,19 +114,18 @@ class Checkpointer:
             newest ones.
 
         Raises:
-          ValueError: step < 0, or more than one process.
+          ValueError: step < 0.
         """
         if step < 0:
             raise ValueError(f"step={step}: must not be negative; count steps from 0")
-        if jax.process_count() > 1:
-            raise ValueError("save: writes what one process holds; run it in a single process")
         self.wait()
         counts, names, copies = [], [], []
-        for stage in (s.copied() for s in state.stages):
+        for k, stage in enumerate(s.copied() for s in state.stages):
             leaves = {n: jax.tree.leaves(tree) for n, tree in causes.sections(stage).items()}
             counts.append(causes.numbers(stage))
             names.append({n: len(found) for n, found in leaves.items()})
-            copies.append(self._copy([leaf for found in leaves.values() for leaf in found]))
+            copy = self._whole.get(k, self._copy)
+            copies.append(copy([leaf for found in leaves.values() for leaf in found]))
         body = {
             **self._configuration,
             "step": step,
@@ -173,6 +194,9 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            # Another process may have ended, and then its part does not come.
+            threading.Timer(_GRACE, self._abandoned.set).start()
         # Whoever presses Ctrl-C twice does not want to wait: what is half written is passed over.
         if kind is None or issubclass(kind, Exception):
             self.close()
@@ -204,41 +228,43 @@ class Checkpointer:
         key: jax.Array,
         extra: Any,
     ) -> None:
-        for left in self.directory.glob(".step-*"):  # of a save that was killed
-            shutil.rmtree(left)
         final = self._folder(body["step"])
-        partial = final.with_name(f".{final.name}")
+        partial = final.with_name(f".{final.name}{self._mark}")
+        for left in self.directory.glob(".step-*"):  # of a save that was killed
+            if self._writer and not (self._mark and left.name.endswith(self._mark)):
+                shutil.rmtree(left)
         try:
-            # Waits for the devices, in this thread; the copies are freed on the way.
-            arrays = [
-                dict(zip(_leaves(sizes), jax.device_get(copies.pop(0)), strict=True))
-                for sizes in names
-            ]
+            body["sections"], arrays = [], {}
+            for k, sizes in enumerate(names):
+                copied = dict(zip(_leaves(sizes), copies.pop(0), strict=True))
+                body["sections"].append(
+                    [
+                        [n, [manifest.signature(copied[_leaf(n, i)]) for i in range(size)]]
+                        for n, size in sizes.items()
+                    ]
+                )
+                if k in self._mine:
+                    # Waits for the devices, in this thread; the copies are freed on the way.
+                    arrays[k] = jax.device_get(copied)
             if self.pipe.on_nonfinite == "stop" and any(
-                own["record/0"][fault.FORWARD : fault.PENDING].max() >= 0 for own in arrays
+                own["record/0"][fault.FORWARD : fault.PENDING].max() >= 0 for own in arrays.values()
             ):
+                return
+            self._write_arrays(partial / ARRAYS, arrays)
+            if not self._writer:
                 return
             data = jax.device_get(jax.random.key_data(key)).tolist()
             body["key"] = [str(jax.random.key_impl(key)), data]
-            body["sections"] = []
-            for sizes, own in zip(names, arrays, strict=True):
-                signed = {leaf: manifest.signature(array) for leaf, array in own.items()}
-                body["sections"].append(
-                    [[n, [signed[_leaf(n, i)] for i in range(size)]] for n, size in sizes.items()]
-                )
             body["extra"] = manifest.encoded(extra)
-            # Orbax takes no array without elements; the manifest has all that there is to such.
-            entries = {
-                f"stage_{k}": {n: v for n, v in own.items() if v.size}
-                for k, own in enumerate(arrays)
-            }
-            ocp.save_checkpointables(partial / ARRAYS, entries)
             manifest.write(partial, body)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if self._mark:
+                part.fail(partial / ARRAYS)
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         # What came after a checkpoint that was restored was damaged.
         self._damaged.discard(body["step"])
@@ -248,6 +274,33 @@ class Checkpointer:
         for step in [*self._damaged, *(s for s in good[self.keep :] if s != best)]:
             shutil.rmtree(self._folder(step))
         self._damaged.clear()
+
+    def _write_arrays(self, folder: pathlib.Path, arrays: dict[int, dict[str, Any]]) -> None:
+        """This process's stages; the writer of the manifest waits for those of the others."""
+        # Orbax takes no array without elements; the manifest has all that there is to such.
+        entries = {k: {n: v for n, v in own.items() if v.size} for k, own in arrays.items()}
+        if not self._mark:
+            ocp.save_checkpointables(folder, {f"stage_{k}": own for k, own in entries.items()})
+            return
+        for k, own in entries.items():
+            part.write(folder, k, own)
+        if self._writer:
+            part.wait(folder, self.pipe.num_stages, self._abandoned)
+
+    def _read_arrays(
+        self, folder: pathlib.Path, abstract: dict[str, dict[str, jax.ShapeDtypeStruct]]
+    ) -> dict[str, dict[str, jax.Array]]:
+        """What `_write_arrays` wrote, on the devices that ``abstract`` says."""
+        entries = {e: {n: v for n, v in own.items() if v.size} for e, own in abstract.items()}
+        if not part.path(folder, 0).exists():
+            return ocp.load_checkpointables(folder, entries)
+        found = {}
+        for k, stage in enumerate(self.pipe.stages):
+            own = entries[f"stage_{k}"]
+            places = {n: v.sharding for n, v in own.items()}
+            values = part.read(folder, k, own) if stage.here else own
+            found[f"stage_{k}"] = (put if stage.here else absent)(values, places)
+        return found
 
     def _load(
         self, folder: pathlib.Path, body: dict[str, Any], example: tuple[PyTree, PyTree]
@@ -270,10 +323,7 @@ class Checkpointer:
                 for i, ((dtype, shape), place) in enumerate(zip(found, shardings, strict=True)):
                     leaf = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=place)
                     own[_leaf(name, i)] = leaf
-        loaded = ocp.load_checkpointables(
-            folder / ARRAYS,
-            {k: {n: v for n, v in own.items() if v.size} for k, own in abstract.items()},
-        )
+        loaded = self._read_arrays(folder / ARRAYS, abstract)
         impl, data = body["key"]
         key = jax.random.wrap_key_data(jnp.asarray(data, jnp.uint32), impl=impl)
         stages = []
@@ -281,9 +331,7 @@ class Checkpointer:
             own = abstract[f"stage_{k}"]
             # Programs of this stage's devices donate these: they must be buffers of JAX's own.
             there = loaded[f"stage_{k}"] | {
-                n: jax.device_put(jnp.zeros(v.shape, v.dtype), v.sharding)
-                for n, v in own.items()
-                if not v.size
+                n: put(np.zeros(v.shape, v.dtype), v.sharding) for n, v in own.items() if not v.size
             }
             there = dict(zip(there, self._copy(list(there.values())), strict=True))
             parts = {
@@ -293,15 +341,19 @@ class Checkpointer:
                 )
                 for name, found in body["sections"][k]
             }
-            own_key = jax.device_put(key, stage.replicated)
+            own_key = put(key, stage.replicated)
             today = self.pipe.gradient == "recompute"
             # Whether anybody looks may change from one run to the next.
-            fresh = jax.device_put(self.pipe.record(), stage.replicated)
+            fresh = put(self.pipe.record(), stage.replicated)
             record = fresh if fresh is None else parts.get("record", fresh)
             counts = body["counts"][k]
             stages.append(causes.rebuild(stage, today, own_key, counts, parts, record))
         state = PipelineState(body["tick"], body["origin"], key, tuple(stages))
         return state, manifest.decoded(body["extra"])
+
+
+def _copies(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(leaf) for leaf in leaves]
 
 
 def _leaf(section: str, i: int) -> str:

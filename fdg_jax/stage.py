@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fdg_jax import fault
 from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key, output_of
-from fdg_jax.placement import BATCH_AXIS
+from fdg_jax.placement import BATCH_AXIS, absent, put
 from fdg_jax.residual import Residuals, Stash, split_inexact
 
 
@@ -80,6 +80,16 @@ class Stage:
         self.split = jax.jit(self._split, static_argnames="count")
         self.average = jax.jit(lambda trees: jax.tree.map(lambda *v: sum(v) / len(v), *trees))
 
+    @property
+    def owner(self) -> int:
+        """The process that speaks for this stage: the one with its first device."""
+        return int(self.mesh.devices.flat[0].process_index)
+
+    @property
+    def here(self) -> bool:
+        """Whether this process has some of the stage's devices."""
+        return bool(self.mesh.local_devices)
+
     def init(self, key: Key, x: PyTree) -> tuple[PyTree, PyTree, optax.OptState, PyTree]:
         """Parameters, model state and optimizer state, born on this stage's devices.
 
@@ -90,15 +100,26 @@ class Stage:
         Returns:
           params, model state, optimizer state, and the shapes and dtypes of the output.
         """
-        device = self.mesh.devices.flat[0]
+        if not self.here:
+            *elsewhere, y = self.shapes(x)
+            return *absent(elsewhere, self.replicated), y
+        device = self.mesh.local_devices[0]
         with jax.default_device(device), jax.transfer_guard("allow"):
             example = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), x)
             made = self.layer.init(jax.device_put(key, device), example)
             # A layer may return arrays of its user's: donation must not delete those.
             own = jax.device_put(jax.tree.map(jnp.array, made), device)
-            params, model_state = jax.device_put(own, self.replicated)
+            if not self.replicated.is_fully_addressable:
+                own = jax.device_get(own)
+            params, model_state = put(own, self.replicated)
             opt_init = jax.jit(lambda p: jax.tree.map(jnp.copy, self.optimizer.init(p)))
-            opt_state = jax.device_put(opt_init(params), self.replicated)
+            opt_state = put(opt_init(params), self.replicated)
+        return params, model_state, opt_state, output_of(self.layer, params, model_state, x)
+
+    def shapes(self, x: PyTree) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        """Shapes and dtypes of what `init` returns for inputs like ``x``; nothing is computed."""
+        params, model_state = jax.eval_shape(self.layer.init, jax.random.key(0), x)
+        opt_state = jax.eval_shape(self.optimizer.init, params)
         return params, model_state, opt_state, output_of(self.layer, params, model_state, x)
 
     def output(
