@@ -24,6 +24,7 @@ class Workdir:
       files: which those are.
       folders: folders of an earlier run, which go before its files.
       resume: whether the run there goes on instead: its files stay.
+      writes: whether this process writes them; of several only one does.
 
     Raises:
       UsageError: the folder cannot be written, or holds a run that may not be overwritten.
@@ -37,8 +38,13 @@ class Workdir:
         files: Sequence[str] = FILES,
         folders: Sequence[str] = (),
         resume: bool = False,
+        writes: bool = True,
     ) -> None:
         self.path = pathlib.Path(path).expanduser()
+        self.writes = writes
+        self.lines = 0  # of metrics.jsonl
+        if not writes:
+            return
         check(path, overwrite=overwrite or resume, files=files)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -51,7 +57,6 @@ class Workdir:
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(path, error) from error
-        self.lines = 0  # of metrics.jsonl
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """One of the JSON files, replaced as a whole."""
@@ -59,12 +64,16 @@ class Workdir:
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """One of the files, replaced as a whole."""
+        if not self.writes:
+            return
         temporary = self.path / f".{name}.tmp"
         temporary.write_bytes(content)
         os.replace(temporary, self.path / name)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl. A loss that is no number becomes null: JSON has none such."""
+        if not self.writes:
+            return
         clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(clean, allow_nan=False) + "\n")
@@ -76,6 +85,8 @@ class Workdir:
         Raises:
           UsageError: there are fewer.
         """
+        if not self.writes:
+            return
         path = self.path / "metrics.jsonl"
         there = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         if len(there) < lines:
