@@ -13,6 +13,7 @@ import fdg_jax as fdg
 from experiments import setup
 from experiments.config import Config
 from experiments.errors import UsageError
+from experiments.resume import Earlier
 from fdg_jax import distributed
 from fdg_jax.placement import put
 
@@ -51,21 +52,39 @@ def join(config: Config, values: flags.FlagValues = flags.FLAGS) -> None:
     Raises:
       UsageError: they cannot be found, or have been asked for something else.
     """
-    coordinator, seconds = values["coordinator"].value, values["connect_seconds"].value
-    number, own = values["num_processes"].value, values["process_id"].value
+    coordinator, number, own = (
+        values[name].value for name in ("coordinator", "num_processes", "process_id")
+    )
+    seconds = float(values["connect_seconds"].value or distributed.CONNECT_SECONDS)
     if not coordinator:
         if number is not None or own is not None:
             raise UsageError("--coordinator: is missing; give host:port of process 0, or auto")
         return
     # Two CPU devices of a process can wait for each other's thread; more stages share the one.
     setup.prepare_jax(1)
-    values_of = {name: v for name, v in dataclasses.asdict(config).items() if name not in OWN}
+    asked = {name: v for name, v in dataclasses.asdict(config).items() if name not in OWN}
     try:
         address = None if coordinator == AUTO else coordinator
         distributed.initialize(address, number, own, seconds)
-        distributed.agree(values_of, seconds)
+        distributed.agree(asked, seconds)
     except ValueError as error:
         raise UsageError(f"--{error}") from error
+
+
+def agree_on_run(earlier: Earlier | None) -> None:
+    """Before the first file is written: all processes see the same in the workdir.
+
+    Args:
+      earlier: the run that this process found there.
+
+    Raises:
+      UsageError: another process found another.
+    """
+    seen = None if earlier is None else [earlier.finished, earlier.config["cuts"]]
+    try:
+        distributed.agree({"workdir": seen})
+    except ValueError as error:
+        raise UsageError(f"--{error} (the run that is there), on one file system") from error
 
 
 class Wishes:

@@ -12,14 +12,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import fdg_jax as fdg
 from experiments import data, measured, methods
 from experiments.config import Config, blame
 from experiments.errors import UsageError
+from fdg_jax import distributed
 from fdg_jax.layer import Layer
 from fdg_jax.partition import units_of
+from fdg_jax.placement import stage_meshes
 
 # Which branch of the seed's key is whose.
 MODEL_KEY, AUGMENT_KEY = 0, 1
@@ -45,25 +48,31 @@ class Setup:
     times: measured.Times | None  # what the split into stages follows from, where it is time
 
 
-def prepare_jax(num_stages: int) -> None:
+def prepare_jax(num_stages: int, devices_per_stage: int = 1) -> None:
     """Asks JAX for one CPU device per stage, up to the cores, and for a cache of what it compiles.
 
-    More virtual devices than cores would only make them wait for one another.
+    More virtual devices than cores would only make them wait for one another; who asks for several
+    a stage gets them.
     """
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(data.cache.directory() / "compiled"))
         # Initial weights are drawn by very many programs of a few milliseconds each.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     wanted = min(num_stages, measured.cores())
-    if wanted > 1 and wanted == measured.cores():
+    if devices_per_stage > 1:
+        wanted = num_stages * devices_per_stage
+    if wanted > 1 and wanted >= measured.cores():
         # Every core has a device of its own: threads inside an operation would only take cores from
         # other devices. XLA reads this when it starts.
-        given = os.environ.get("XLA_FLAGS", "")
-        if _ONE_THREAD.split("=")[0] not in given:
-            os.environ["XLA_FLAGS"] = f"{given} {_ONE_THREAD}".strip()
+        os.environ["XLA_FLAGS"] = one_thread(os.environ.get("XLA_FLAGS", ""))
     # JAX refuses once it is running, in a notebook or a test: take the devices there are.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def one_thread(flags: str) -> str:
+    """XLA_FLAGS with which an operation keeps to one thread, unless ``flags`` says otherwise."""
+    return flags if _ONE_THREAD.split("=")[0] in flags else f"{flags} {_ONE_THREAD}".strip()
 
 
 def make(config: Config, cuts: list[int] | None = None) -> Setup:
@@ -118,13 +127,11 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
         raise UsageError(
             f"--accumulate={schedule.period}: must not exceed the run's {total} steps; choose less"
         )
-    # One device a stage; a method that does not cut the network has them all in its one stage.
-    devices = jax.devices()[: config.num_stages]
-    if num_stages == 1 and config.batch_size % len(devices):
-        raise UsageError(
-            f"--batch_size={config.batch_size}: does not divide over the {len(devices)} devices of "
-            f"--method={config.method}; choose a multiple"
-        )
+    devices = places(config, num_stages, schedule.microbatches)
+    writer = stage_meshes(num_stages, devices)[-1].devices.flat[0].process_index
+    if jax.process_count() > 1:
+        # The writer's clock decides for all; what it finds is in its config.json.
+        cuts = shared_cuts(config, layers, dataset, schedule.microbatches, cuts, writer)
     stages, times = split(config, layers, dataset, schedule.microbatches, cuts)
     rate = learning_rate(config, loader.steps_per_epoch / schedule.period, total / schedule.period)
     pipe = fdg.Pipeline(
@@ -136,9 +143,79 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
         gradient=methods.gradient(config),
         max_ahead=config.max_ahead,
         on_nonfinite=config.on_nonfinite,
+        shard_optimizer=config.shard_optimizer,
     )
+    if not pipe.stages[0].here:
+        dataset = without_images(dataset)
+        loader = data.Loader(
+            dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed
+        )
     tested = "validation" if config.validation_size else "test"
     return Setup(config, dataset, loader, stages, schedule, pipe, total, tested, times)
+
+
+def places(config: Config, num_stages: int, microbatches: int) -> list[jax.Device]:
+    """The devices of the run, those of a stage next to one another.
+
+    A method that does not cut the network has them all in its one stage. One device a stage may be
+    shared by neighbours where there are too few.
+
+    Raises:
+      UsageError: there are too few, or they do not divide a batch, or a process has none.
+    """
+    wanted, there = config.num_stages * config.devices_per_stage, jax.devices()
+    if config.devices_per_stage > 1 and wanted > len(there):
+        raise UsageError(
+            f"--devices_per_stage={config.devices_per_stage}: {config.num_stages} stages need "
+            f"{wanted} devices, there are {len(there)}; choose fewer"
+        )
+    devices = there[:wanted]
+    group = len(devices) // num_stages or 1
+    if config.batch_size // microbatches % group:
+        whole = microbatches * group
+        raise UsageError(
+            f"--batch_size={config.batch_size}: does not divide over the {group} devices of a "
+            f"stage with --method={config.method}; choose a multiple of {whole}"
+        )
+    used, processes = {d.process_index for d in devices}, jax.process_count()
+    if len(used) < processes:
+        raise UsageError(
+            f"--num_processes={processes}: {config.num_stages} stages of "
+            f"{config.devices_per_stage} devices are all in {len(used)} of them; start as many"
+        )
+    return devices
+
+
+def shared_cuts(
+    config: Config,
+    layers: list[Layer],
+    dataset: data.Dataset,
+    microbatches: int,
+    cuts: list[int] | None,
+    writer: int,
+) -> list[int] | None:
+    """The cuts that all processes take: None in the writer, which finds them; they are kept."""
+    if cuts is not None or methods.num_stages(config) == 1:
+        return cuts
+    found = np.zeros(methods.num_stages(config) - 1, np.int32)
+    own = jax.process_index() == writer
+    if own:
+        found = np.array(split(config, layers, dataset, microbatches)[0].cuts, np.int32)
+    found = distributed.gather(found)[writer]
+    return None if own else [int(cut) for cut in found]
+
+
+def without_images(dataset: data.Dataset) -> data.Dataset:
+    """The same, with images that take no memory, for a process without the first stage."""
+
+    def nothing(images: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(np.uint8(0), images.shape)
+
+    return dataclasses.replace(
+        dataset,
+        train_images=nothing(dataset.train_images),
+        test_images=nothing(dataset.test_images),
+    )
 
 
 def split(
@@ -176,8 +253,9 @@ def split(
             "dtype": config.dtype,
             "fast_derivatives": config.fast_derivatives,
         }
-        # A stage's program sees a micro-batch, on the stage's one device.
-        times = measured.times(layers, images(config.batch_size // microbatches), network)
+        # A device sees its part of a micro-batch.
+        part = config.batch_size // microbatches // config.devices_per_stage
+        times = measured.times(layers, images(part), network)
         stages = fdg.partition(layers, num_stages, example, cost=times.seconds)
         stages.unit = "seconds"
     return stages, times

@@ -139,6 +139,8 @@ def templates(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> list[dict[str, 
 
 def place(stage: Stage, kind: str, template: PyTree) -> PyTree:
     """Where a section's arrays live on a stage's devices; ``kind`` is its name before the dot."""
+    if kind == "opt_state":
+        return stage.shared(template)
     if kind in FIXED or kind == "metrics":
         return jax.tree.map(lambda leaf: stage.replicated, template)
     shardings = jax.tree.map(stage.placement, template)

@@ -121,7 +121,8 @@ def agree(values: Mapping[str, Any], seconds: float = CONNECT_SECONDS) -> None:
     Raises:
       ValueError: this process, or for process 0 any other, has another value than process 0.
     """
-    if jax.process_count() == 1:
+    # Alone, JAX need not have started yet.
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
     names = sorted(values)
     with _deadline(
@@ -143,7 +144,7 @@ def agree(values: Mapping[str, Any], seconds: float = CONNECT_SECONDS) -> None:
             raise ValueError(f"{name}: process {other[0]} has another value than process 0")
 
 
-def gather(value: np.ndarray) -> np.ndarray:
+def gather(value: np.ndarray | np.generic) -> np.ndarray:
     """What every process says; every process calls this, and waits for the others.
 
     Args:
@@ -157,7 +158,7 @@ def gather(value: np.ndarray) -> np.ndarray:
       array([[0, 1]])
     """
     if jax.process_count() == 1:
-        return value[None]
+        return np.asarray(value)[None]
     with jax.transfer_guard("allow"):
         return np.asarray(multihost_utils.process_allgather(value))
 

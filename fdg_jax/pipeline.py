@@ -52,6 +52,8 @@ class Pipeline:
         state and model state stay as they are, and an accumulation goes on without it; `left_out`
         counts. "stop": the same, and `step` and `drain` raise a `NonFiniteError` as soon as the
         host knows of it without waiting, which is at most ``max_ahead`` ticks later.
+      shard_optimizer: whether the devices of a stage share out its optimizer's state, where they
+        would each have all of it; arrays that they do not divide stay whole in each.
 
     Raises:
       ValueError: arguments that do not fit together; the message names the argument and the remedy.
@@ -82,6 +84,7 @@ class Pipeline:
         gradient: str = "stale",
         max_ahead: int = 4,
         on_nonfinite: str = "ignore",
+        shard_optimizer: bool = False,
     ) -> None:
         stages = list(stages)
         if len(stages) != schedule.num_stages:
@@ -123,6 +126,7 @@ class Pipeline:
                     first=k == 0,
                     loss_fn=loss_fn if last else None,
                     keep_residuals=gradient == "stale",
+                    shard_optimizer=shard_optimizer,
                 )
             )
         # The programs of each of the last ticks, with their tokens; no part of the training state.

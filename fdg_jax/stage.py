@@ -37,6 +37,8 @@ class Stage:
       first: whether it is next to the input: then nobody asks for the input's gradient.
       loss_fn: of the last stage, else None.
       keep_residuals: whether a forward leaves its residuals for the backward.
+      shard_optimizer: whether the devices share out the optimizer's state, where they would each
+        have all of it: the first stage of ZeRO (Rajbhandari et al. 2020, section 5.1).
 
     Programs take and return a record (`fdg_jax.fault`). With it, what is not finite leaves weights,
     optimizer state and model state as they are; without (None), nothing is looked at.
@@ -52,6 +54,7 @@ class Stage:
         first: bool,
         loss_fn: LossFn | None,
         keep_residuals: bool = True,
+        shard_optimizer: bool = False,
     ) -> None:
         self.layer = layer
         end = start + layer.size - 1
@@ -61,6 +64,7 @@ class Stage:
         self.first = first
         self.loss_fn = loss_fn
         self.keep_residuals = keep_residuals
+        self.shard_optimizer = shard_optimizer
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.sharded = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
@@ -101,8 +105,9 @@ class Stage:
           params, model state, optimizer state, and the shapes and dtypes of the output.
         """
         if not self.here:
-            *elsewhere, y = self.shapes(x)
-            return *absent(elsewhere, self.replicated), y
+            params, model_state, opt_state, y = self.shapes(x)
+            params, model_state = absent((params, model_state), self.replicated)
+            return params, model_state, absent(opt_state, self.shared(opt_state)), y
         device = self.mesh.local_devices[0]
         with jax.default_device(device), jax.transfer_guard("allow"):
             example = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), x)
@@ -112,8 +117,11 @@ class Stage:
             if not self.replicated.is_fully_addressable:
                 own = jax.device_get(own)
             params, model_state = put(own, self.replicated)
-            opt_init = jax.jit(lambda p: jax.tree.map(jnp.copy, self.optimizer.init(p)))
-            opt_state = put(opt_init(params), self.replicated)
+            shared = self.shared(jax.eval_shape(self.optimizer.init, params))
+            opt_init = jax.jit(
+                lambda p: jax.tree.map(jnp.copy, self.optimizer.init(p)), out_shardings=shared
+            )
+            opt_state = opt_init(params)
         return params, model_state, opt_state, output_of(self.layer, params, model_state, x)
 
     def shapes(self, x: PyTree) -> tuple[PyTree, PyTree, PyTree, PyTree]:
@@ -225,7 +233,10 @@ class Stage:
         self, params: PyTree, opt_state: optax.OptState, gradient: PyTree
     ) -> tuple[PyTree, optax.OptState]:
         updates, opt_state = self.optimizer.update(gradient, opt_state, params)
-        return self._whole(optax.apply_updates(params, updates)), self._whole(opt_state)
+        if self.mesh.size > 1:
+            shared = self.shared(opt_state)
+            opt_state = jax.tree.map(jax.lax.with_sharding_constraint, opt_state, shared)
+        return self._whole(optax.apply_updates(params, updates)), opt_state
 
     def _update(
         self,
@@ -333,3 +344,15 @@ class Stage:
     def placement(self, leaf: Any) -> NamedSharding:
         """Where a leaf of an input, label or cotangent of this stage lives."""
         return self.sharded if getattr(leaf, "ndim", 0) else self.replicated
+
+    def shared(self, opt_state: PyTree) -> PyTree:
+        """Where the optimizer's state lives: cut along the first axis that the devices divide."""
+
+        def one(leaf: Any) -> NamedSharding:
+            for axis, size in enumerate(leaf.shape if self.shard_optimizer else ()):
+                if size and size % self.mesh.size == 0:
+                    cut = PartitionSpec(*[None] * axis, BATCH_AXIS)
+                    return NamedSharding(self.mesh, cut)
+            return self.replicated
+
+        return jax.tree.map(one, opt_state)

@@ -1,4 +1,4 @@
-"""Runs of several processes, for tests: they have a deadline, and none of them outlives its test."""
+"""Runs of several processes, for tests: each has a deadline, and none outlives its test."""
 
 from __future__ import annotations
 
