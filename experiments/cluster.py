@@ -87,6 +87,18 @@ def agree_on_run(earlier: Earlier | None) -> None:
         raise UsageError(f"--{error} (the run that is there), on one file system") from error
 
 
+def blame(error: Exception) -> str:
+    """An error's message, and what to make of it where there are other processes."""
+    own, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return str(error)
+    others = ", ".join(str(i) for i in range(count) if i != own)
+    return (
+        f"process {own} of {count}: {error}; where a connection was closed or nothing came, the "
+        f"cause is the end of another process ({others}): see what it said last"
+    )
+
+
 class Wishes:
     """What the first stage's process wants of all: to stop, or to save.
 

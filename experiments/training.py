@@ -297,13 +297,13 @@ def failures(checkpoints: resume.Checkpoints) -> Iterator[None]:
     """Says of a run that cannot go on where it would start again."""
     try:
         yield
-    except (StageError, Failed) as error:
+    except (StageError, Failed, jax.errors.JaxRuntimeError) as error:
         step = checkpoints.checkpointer.latest()
         newest = "no checkpoint yet" if step is None else f"newest good checkpoint: step {step}"
         remedy = ""
         if isinstance(error, NonFiniteError):
             remedy = "; lower --learning_rate in a new run, or go on with --on_nonfinite=skip"
-        raise Failed(f"{error}; {newest}{remedy}") from error
+        raise Failed(f"{cluster.blame(error)}; {newest}{remedy}") from error
 
 
 def finite_mean(values: Sequence[float]) -> float:

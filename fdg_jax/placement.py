@@ -95,9 +95,11 @@ def _put(leaf: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
         return jax.device_put(leaf, sharding)
     if not isinstance(leaf, jax.Array):
         value = np.asarray(leaf)
-        # device_put would compare the value between processes, which is a wait.
-        return jax.make_array_from_callback(
-            value.shape, sharding, lambda part: value[part], dtype=value.dtype
+        # device_put to several processes would compare the value between them, which is a wait.
+        own = sharding.addressable_devices_indices_map(value.shape)
+        shards = [jax.device_put(value[part], device) for device, part in own.items()]
+        return jax.make_array_from_single_device_arrays(
+            value.shape, sharding, shards, dtype=value.dtype
         )
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and not leaf.committed:
         data = _put(np.asarray(jax.random.key_data(leaf)), sharding)
