@@ -29,7 +29,11 @@ class Result(NamedTuple):
 def environment(**more: str) -> dict[str, str]:
     """Of a process that runs the package as it is here, on CPUs, without warnings."""
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PLATFORMS": "cpu"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
+    }
     return {**kept, **cache, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **more}
 
 
