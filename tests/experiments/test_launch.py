@@ -13,10 +13,10 @@ from tests import processes
 
 RUN = [
     "--train_size=100",
-    "--batch_size=20",
+    "--batch_size=50",
     "--steps=12",
     "--num_stages=2",
-    "--eval_every_epochs=2",
+    "--eval_every_epochs=100",
     "--log_every_steps=2",
     "--partition=flops",
 ]
