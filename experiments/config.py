@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import unicodedata
 from collections.abc import Iterator
 
 from experiments import methods
@@ -85,6 +86,11 @@ class Config:
             for number in numbers:
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UsageError(f"--{field.name}={number}: give a finite number")
+                if isinstance(number, str) and not _plain(number):
+                    raise UsageError(
+                        f"--{field.name}={number!a}: has characters that cannot be shown; give "
+                        "plain text"
+                    )
         self._one_of("method", tuple(methods.METHODS))
         self._one_of("order", ORDERS)
         self._one_of("gradient", GRADIENTS)
@@ -162,6 +168,11 @@ class Config:
         value, most = getattr(self, name), 2**31 - 1
         if not least <= value <= most:
             raise UsageError(f"--{name}={value}: must lie in {least}..{most}; choose such a number")
+
+
+def _plain(text: str) -> bool:
+    """Whether a text has neither control characters nor bytes that were no UTF-8."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
 
 
 @contextlib.contextmanager

@@ -87,7 +87,8 @@ def find(config: Config) -> Earlier | None:
 
 
 def _shown(value: Any) -> str:
-    return ",".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+    text = ",".join(map(_shown, value)) if isinstance(value, list) else str(value)
+    return f"{value:g}" if isinstance(value, float) else text[:200]
 
 
 class Checkpoints:

@@ -12,14 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import fdg_jax as fdg
 from experiments import data, measured, methods
 from experiments.config import Config, blame
 from experiments.errors import UsageError
-from fdg_jax import distributed
+from experiments.memory import memory
+from experiments.places import places, shared_cuts, without_images
 from fdg_jax.layer import Layer
 from fdg_jax.partition import units_of
 from fdg_jax.placement import stage_meshes
@@ -104,16 +104,8 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
             f"--crop_padding={config.crop_padding}: must not exceed the image, {height}x{width}; "
             "4 is usual"
         )
-    unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
     with blame("model"):
-        layers = fdg.models.create(
-            config.model,
-            dataset.num_classes,
-            channels,
-            unroll,
-            compute(config.dtype, config.fast_derivatives),
-            config.dropout,
-        )
+        layers = network(config, dataset.num_classes, channels)
     number = len(units_of(layers))
     num_stages = methods.num_stages(config)
     if num_stages > number:
@@ -121,7 +113,18 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
             f"--num_stages={config.num_stages}: {config.model} has {number} layers that can be "
             f"split, so choose 1 to {number}"
         )
+    if (needed := _bytes(layers, dataset)) > memory() and jax.default_backend() == "cpu":
+        raise UsageError(
+            f"--model={config.model}: its weights, gradients and momentum take "
+            f"{needed / 1e9:,.0f} GB, and this machine has {memory() / 1e9:,.0f} GB of memory; "
+            "choose a smaller one"
+        )
     total = config.steps or config.epochs * loader.steps_per_epoch
+    if total >= 2**31:
+        raise UsageError(
+            f"--epochs={config.epochs}: makes {total:,} steps, and no more than {2**31 - 1:,} are "
+            "counted; choose less, or give --steps"
+        )
     schedule = methods.schedule(config)
     if schedule.period > total:
         raise UsageError(
@@ -129,9 +132,12 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
         )
     devices = places(config, num_stages, schedule.microbatches)
     writer = stage_meshes(num_stages, devices)[-1].devices.flat[0].process_index
-    if jax.process_count() > 1:
-        # The writer's clock decides for all; what it finds is in its config.json.
-        cuts = shared_cuts(config, layers, dataset, schedule.microbatches, cuts, writer)
+    cuts = shared_cuts(
+        cuts,
+        num_stages,
+        writer,
+        lambda: split(config, layers, dataset, schedule.microbatches)[0].cuts,
+    )
     stages, times = split(config, layers, dataset, schedule.microbatches, cuts)
     rate = learning_rate(config, loader.steps_per_epoch / schedule.period, total / schedule.period)
     pipe = fdg.Pipeline(
@@ -154,68 +160,15 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
     return Setup(config, dataset, loader, stages, schedule, pipe, total, tested, times)
 
 
-def places(config: Config, num_stages: int, microbatches: int) -> list[jax.Device]:
-    """The devices of the run, those of a stage next to one another.
-
-    A method that does not cut the network has them all in its one stage. One device a stage may be
-    shared by neighbours where there are too few.
+def network(config: Config, num_classes: int, channels: int) -> list[Layer]:
+    """The network that the settings name, input first.
 
     Raises:
-      UsageError: there are too few, or they do not divide a batch, or a process has none.
+      ValueError: there is none such.
     """
-    wanted, there = config.num_stages * config.devices_per_stage, jax.devices()
-    if config.devices_per_stage > 1 and wanted > len(there):
-        raise UsageError(
-            f"--devices_per_stage={config.devices_per_stage}: {config.num_stages} stages need "
-            f"{wanted} devices, there are {len(there)}; choose fewer"
-        )
-    devices = there[:wanted]
-    group = len(devices) // num_stages or 1
-    if config.batch_size // microbatches % group:
-        whole = microbatches * group
-        raise UsageError(
-            f"--batch_size={config.batch_size}: does not divide over the {group} devices of a "
-            f"stage with --method={config.method}; choose a multiple of {whole}"
-        )
-    used, processes = {d.process_index for d in devices}, jax.process_count()
-    if len(used) < processes:
-        raise UsageError(
-            f"--num_processes={processes}: {config.num_stages} stages of "
-            f"{config.devices_per_stage} devices are all in {len(used)} of them; start as many"
-        )
-    return devices
-
-
-def shared_cuts(
-    config: Config,
-    layers: list[Layer],
-    dataset: data.Dataset,
-    microbatches: int,
-    cuts: list[int] | None,
-    writer: int,
-) -> list[int] | None:
-    """The cuts that all processes take: None in the writer, which finds them; they are kept."""
-    if cuts is not None or methods.num_stages(config) == 1:
-        return cuts
-    found = np.zeros(methods.num_stages(config) - 1, np.int32)
-    own = jax.process_index() == writer
-    if own:
-        found = np.array(split(config, layers, dataset, microbatches)[0].cuts, np.int32)
-    found = distributed.gather(found)[writer]
-    return None if own else [int(cut) for cut in found]
-
-
-def without_images(dataset: data.Dataset) -> data.Dataset:
-    """The same, with images that take no memory, for a process without the first stage."""
-
-    def nothing(images: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(np.uint8(0), images.shape)
-
-    return dataclasses.replace(
-        dataset,
-        train_images=nothing(dataset.train_images),
-        test_images=nothing(dataset.test_images),
-    )
+    unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
+    how = compute(config.dtype, config.fast_derivatives)
+    return fdg.models.create(config.model, num_classes, channels, unroll, how, config.dropout)
 
 
 def split(
@@ -259,6 +212,13 @@ def split(
         stages = fdg.partition(layers, num_stages, example, cost=times.seconds)
         stages.unit = "seconds"
     return stages, times
+
+
+def _bytes(layers: list[Layer], dataset: data.Dataset) -> int:
+    """Of weights, gradients and momentum, in float32."""
+    image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
+    params, _ = jax.eval_shape(fdg.chain(layers).init, jax.random.key(0), image)
+    return 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def compute(dtype: str, fast_derivatives: bool) -> fdg.models.Compute:
@@ -317,8 +277,14 @@ def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:
 
 def describe(setup: Setup, table: list[dict[str, Any]]) -> dict[str, Any]:
     """What stands in config.json: the settings, what follows from them, where it runs."""
+    dataset = setup.dataset
     return {
         **dataclasses.asdict(setup.config),
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
+        "image_shape": list(dataset.image_shape),
+        "mean": dataset.mean.tolist(),
+        "std": dataset.std.tolist(),
         "total_steps": setup.total_steps,
         "cuts": list(setup.stages.cuts),
         "layer_costs": list(setup.stages.layer_costs),

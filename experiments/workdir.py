@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from experiments.errors import UsageError
 
+# Seconds that a full disk is waited for.
+PATIENCE = 20.0
 FILES = ("config.json", "metrics.jsonl", "summary.json", "curves.png")
 
 
@@ -63,20 +67,45 @@ class Workdir:
         self.write_bytes(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """One of the files, replaced as a whole."""
+        """One of the files, replaced as a whole.
+
+        Raises:
+          UsageError: it cannot be written; what was there is as it was.
+        """
         if not self.writes:
             return
         temporary = self.path / f".{name}.tmp"
-        temporary.write_bytes(content)
-        os.replace(temporary, self.path / name)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._unwritten(name, error) from error
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl. A loss that is no number becomes null: JSON has none such."""
+        """One line of metrics.jsonl. A loss that is no number becomes null: JSON has none such.
+
+        Raises:
+          UsageError: it cannot be written.
+        """
         if not self.writes:
             return
         clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()}
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(clean, allow_nan=False) + "\n")
+        path = self.path / "metrics.jsonl"
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            size = path.stat().st_size if path.is_file() else 0
+            try:
+                with path.open("a") as file:
+                    file.write(json.dumps(clean, allow_nan=False) + "\n")
+                break
+            except OSError as error:
+                if path.is_file():
+                    os.truncate(path, size)  # part of a line
+                # A checkpoint that does not fit fills the disk until it has failed.
+                if error.errno != errno.ENOSPC or time.monotonic() > deadline:
+                    raise self._unwritten("metrics.jsonl", error) from error
+                time.sleep(0.1)
         self.lines += 1
 
     def cut_metrics(self, lines: int) -> None:
@@ -97,6 +126,13 @@ class Workdir:
         if there:
             self.write_bytes("metrics.jsonl", b"".join(there[:lines]))
         self.lines = lines
+
+    def _unwritten(self, name: str, error: OSError) -> UsageError:
+        reason = error.strerror or error
+        return UsageError(
+            f"--workdir={self.path}: {name} cannot be written ({reason}); mend that, and the same "
+            "command goes on from the newest checkpoint"
+        )
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""

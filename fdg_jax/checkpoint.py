@@ -5,9 +5,9 @@
       arrays/stage_0/   one Orbax entry per stage: the causes of its state (causes.py)
       arrays/stage_1/
 
-Where a run has several processes, each writes the stages that it has, as files (part.py), and the
-process of the last stage writes the manifest. They share the file system, and any number of
-processes, one too, can go on from it.
+Where a run has several processes, each writes the stages that it has (part.py), and the process of
+the last stage writes the manifest. They share the file system, and any number of processes, one
+too, can go on from it.
 
 A checkpoint is written under another name and renamed when it is whole. One that is not, for
 whatever reason, is recognised by its hashes and passed over. Arrays and JSON: nothing is unpickled.
@@ -15,6 +15,7 @@ whatever reason, is recognised by its hashes and passed over. Arrays and JSON: n
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import pathlib
@@ -28,13 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from fdg_jax import causes, distributed, fault, manifest, part
+from fdg_jax import causes, distributed, fault, manifest, part, stored
 from fdg_jax.layer import PyTree
 from fdg_jax.pipeline import Pipeline
-from fdg_jax.placement import absent, put
 from fdg_jax.state import PipelineState
 
-ARRAYS = "arrays"
 _GRACE = 5.0  # seconds
 
 
@@ -146,7 +145,8 @@ class Checkpointer:
         other than the one that saved: the run goes on, but its last bits may differ.
 
         Args:
-          example: a batch ``(inputs, labels)``; only shapes and dtypes are looked at.
+          example: a batch ``(inputs, labels)``, as large as any in flight; only shapes and dtypes
+            are looked at.
 
         Returns:
           The state, and ``extra`` as it was given to `save`.
@@ -162,12 +162,10 @@ class Checkpointer:
         for step in steps:
             folder = self._folder(step)
             try:
-                body = manifest.read(folder)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+                return stored.load(self.pipe, folder, step, example, self._copy)
+            except manifest.Damaged as error:
                 self._damaged.add(step)
-                warnings.warn(f"{folder} is damaged ({e}) and passed over", stacklevel=2)
-                continue
-            return self._load(folder, body, example)
+                warnings.warn(f"{folder} is damaged ({error}) and passed over", stacklevel=2)
         raise ValueError(
             f"directory={self.directory}: none of the checkpoints {', '.join(map(str, steps))} in "
             "it is whole; start the run anew"
@@ -202,19 +200,18 @@ class Checkpointer:
             self.close()
 
     def _folder(self, step: int) -> pathlib.Path:
-        return self.directory / f"step-{step:09d}"
+        return manifest.folder(self.directory, step)
 
     def _steps(self) -> list[int]:
         """Newest first."""
-        found = [p.name.removeprefix("step-") for p in self.directory.glob("step-*") if p.is_dir()]
-        return sorted((int(n) for n in found if n.isdecimal()), reverse=True)
+        return manifest.steps(self.directory)
 
     def _guarded(self, body: dict[str, Any], *rest: Any) -> None:
         """In the thread. A save that fails, as on a full disk, must not end the training."""
         try:
             self._write(body, *rest)
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
             self._failure = (
                 f"{self._folder(body['step'])} could not be written ({reason}); older checkpoints "
                 "are as they were"
@@ -232,37 +229,37 @@ class Checkpointer:
         partial = final.with_name(f".{final.name}{self._mark}")
         for left in self.directory.glob(".step-*"):  # of a save that was killed
             if self._writer and not (self._mark and left.name.endswith(self._mark)):
-                shutil.rmtree(left)
+                _remove(left)
         try:
             body["sections"], arrays = [], {}
             for k, sizes in enumerate(names):
-                copied = dict(zip(_leaves(sizes), copies.pop(0), strict=True))
+                own = dict(zip(_leaves(sizes), copies.pop(0), strict=True))
+                signed = {leaf: manifest.signature(array) for leaf, array in own.items()}
                 body["sections"].append(
                     [
-                        [n, [manifest.signature(copied[_leaf(n, i)]) for i in range(size)]]
+                        [n, [signed[stored.leaf(n, i)] for i in range(size)]]
                         for n, size in sizes.items()
                     ]
                 )
                 if k in self._mine:
                     # Waits for the devices, in this thread; the copies are freed on the way.
-                    arrays[k] = jax.device_get(copied)
+                    arrays[k] = jax.device_get(own)
             if self.pipe.on_nonfinite == "stop" and any(
                 own["record/0"][fault.FORWARD : fault.PENDING].max() >= 0 for own in arrays.values()
             ):
                 return
-            self._write_arrays(partial / ARRAYS, arrays)
+            self._write_arrays(partial / stored.ARRAYS, arrays)
             if not self._writer:
                 return
             data = jax.device_get(jax.random.key_data(key)).tolist()
             body["key"] = [str(jax.random.key_impl(key)), data]
             body["extra"] = manifest.encoded(extra)
             manifest.write(partial, body)
-            if final.exists():
-                shutil.rmtree(final)
+            _remove(final)
             partial.rename(final)
         except BaseException:
             if self._mark:
-                part.fail(partial / ARRAYS)
+                part.fail(partial / stored.ARRAYS)
             else:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -272,93 +269,43 @@ class Checkpointer:
         scores = {step: manifest.score(self._folder(step)) for step in good}
         best = min(good, key=lambda step: (scores[step], -step))
         for step in [*self._damaged, *(s for s in good[self.keep :] if s != best)]:
-            shutil.rmtree(self._folder(step))
+            _remove(self._folder(step))
         self._damaged.clear()
 
-    def _write_arrays(self, folder: pathlib.Path, arrays: dict[int, dict[str, Any]]) -> None:
+    def _write_arrays(self, folder: pathlib.Path, arrays: dict[int, dict[str, np.ndarray]]) -> None:
         """This process's stages; the writer of the manifest waits for those of the others."""
+        # On a disk that fills while it writes, Orbax shows a traceback for each of its threads.
+        self._check_room([array.nbytes for own in arrays.values() for array in own.values()])
         # Orbax takes no array without elements; the manifest has all that there is to such.
         entries = {k: {n: v for n, v in own.items() if v.size} for k, own in arrays.items()}
         if not self._mark:
-            ocp.save_checkpointables(folder, {f"stage_{k}": own for k, own in entries.items()})
+            ocp.save_checkpointables(folder, {stored.entry(k): v for k, v in entries.items()})
             return
         for k, own in entries.items():
             part.write(folder, k, own)
         if self._writer:
             part.wait(folder, self.pipe.num_stages, self._abandoned)
 
-    def _read_arrays(
-        self, folder: pathlib.Path, abstract: dict[str, dict[str, jax.ShapeDtypeStruct]]
-    ) -> dict[str, dict[str, jax.Array]]:
-        """What `_write_arrays` wrote, on the devices that ``abstract`` says."""
-        entries = {e: {n: v for n, v in own.items() if v.size} for e, own in abstract.items()}
-        if not part.path(folder, 0).exists():
-            return ocp.load_checkpointables(folder, entries)
-        found = {}
-        for k, stage in enumerate(self.pipe.stages):
-            own = entries[f"stage_{k}"]
-            places = {n: v.sharding for n, v in own.items()}
-            values = part.read(folder, k, own) if stage.here else own
-            found[f"stage_{k}"] = (put if stage.here else absent)(values, places)
-        return found
+    def _check_room(self, sizes: list[int]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.directory).free
+        # Beside its values each array takes some lines of JSON and a few entries of an index.
+        if free < (needed := sum(sizes) + 2048 * len(sizes)):
+            text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
+            raise OSError(errno.ENOSPC, text)
 
-    def _load(
-        self, folder: pathlib.Path, body: dict[str, Any], example: tuple[PyTree, PyTree]
-    ) -> tuple[PipelineState, Any]:
-        for name, here in self._configuration.items():
-            if body[name] != here:
-                says = f"{name}: {folder} was made with {body[name]}, this pipeline has {here}"
-                if name in manifest.BINDING:
-                    raise ValueError(f"{says}; restore it with the same, or start the run anew")
-                warnings.warn(f"{says}; the last bits may differ from now on", stacklevel=3)
-        templates = causes.templates(self.pipe, example)
-        abstract: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-        for k, (stage, template) in enumerate(zip(self.pipe.stages, templates, strict=True)):
-            abstract[f"stage_{k}"] = own = {}
-            for name, found in body["sections"][k]:
-                kind = name.partition(".")[0]
-                what, exact = f"{folder}: stage {k}, {name}", kind in causes.FIXED
-                manifest.fit(what, found, template[kind], exact=exact)
-                shardings = jax.tree.leaves(causes.place(stage, kind, template[kind]))
-                for i, ((dtype, shape), place) in enumerate(zip(found, shardings, strict=True)):
-                    leaf = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=place)
-                    own[_leaf(name, i)] = leaf
-        loaded = self._read_arrays(folder / ARRAYS, abstract)
-        impl, data = body["key"]
-        key = jax.random.wrap_key_data(jnp.asarray(data, jnp.uint32), impl=impl)
-        stages = []
-        for k, (stage, template) in enumerate(zip(self.pipe.stages, templates, strict=True)):
-            own = abstract[f"stage_{k}"]
-            # Programs of this stage's devices donate these: they must be buffers of JAX's own.
-            there = loaded[f"stage_{k}"] | {
-                n: put(np.zeros(v.shape, v.dtype), v.sharding) for n, v in own.items() if not v.size
-            }
-            there = dict(zip(there, self._copy(list(there.values())), strict=True))
-            parts = {
-                name: jax.tree.unflatten(
-                    jax.tree.structure(template[name.partition(".")[0]]),
-                    [there[_leaf(name, i)] for i in range(len(found))],
-                )
-                for name, found in body["sections"][k]
-            }
-            own_key = put(key, stage.replicated)
-            today = self.pipe.gradient == "recompute"
-            # Whether anybody looks may change from one run to the next.
-            fresh = put(self.pipe.record(), stage.replicated)
-            record = fresh if fresh is None else parts.get("record", fresh)
-            counts = body["counts"][k]
-            stages.append(causes.rebuild(stage, today, own_key, counts, parts, record))
-        state = PipelineState(body["tick"], body["origin"], key, tuple(stages))
-        return state, manifest.decoded(body["extra"])
+
+def _remove(path: pathlib.Path) -> None:
+    """Whatever stands under the name of a checkpoint: a folder, or a file or link put there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _copies(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.copy(leaf) for leaf in leaves]
 
 
-def _leaf(section: str, i: int) -> str:
-    return f"{section}/{i}"
-
-
 def _leaves(sizes: dict[str, int]) -> list[str]:
-    return [_leaf(section, i) for section, size in sizes.items() for i in range(size)]
+    return [stored.leaf(section, i) for section, size in sizes.items() for i in range(size)]

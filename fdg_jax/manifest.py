@@ -8,12 +8,14 @@ import json
 import math
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fdg_jax.layer import PyTree
+from fdg_jax.layer import Key, PyTree
 from fdg_jax.pipeline import Pipeline
 
 FORMAT = 1
@@ -21,6 +23,18 @@ NAME = "manifest.json"
 # Where these differ a checkpoint cannot be restored; in the rest only the last bits may differ.
 BINDING = ("format", "stages", "schedule", "gradient")
 _LARGEST = 1 << 26  # bytes: what strangers made is not read without bound
+_MOST = 2**31 - 1  # of anything that is counted
+
+
+class Damaged(ValueError):
+    """A checkpoint is not whole, or is none: an older one is to be used. The message is one line.
+
+    Args:
+      reason: what was found.
+    """
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(short(reason))
 
 
 def configuration(pipe: Pipeline) -> dict[str, Any]:
@@ -49,6 +63,18 @@ def configuration(pipe: Pipeline) -> dict[str, Any]:
     }
 
 
+def folder(directory: pathlib.Path, step: int) -> pathlib.Path:
+    """Where the checkpoint of a step is among those of a run."""
+    return directory / f"step-{step:09d}"
+
+
+def steps(directory: pathlib.Path) -> list[int]:
+    """The steps of what goes by the name of a checkpoint, newest first; it may be damaged."""
+    found = [path.name for path in directory.glob("step-*")]
+    numbers = [int(name[5:]) for name in found if name[5:].isdecimal()]
+    return sorted((n for n in numbers if folder(directory, n).name in found), reverse=True)
+
+
 def write(folder: pathlib.Path, body: dict[str, Any]) -> None:
     """Adds the manifest to a checkpoint that is otherwise whole.
 
@@ -65,28 +91,104 @@ def write(folder: pathlib.Path, body: dict[str, Any]) -> None:
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-    """What the manifest says, if every file is there and has not changed since.
+    """What the manifest says; the other files are not looked at, see `verify`.
 
     Args:
       folder: the checkpoint.
 
     Returns:
-      The body given to `write`.
+      The body given to `write`, and the hashes of the files.
 
     Raises:
-      OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: it is not whole.
+      Damaged: the manifest is missing, too large, or not as it was written.
     """
-    whole = json.loads(_text(folder / NAME))
-    body: dict[str, Any] = whole["body"]
-    if whole["sha256"] != _body_hash(body):
-        raise ValueError(f"{NAME} has changed")
-    there = {str(p.relative_to(folder)): p for p in _files(folder)}
-    if there.keys() != body["files"].keys():
-        raise ValueError(f"{min(there.keys() ^ body['files'].keys())} is missing or was added")
-    for name, expected in body["files"].items():
-        if _hash(there[name]) != expected:
-            raise ValueError(f"{name} has changed")
+    try:
+        if folder.is_symlink() or not folder.is_dir():
+            raise Damaged("it is no folder")
+        whole = json.loads(_text(folder / NAME))
+        body: dict[str, Any] = whole["body"]
+        if whole["sha256"] != _body_hash(body):
+            raise ValueError(f"{NAME} has changed")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        text = str(error)
+        raise Damaged(text if NAME in text else f"{NAME}: {text}") from error
+    if not isinstance(body, dict):
+        raise Damaged(f"{NAME} has no body")
     return body
+
+
+def check(body: dict[str, Any], step: int, stages: int) -> None:
+    """Whether all that a manifest says has the form that `write` gave it.
+
+    Hashes do not tell: whoever changes a field can make them fit again.
+
+    Args:
+      body: as `read` returned it, of this format.
+      step: the step that the checkpoint goes by.
+      stages: how many there are.
+
+    Raises:
+      Damaged: something is missing, or of another form.
+    """
+
+    def natural(value: object) -> bool:
+        return type(value) is int and 0 <= value <= _MOST
+
+    def signed(value: object) -> bool:
+        match value:
+            case [str(), list(shape)]:
+                return all(map(natural, shape))
+        return False
+
+    def section(value: object) -> bool:
+        match value:
+            case [str(), list(found)]:
+                return all(map(signed, found))
+        return False
+
+    def sections(value: object) -> bool:
+        return isinstance(value, list) and all(map(section, value))
+
+    forms = {
+        "step": natural(body.get("step")) and body["step"] == step,
+        "tick": natural(body.get("tick")),
+        "origin": natural(body.get("origin"))
+        and natural(body.get("tick"))
+        and body["origin"] <= body["tick"],
+        "counts": _list(body.get("counts"), stages)
+        and all(isinstance(own, dict) and natural(own.get("base")) for own in body["counts"]),
+        "sections": _list(body.get("sections"), stages) and all(map(sections, body["sections"])),
+        "extra": isinstance(body.get("extra"), str),
+        "files": isinstance(body.get("files"), dict)
+        and all(isinstance(value, str) for value in body["files"].values()),
+    }
+    for name, fits in forms.items():
+        if not fits:
+            raise Damaged(f"{NAME}: {name} is missing or of another form")
+
+
+def verify(folder: pathlib.Path, body: dict[str, Any], most: int = sys.maxsize) -> None:
+    """Whether every file of a checkpoint is there and has not changed since it was written.
+
+    Args:
+      folder: the checkpoint.
+      body: its manifest, checked.
+      most: bytes that its files may have in all; they are not read where they have more.
+
+    Raises:
+      Damaged: a file is missing, was added, has changed, or is too large.
+    """
+    try:
+        there = {str(p.relative_to(folder)): p for p in _files(folder)}
+        if there.keys() != body["files"].keys():
+            raise ValueError(f"{min(there.keys() ^ body['files'].keys())} is missing or was added")
+        if sum(path.stat().st_size for path in there.values()) > most:
+            raise ValueError(f"its files are larger than {most} bytes, and its arrays are not")
+        for name, expected in body["files"].items():
+            if _hash(there[name]) != expected:
+                raise ValueError(f"{name} has changed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(error) from error
 
 
 def score(folder: pathlib.Path) -> float:
@@ -102,7 +204,7 @@ def score(folder: pathlib.Path) -> float:
         found = json.loads(_text(folder / NAME))["body"]["score"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return math.inf
-    return float(found) if isinstance(found, int | float) else math.inf
+    return found if isinstance(found, float) and not math.isnan(found) else math.inf
 
 
 def signature(array: np.ndarray | jax.Array) -> list[Any]:
@@ -117,14 +219,14 @@ def fit(what: str, found: list[Any], template: PyTree, *, exact: bool) -> None:
       what: begins the message.
       found: their `signature`.
       template: what the pipeline has there.
-      exact: whether the batch axis counts too.
+      exact: whether the batch axis must be equal too; if not, it may be smaller.
 
     Raises:
       ValueError: an array is of another dtype or shape, or there are more or fewer.
     """
 
-    def short(dtype: str, shape: list[int]) -> str:
-        return f"{dtype}[{','.join(map(str, shape))}]"
+    def signed(dtype: str, shape: list[int]) -> str:
+        return short(f"{dtype}[{','.join(map(str, shape))}]")
 
     leaves = jax.tree_util.tree_leaves_with_path(template)
     if len(leaves) != len(found):
@@ -135,12 +237,19 @@ def fit(what: str, found: list[Any], template: PyTree, *, exact: bool) -> None:
     for (path, leaf), (dtype, shape) in zip(leaves, found, strict=True):
         skip = 0 if exact else 1
         own = (str(leaf.dtype), len(leaf.shape), list(leaf.shape[skip:]))
-        if own != (dtype, len(shape), shape[skip:]):
+        larger = any(there > here for there, here in zip(shape, leaf.shape, strict=False))
+        if own != (dtype, len(shape), shape[skip:]) or larger:
             raise ValueError(
-                f"{what}{jax.tree_util.keystr(path)}: the checkpoint has {short(dtype, shape)}, "
-                f"this pipeline {short(own[0], list(leaf.shape))}; restore it with the same "
-                "network and optimizer, or start the run anew"
+                f"{what}{jax.tree_util.keystr(path)}: the checkpoint has {signed(dtype, shape)}, "
+                f"this pipeline {signed(own[0], list(leaf.shape))}; restore it with the same "
+                "network, optimizer and batch size, or start the run anew"
             )
+
+
+def short(text: object) -> str:
+    """What a stranger may have written, on one line and not without end."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 300 else line[:300] + " ..."
 
 
 def encoded(extra: Any) -> str:
@@ -151,14 +260,43 @@ def encoded(extra: Any) -> str:
 
 
 def decoded(text: str) -> Any:
-    """What `encoded` was given."""
+    """What `encoded` was given.
+
+    Raises:
+      Damaged: it was something else.
+    """
     kind, _, rest = text.partition(":")
-    return base64.b64decode(rest) if kind == "bytes" else json.loads(rest)
+    try:
+        return base64.b64decode(rest) if kind == "bytes" else json.loads(rest)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{NAME}: extra: {error}") from error
+
+
+def random_key(saved: Any) -> Key:
+    """The root key out of the name of its kind and its numbers.
+
+    Raises:
+      Damaged: they are no key.
+    """
+    try:
+        kind, data = saved
+        key = jax.random.wrap_key_data(jnp.asarray(np.asarray(data, np.uint32)), impl=kind)
+        if key.shape != ():
+            raise ValueError(f"a key has not the shape {key.shape}")
+    except (ValueError, TypeError, OverflowError, KeyError) as error:
+        raise Damaged(f"{NAME}: key: {error}") from error
+    return key
+
+
+def _list(value: object, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length
 
 
 def _text(path: pathlib.Path) -> str:
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path.name} is missing or no plain file")
     if path.stat().st_size > _LARGEST:
-        raise ValueError(f"{NAME} is too large")
+        raise ValueError(f"{path.name} is too large")
     return path.read_text()
 
 

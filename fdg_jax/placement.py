@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fdg_jax.layer import PyTree
 
@@ -124,3 +124,23 @@ def absent(shapes: PyTree, shardings: PyTree) -> PyTree:
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, [], dtype=leaf.dtype)
 
     return jax.tree.map(one, shapes, shardings)
+
+
+def spread(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Where arrays go that devices share out: cut along the first axis that the devices divide.
+
+    Args:
+      tree: arrays, which may be abstract.
+      mesh: the devices.
+
+    Returns:
+      Shardings; an array of which no axis divides is whole on every device.
+    """
+
+    def one(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        for axis, size in enumerate(leaf.shape):
+            if size and size % mesh.size == 0:
+                return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXIS))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, tree)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fdg_jax import fault
 from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key, output_of
-from fdg_jax.placement import BATCH_AXIS, absent, put
+from fdg_jax.placement import BATCH_AXIS, absent, put, spread
 from fdg_jax.residual import Residuals, Stash, split_inexact
 
 
@@ -346,13 +346,7 @@ class Stage:
         return self.sharded if getattr(leaf, "ndim", 0) else self.replicated
 
     def shared(self, opt_state: PyTree) -> PyTree:
-        """Where the optimizer's state lives: cut along the first axis that the devices divide."""
-
-        def one(leaf: Any) -> NamedSharding:
-            for axis, size in enumerate(leaf.shape if self.shard_optimizer else ()):
-                if size and size % self.mesh.size == 0:
-                    cut = PartitionSpec(*[None] * axis, BATCH_AXIS)
-                    return NamedSharding(self.mesh, cut)
-            return self.replicated
-
-        return jax.tree.map(one, opt_state)
+        """Where the optimizer's state lives."""
+        if self.shard_optimizer:
+            return spread(opt_state, self.mesh)
+        return jax.tree.map(lambda leaf: self.replicated, opt_state)

@@ -10,8 +10,9 @@ import hypothesis
 import jax
 
 # The same examples every time, so that a test that passed passes again; a search for new ones is
-# `pytest --hypothesis-profile=default`. A compilation may take any time, hence no deadline.
+# `pytest --hypothesis-profile=long`. A compilation may take any time, hence no deadline.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("long", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 jax.config.update("jax_num_cpu_devices", 4)

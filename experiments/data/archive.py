@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import io
 import os
 import tarfile
 import tempfile
@@ -18,6 +19,8 @@ from experiments.errors import UsageError
 
 _CHUNK = 1 << 20
 _TEXT_LIMIT = 1 << 16
+# What an archive may hold, unpacked, beside the members that are wanted.
+_OTHER_LIMIT = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def fetch(archive: Archive, root: Path, flag: str) -> Path:
 def members(path: Path, sizes: Mapping[str, int | None], flag: str) -> dict[str, bytes]:
     """The contents of the named members, read in one pass over the stream.
 
-    Nothing is written to disk, and nothing is read before its size has been checked.
+    Nothing is written to disk, and nothing is read before its size has been checked: that of a
+    member against what it must have, that of the whole against what all of them have.
 
     Args:
         path: A ``.tar.gz`` file.
@@ -85,8 +89,12 @@ def members(path: Path, sizes: Mapping[str, int | None], flag: str) -> dict[str,
         UsageError: The archive is damaged, or a member is missing or of another size.
     """
     found: dict[str, bytes] = {}
+    most = sum(_TEXT_LIMIT if size is None else size for size in sizes.values()) + _OTHER_LIMIT
     try:
-        with tarfile.open(path, "r|gz") as tar:
+        with (
+            gzip.open(path) as packed,
+            tarfile.open(fileobj=_Bounded(packed, most), mode="r|") as tar,
+        ):
             for member in tar:
                 if member.name not in sizes:
                     continue
@@ -100,11 +108,35 @@ def members(path: Path, sizes: Mapping[str, int | None], flag: str) -> dict[str,
                     )
                 file = tar.extractfile(member)
                 found[member.name] = file.read() if file else b""
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
         raise UsageError(f"{flag}: {path} is damaged ({error}); replace the archive") from error
     if missing := sorted(sizes.keys() - found.keys()):
         raise UsageError(f"{flag}: {path} lacks the member {missing[0]}; replace the archive")
     return found
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that ends in an error where more than ``most`` bytes are asked for, or more than
+    there are: tarfile would skip a member of a petabyte in little steps at the end of the file."""
+
+    def __init__(self, file: gzip.GzipFile, most: int) -> None:
+        self._file, self._left, self._ends = file, most, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
+        content = self._file.read(size)
+        self._left -= len(content)
+        self._ends += not content
+        if self._left < 0:
+            raise OSError("it unpacks to more than it should hold")
+        if self._ends > 2:
+            raise OSError("it ends inside of a member")
+        return content
 
 
 def _download(archive: Archive, path: Path) -> str:

@@ -7,13 +7,14 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -34,6 +35,10 @@ _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
 )
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def directory() -> Path:
@@ -79,9 +84,8 @@ def cached(name: str, decode: Callable[[], Arrays]) -> Arrays:
 
 def _read(path: Path) -> Arrays | None:
     try:
-        # np.load leaves a file that it opened itself open when the content is damaged.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            fields = {field: file[field] for field in Arrays._fields}
+        with zipfile.ZipFile(path) as file:
+            fields = {field: _member(file, field) for field in Arrays._fields}
         names = tuple(str(name) for name in fields.pop("class_names"))
         arrays = Arrays(**fields, class_names=names)
         arrays.check()
@@ -91,6 +95,22 @@ def _read(path: Path) -> Arrays | None:
         _LOG.warning("ignoring the damaged cache entry %s: %s", path, error)
         return None
     return arrays
+
+
+def _member(file: zipfile.ZipFile, field: str) -> Any:
+    """One array. numpy would take the memory that a header asks for, whatever follows it."""
+    info = file.getinfo(f"{field}.npy")
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"{field} is compressed")
+    with file.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        shape, _, dtype = _HEADERS[version](member)
+        if dtype.hasobject:
+            raise ValueError(f"{field} holds objects")
+        if member.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+            raise ValueError(f"{field} has not the size that its header says")
+        member.seek(0)
+        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def _write(path: Path, arrays: Arrays) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.data import cache
 from experiments.data.arrays import Arrays
-from experiments.data.images import decode_all
+from experiments.data.images import LARGEST, decode_all
 from experiments.errors import UsageError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -47,9 +47,12 @@ def read(path: str) -> Arrays:
 def _bytes(path: str, flag: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            return file.read()
+            content = file.read(LARGEST + 1)
     except OSError as error:
         raise UsageError(f"{flag}: {path} cannot be read ({error.strerror})") from error
+    if len(content) > LARGEST:
+        raise UsageError(f"{flag}: {path} has more than {LARGEST:,} bytes; replace or delete it")
+    return content
 
 
 def _scan(root: Path, flag: str) -> tuple[tuple[str, ...], Files, Files]:

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,21 @@ from PIL import Image, UnidentifiedImageError
 from experiments.data.arrays import Images
 from experiments.data.progress import progress
 from experiments.errors import UsageError
+from experiments.memory import memory
 
 _GRAY = ("1", "L", "LA")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 # What Pillow's decoders are known to raise on damaged files.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+# Above this Pillow is not asked to decode; a header costs nothing, what it declares does.
+_PIXELS = 1 << 24
+# Of a file: as many pixels with four channels, uncompressed, and as much again.
+LARGEST = 1 << 27
 # One task decodes a block, so that the pool's own cost is small against that of 32x32 images.
 _BLOCK = 128
+
+# Pillow warns of large images while it reads the header; here that must be the end of it.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def decode(encoded: bytes, name: str, flag: str) -> Images:
@@ -31,10 +40,13 @@ def decode(encoded: bytes, name: str, flag: str) -> Images:
         flag: The argument that the error names, as in ``--dataset=folder:/x``.
 
     Raises:
-        UsageError: The image is broken, or neither 8-bit grayscale nor colour.
+        UsageError: The image is broken, too large, or neither 8-bit grayscale nor colour.
     """
+    large = f"{flag}: {name} has more than {_PIXELS:,} pixels; resize it"
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")) as image:
+            if image.width * image.height > _PIXELS:
+                raise UsageError(large)
             if image.mode not in _GRAY + _COLOUR:
                 raise UsageError(
                     f"{flag}: {name} has the Pillow mode {image.mode!r}, which is neither 8-bit "
@@ -43,7 +55,9 @@ def decode(encoded: bytes, name: str, flag: str) -> Images:
             pixels = np.asarray(image.convert("L" if image.mode in _GRAY else "RGB"))
     except UsageError:
         raise
-    except (*_BROKEN, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UsageError(large) from error
+    except _BROKEN as error:
         # Pillow names the in-memory buffer, which tells the user nothing.
         reason = "no PNG or JPEG" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UsageError(
@@ -67,9 +81,16 @@ def decode_all(
         uint8 [count, H, W, C]; C is 1 if every image is grayscale, else 3.
 
     Raises:
-        UsageError: An image is broken, or has another size than the first one.
+        UsageError: An image is broken, or has another size than the first one; or all together
+            are larger than the memory.
     """
     height, width, _ = decode(read(0), describe(0), flag).shape
+    needed = count * height * width * 3
+    if needed > memory():
+        raise UsageError(
+            f"{flag}: {count:,} images of {width}x{height} take {needed / 1e9:,.0f} GB, and this "
+            f"machine has {memory() / 1e9:,.0f} GB of memory; resize them or take fewer"
+        )
     images = np.empty((count, height, width, 3), np.uint8)
     gray = np.empty(count, np.bool_)
 

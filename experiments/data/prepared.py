@@ -15,7 +15,11 @@ from experiments.data.images import decode_all
 from experiments.errors import UsageError
 
 _NAME = re.compile(r"(?P<path>\w+(/[\w.\-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
-_INFO = "dataset_info.json"
+_INFO, _FEATURES = "dataset_info.json", "features.json"
+_LARGEST = 1 << 24  # bytes of either
+_MOST_CLASSES = 1 << 20
+# tfds imports the modules that a data set names for its features: only its own shall be.
+_OWN = "tensorflow_datasets.core.features."
 
 
 def default_dir(data_dir: str | None) -> Path:
@@ -61,12 +65,8 @@ def read(name: str, data_dir: str | None, flag: str) -> Arrays:
             f"--data_dir={root}; name the folder that has it, or prepare it there with "
             "tensorflow-datasets and file_format='array_record'"
         )
-    try:
-        stored = str(json.loads((folder / _INFO).read_text()).get("fileFormat", "tfrecord"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"{flag}: {folder / _INFO} cannot be read ({error}); prepare the data set anew"
-        ) from error
+    info = _json(folder / _INFO, flag)
+    stored = str(info.get("fileFormat", "tfrecord"))
     if stored != "array_record":
         raise UsageError(
             f"{flag}: {folder} is stored as {stored}, which only TensorFlow reads; prepare it "
@@ -78,9 +78,19 @@ def read(name: str, data_dir: str | None, flag: str) -> Arrays:
 
 
 def _decode(folder: Path, flag: str) -> Arrays:
+    _trust(folder, flag)
     tfds: Any = importlib.import_module("tensorflow_datasets")
-    builder = tfds.builder_from_directory(folder)
-    features = builder.info.features
+    # What tfds makes of damaged files is an error of any type.
+    damaged = f"{flag}: {folder} cannot be read (%s); prepare the data set anew"
+    try:
+        builder = tfds.builder_from_directory(folder)
+        features, infos = builder.info.features, dict(builder.info.splits)
+        counts = {split: int(info.num_examples) for split, info in infos.items()}
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        if any(not 0 <= count <= size for count in counts.values()):
+            raise ValueError(f"it has more images than its files have bytes, {size}")
+    except Exception as error:
+        raise UsageError(damaged % " ".join(str(error).split())) from error
     kinds = {name: type(feature) for name, feature in dict(features).items()}
     if kinds | {"image": tfds.features.Image, "label": tfds.features.ClassLabel} != kinds:
         has = ", ".join(f"{name} ({kind.__name__})" for name, kind in sorted(kinds.items()))
@@ -88,7 +98,8 @@ def _decode(folder: Path, flag: str) -> Arrays:
             f"{flag}: needs the features image (Image) and label (ClassLabel), but {folder} "
             f"has {has}; choose an image-classification data set"
         )
-    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
+    if not 1 <= (features["label"].num_classes or 0) <= _MOST_CLASSES:
+        raise UsageError(damaged % f"it has {features['label'].num_classes} classes")
     for split in ("train", "test"):
         if not counts.get(split):
             raise UsageError(
@@ -97,22 +108,25 @@ def _decode(folder: Path, flag: str) -> Arrays:
             )
     # The images stay encoded here: the pool of threads decodes them faster than tfds does.
     skip = {"image": tfds.decode.SkipDecoding()}
-    train = builder.as_data_source(split="train", decoders=skip)
-    test = builder.as_data_source(split="test", decoders=skip)
-    n, m = len(train), len(test)
+    try:
+        train = builder.as_data_source(split="train", decoders=skip)
+        test = builder.as_data_source(split="test", decoders=skip)
+        n, m = len(train), len(test)
+    except Exception as error:
+        raise UsageError(damaged % " ".join(str(error).split())) from error
     labels = np.empty(n + m, np.int32)
 
     def encoded(i: int) -> bytes:
         try:
             example = train[i] if i < n else test[i - n]
+            labels[i] = example["label"]
+            return bytes(example["image"])
         # The reader's C++ code raises many types, all of which mean damaged files.
         except Exception as error:
             raise UsageError(
                 f"{flag}: {describe(i)} cannot be read ({' '.join(str(error).split())}); "
                 "prepare the data set anew"
             ) from error
-        labels[i] = example["label"]
-        return bytes(example["image"])
 
     def describe(i: int) -> str:
         return f"image {i} of train" if i < n else f"image {i - n} of test"
@@ -125,3 +139,48 @@ def _decode(folder: Path, flag: str) -> Arrays:
             "choose a data set whose images are all labelled"
         )
     return Arrays(images[:n], labels[:n], images[n:], labels[n:], names)
+
+
+def _trust(folder: Path, flag: str) -> None:
+    """Raises `UsageError` where the data set names modules or files that are not its own."""
+    for file, bad in ((_FEATURES, _names_module), (_INFO, _names_path)):
+        values: list[Any] = [_json(folder / file, flag)]
+        while values:
+            value = values.pop()
+            if isinstance(value, dict):
+                if strange := [key for key, part in value.items() if bad(key, part)]:
+                    what = str(value[strange[0]])[:100]
+                    raise UsageError(
+                        f"{flag}: {folder / file} has {strange[0]}={what!r}, which "
+                        "lies outside of the data set; choose another one"
+                    )
+                values += value.values()
+            elif isinstance(value, list):
+                values += value
+
+
+def _names_module(key: str, value: object) -> bool:
+    # protobuf reads both spellings, and tfds an older form with other words.
+    if key in ("jsonFeature", "json_feature"):
+        return True
+    named = key in ("pythonClassName", "python_class_name", "type", "proto_cls")
+    return named and isinstance(value, str) and not value.startswith(_OWN)
+
+
+def _names_path(key: str, value: object) -> bool:
+    named = key in ("name", "filepathTemplate", "filepath_template")
+    return named and isinstance(value, str) and "/" in value
+
+
+def _json(path: Path, flag: str) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST:,} bytes")
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{flag}: {path} cannot be read ({error}); prepare the data set anew"
+        ) from error
+    return value

@@ -1,0 +1,192 @@
+"""Takes the trained model out of a run: one file with all that it takes to use it.
+
+    python -m experiments.export --workdir=runs/a --output=model.safetensors
+
+The run may be finished, stopped, or at work. What is written is its parameters and batch statistics
+as they are in a checkpoint; gradients that were in flight then are not applied. The network is
+written as one, however it was cut. experiments.model_file.load reads it again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+import fdg_jax as fdg
+from experiments import command, model_file, resume
+from experiments.errors import UsageError
+from experiments.training import params_sha256
+from fdg_jax import manifest, weights
+from fdg_jax.layout import separate
+
+FLAGS = flags.FLAGS
+# What config.json says of the model, beside what makes the network.
+DESCRIBED = ("dataset", "num_classes", "class_names", "image_shape", "mean", "std")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", "", "The run's folder.")
+    flags.DEFINE_string("output", "", "The file, or with --format=orbax the folder, to write.")
+    flags.DEFINE_enum("format", "safetensors", model_file.FORMATS, "Of the output.")
+    flags.DEFINE_string(
+        "checkpoint", "last", "last, best (of the lowest evaluated error), or the number of a step."
+    )
+    flags.DEFINE_bool("overwrite", False, "Whether what is there may be replaced.")
+
+
+def run_of(workdir: str) -> dict[str, Any]:
+    """What the config.json of the run in ``workdir`` says.
+
+    Raises:
+      UsageError: there is no run, or it was begun before config.json said what a model needs.
+    """
+    if not workdir:
+        raise UsageError("--workdir: is missing; name the folder of a run")
+    try:
+        found = json.loads((pathlib.Path(workdir).expanduser() / "config.json").read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it is not that of a run")
+    except (OSError, RuntimeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"--workdir={workdir}: its config.json cannot be read ({error}); name the folder of a "
+            "run"
+        ) from error
+    missing = [n for n in (*model_file.SETTINGS, *DESCRIBED, "cuts") if n not in found]
+    if missing:
+        raise UsageError(
+            f"--workdir={workdir}: its config.json, of an older version, does not say "
+            f"{', '.join(missing)}; add what that of a new run on the same data says"
+        )
+    return found
+
+
+def choose(workdir: str, checkpoint: str) -> pathlib.Path:
+    """The folder of the checkpoint that was asked for.
+
+    Args:
+      workdir: of the run.
+      checkpoint: "last", "best" or a step.
+
+    Raises:
+      UsageError: there is none such.
+    """
+    directory = pathlib.Path(workdir).expanduser() / resume.FOLDER
+    steps = manifest.steps(directory)
+    if not steps:
+        raise UsageError(
+            f"--workdir={workdir}: its run has no checkpoint; --checkpoint_every_steps takes some"
+        )
+    folders = {step: manifest.folder(directory, step) for step in steps}
+    listed = ", ".join(map(str, steps))
+    if checkpoint == "best":
+        for step in sorted(steps, key=lambda step: (manifest.score(folders[step]), -step)):
+            if math.isfinite(manifest.score(folders[step])) and whole(folders[step]):
+                return folders[step]
+        raise UsageError(
+            f"--checkpoint=best: none of {listed} in {workdir} is whole and was evaluated; "
+            "choose one of these"
+        )
+    if checkpoint == "last":
+        return folders[steps[0]]
+    if not checkpoint.isdecimal() or int(checkpoint) not in steps:
+        raise UsageError(
+            f"--checkpoint={checkpoint}: not in {workdir}; choose last, best, or one of {listed}"
+        )
+    return folders[int(checkpoint)]
+
+
+def whole(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint is; says so of one that is not."""
+    try:
+        manifest.verify(folder, manifest.read(folder))
+    except model_file.DAMAGE as error:
+        print(f"{folder} is damaged ({error}) and passed over", file=sys.stderr)
+        return False
+    return True
+
+
+def place(output: str, overwrite: bool) -> pathlib.Path:
+    """Where to write.
+
+    Raises:
+      UsageError: that is not possible, or something is there that may not be replaced.
+    """
+    if not output:
+        raise UsageError("--output: is missing; name the file to write")
+    try:
+        path = pathlib.Path(output).expanduser()
+        there, folder = path.exists(), path.is_dir()
+        if not path.parent.is_dir():
+            raise NotADirectoryError(f"there is no folder {path.parent}")
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"--output={output}: cannot be written ({error}); name another") from error
+    if there and not overwrite:
+        raise UsageError(f"--output={output}: is there already; name another, or add --overwrite")
+    if folder:  # it would be deleted, with all that is in it
+        try:
+            model_file.metadata(path)
+        except ValueError as error:
+            raise UsageError(
+                f"--output={output}: is a folder, and no exported one; name another"
+            ) from error
+    return path
+
+
+def export(workdir: str, output: str, kind: str, checkpoint: str, overwrite: bool) -> str:
+    """Writes a run's model.
+
+    Args:
+      workdir, output, kind, checkpoint, overwrite: what the flags say.
+
+    Returns:
+      A line that says what has been written.
+
+    Raises:
+      UsageError: it cannot be done; nothing has been written or replaced then.
+    """
+    path = place(output, overwrite)
+    run = run_of(workdir)
+    folder = choose(workdir, checkpoint)
+    try:
+        stages, found = read(run, folder)
+    except model_file.DAMAGE as error:
+        raise UsageError(
+            f"--checkpoint={checkpoint}: {folder} cannot be read ({error}); choose another"
+        ) from error
+    network = fdg.chain(stages)
+    arrays = model_file.named(*(separate(network, tuple(trees)) for trees in found))
+    step = int(folder.name.removeprefix("step-"))
+    about = {name: run[name] for name in (*DESCRIBED, *model_file.SETTINGS)}
+    about |= {
+        "step": step,
+        "params_sha256": params_sha256(found.params),
+        "fdg_jax": fdg.__version__,
+    }
+    try:
+        model_file.save(path, kind, arrays, about)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--output={output}: cannot be written ({error}); name another") from error
+    count = sum(array.size for name, array in arrays.items() if name.startswith("params/"))
+    return f"{run['model']} after step {step}, {count:,} parameters: {output}"
+
+
+def read(run: dict[str, Any], folder: pathlib.Path) -> tuple[fdg.Partition, weights.Weights]:
+    """The stages of a run, and what a checkpoint has of them."""
+    layers, example = model_file.layers(run), model_file.example(run, 1)
+    stages = fdg.partition(layers, len(run["cuts"]) + 1, example, cost=run["cuts"])
+    return stages, weights.read(folder, stages, example)
+
+
+def main() -> None:
+    values = (FLAGS.workdir, FLAGS.output, FLAGS.format, FLAGS.checkpoint, FLAGS.overwrite)
+    print(export(*values))
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)
