@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import command, config, methods, training, writers
+from experiments import cluster, command, config, methods, training, writers
 from experiments.config import Config
 from experiments.errors import UsageError
 
@@ -42,6 +42,9 @@ HELP = {
     "fast_derivatives": "Whether convolution, batch norm and ReLU use the models' own derivatives, "
     "which are faster on CPU and keep fewer bytes.",
     "num_stages": "K: the number of modules that the network is split into.",
+    "devices_per_stage": "Devices that share every mini-batch of a stage, as many parts of it.",
+    "shard_optimizer": "Whether a stage's devices share its optimizer's state out among them, "
+    "where they would each keep all of it.",
     "partition": "How to split: by time, measured once and kept in the cache; by flops, which "
     "repeats everywhere; or at the layer numbers given, such as 3,5.",
     "method": f"One of {', '.join(methods.METHODS)}.",
@@ -120,9 +123,13 @@ def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Config:
 
 
 def main() -> None:
-    training.run(from_flags())
+    settings = from_flags()
+    settings.check()
+    cluster.join(settings)
+    training.run(settings)
 
 
 if __name__ == "__main__":
     define_flags()
+    cluster.define_flags()
     command.run(main)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
+import jax
 from absl import app, flags, logging
 
 from experiments.errors import Failed, Stopped, UsageError
+from fdg_jax import distributed
 
 
 def run(main: Callable[..., None], takes: str = "") -> None:
@@ -45,13 +48,18 @@ def run(main: Callable[..., None], takes: str = "") -> None:
             fail(error)
         except Stopped as stopped:
             print(stopped, flush=True)
-            sys.exit(75)
+            distributed.leave(75)
         except Failed as failed:
             logging.info("what the error came from", exc_info=failed.__cause__)
             fail(failed, 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            distributed.leave(130)
+        except Exception:
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+            distributed.leave(1)
 
     app.run(guarded, flags_parser=parse)
 
@@ -71,4 +79,4 @@ def one_line(
 def fail(error: Exception, status: int = 2) -> None:
     """Ends the program with the error's message on one line."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(status)
+    distributed.leave(status)

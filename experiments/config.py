@@ -51,6 +51,8 @@ class Config:
     dtype: str = "float32"
     fast_derivatives: bool = True
     num_stages: int = 2
+    devices_per_stage: int = 1
+    shard_optimizer: bool = False
     partition: str = "time"
     method: str = "fdg"
     order: str = "forward_first"
@@ -105,7 +107,7 @@ class Config:
         self._one_of("on_nonfinite", ON_NONFINITE)
         for name in ("num_stages", "batch_size", "epochs", "log_every_steps", "eval_every_epochs"):
             self._bound(name, 1)
-        for name in ("max_ahead", "microbatches", "keep_checkpoints"):
+        for name in ("max_ahead", "microbatches", "keep_checkpoints", "devices_per_stage"):
             self._bound(name, 1)
         if self.accumulate is not None:
             self._bound("accumulate", 1)

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import fdg_jax as fdg
 from experiments.config import FREE, Config
@@ -21,6 +22,7 @@ from experiments.errors import UsageError
 from experiments.setup import Setup
 from experiments.timeline import PROFILE
 from experiments.writers import WRITERS
+from fdg_jax import distributed
 from fdg_jax.checkpoint import Checkpointer
 
 FOLDER = "checkpoints"
@@ -147,11 +149,15 @@ class Checkpoints:
         """Whether any are taken."""
         return self._every > 0 or self._seconds > 0
 
-    def due(self, step: int, *, best: bool) -> bool:
+    @property
+    def late(self) -> bool:
+        """Whether none has been taken for too long."""
+        return 0 < self._seconds <= time.monotonic() - self._last
+
+    def due(self, step: int, *, best: bool, late: bool) -> bool:
         """Whether the state after ``step`` steps, the best so far or not, is to be saved."""
         if best and self.on:
             return True
-        late = 0 < self._seconds <= time.monotonic() - self._last
         return late or (self._every > 0 and step % self._every == 0)
 
     def save(
@@ -169,6 +175,7 @@ class Checkpoints:
     def farewell(self, step: int) -> str:
         """The line with which a run stops after ``step`` steps; waits for the last save."""
         self.checkpointer.close()
+        distributed.gather(np.int32(step))  # until the last of several processes is done
         if self.checkpointer.latest() == step:
             return f"stopped after step {step}; the same command goes on"
         return f"stopped after step {step}; the same command goes on from an older checkpoint"

@@ -23,11 +23,12 @@ class Screen:
     Args:
       total: steps of the run.
       console: where to; None is standard output.
+      shown: False for a process that leaves the screen to another.
     """
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
+    def __init__(self, total: int, console: Console | None = None, *, shown: bool = True) -> None:
         # A pipe has no width of its own, and a table cut to 80 columns helps nobody.
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, quiet=not shown)
         if not self.console.is_terminal:
             self.console.width = max(self.console.width, 120)
         self.total = total

@@ -19,8 +19,10 @@ from experiments import data, measured, methods
 from experiments.config import Config, blame
 from experiments.errors import UsageError
 from experiments.memory import memory
+from experiments.places import places, shared_cuts, without_images
 from fdg_jax.layer import Layer
 from fdg_jax.partition import units_of
+from fdg_jax.placement import stage_meshes
 
 # Which branch of the seed's key is whose.
 MODEL_KEY, AUGMENT_KEY = 0, 1
@@ -46,25 +48,31 @@ class Setup:
     times: measured.Times | None  # what the split into stages follows from, where it is time
 
 
-def prepare_jax(num_stages: int) -> None:
+def prepare_jax(num_stages: int, devices_per_stage: int = 1) -> None:
     """Asks JAX for one CPU device per stage, up to the cores, and for a cache of what it compiles.
 
-    More virtual devices than cores would only make them wait for one another.
+    More virtual devices than cores would only make them wait for one another; who asks for several
+    a stage gets them.
     """
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(data.cache.directory() / "compiled"))
         # Initial weights are drawn by very many programs of a few milliseconds each.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     wanted = min(num_stages, measured.cores())
-    if wanted > 1 and wanted == measured.cores():
+    if devices_per_stage > 1:
+        wanted = num_stages * devices_per_stage
+    if wanted > 1 and wanted >= measured.cores():
         # Every core has a device of its own: threads inside an operation would only take cores from
         # other devices. XLA reads this when it starts.
-        given = os.environ.get("XLA_FLAGS", "")
-        if _ONE_THREAD.split("=")[0] not in given:
-            os.environ["XLA_FLAGS"] = f"{given} {_ONE_THREAD}".strip()
+        os.environ["XLA_FLAGS"] = one_thread(os.environ.get("XLA_FLAGS", ""))
     # JAX refuses once it is running, in a notebook or a test: take the devices there are.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def one_thread(flags: str) -> str:
+    """XLA_FLAGS with which an operation keeps to one thread, unless ``flags`` says otherwise."""
+    return flags if _ONE_THREAD.split("=")[0] in flags else f"{flags} {_ONE_THREAD}".strip()
 
 
 def make(config: Config, cuts: list[int] | None = None) -> Setup:
@@ -122,13 +130,14 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
         raise UsageError(
             f"--accumulate={schedule.period}: must not exceed the run's {total} steps; choose less"
         )
-    # One device a stage; a method that does not cut the network has them all in its one stage.
-    devices = jax.devices()[: config.num_stages]
-    if num_stages == 1 and config.batch_size % len(devices):
-        raise UsageError(
-            f"--batch_size={config.batch_size}: does not divide over the {len(devices)} devices of "
-            f"--method={config.method}; choose a multiple"
-        )
+    devices = places(config, num_stages, schedule.microbatches)
+    writer = stage_meshes(num_stages, devices)[-1].devices.flat[0].process_index
+    cuts = shared_cuts(
+        cuts,
+        num_stages,
+        writer,
+        lambda: split(config, layers, dataset, schedule.microbatches)[0].cuts,
+    )
     stages, times = split(config, layers, dataset, schedule.microbatches, cuts)
     rate = learning_rate(config, loader.steps_per_epoch / schedule.period, total / schedule.period)
     pipe = fdg.Pipeline(
@@ -140,7 +149,13 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
         gradient=methods.gradient(config),
         max_ahead=config.max_ahead,
         on_nonfinite=config.on_nonfinite,
+        shard_optimizer=config.shard_optimizer,
     )
+    if not pipe.stages[0].here:
+        dataset = without_images(dataset)
+        loader = data.Loader(
+            dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed
+        )
     tested = "validation" if config.validation_size else "test"
     return Setup(config, dataset, loader, stages, schedule, pipe, total, tested, times)
 
@@ -191,8 +206,9 @@ def split(
             "dtype": config.dtype,
             "fast_derivatives": config.fast_derivatives,
         }
-        # A stage's program sees a micro-batch, on the stage's one device.
-        times = measured.times(layers, images(config.batch_size // microbatches), network)
+        # A device sees its part of a micro-batch.
+        part = config.batch_size // microbatches // config.devices_per_stage
+        times = measured.times(layers, images(part), network)
         stages = fdg.partition(layers, num_stages, example, cost=times.seconds)
         stages.unit = "seconds"
     return stages, times

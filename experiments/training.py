@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import fdg_jax as fdg
-from experiments import curves, data, resume, setup, timeline, workdir, writers
+from experiments import cluster, curves, data, resume, setup, timeline, workdir, writers
 from experiments.config import Config
 from experiments.errors import Failed, Stopped
 from experiments.screen import Screen, conclude, introduce
 from experiments.setup import Setup
+from fdg_jax import distributed
 from fdg_jax.fault import NonFiniteError, StageError
+from fdg_jax.placement import put
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -42,9 +44,12 @@ def run(config: Config) -> dict[str, Any]:
         print(f"{config.workdir}: this run is finished; nothing is changed")
         return workdir.read_json(config.workdir, "summary.json")
     workdir.check(config.workdir, overwrite=config.overwrite or earlier is not None)
-    setup.prepare_jax(config.num_stages)
+    cluster.agree_on_run(earlier)
+    setup.prepare_jax(config.num_stages, config.devices_per_stage)
     run = setup.make(config, None if earlier is None else earlier.config["cuts"])
     pipe, loader = run.pipe, run.loader
+    first, last = pipe.stages[0], pipe.stages[-1]
+    writes = last.owner == jax.process_index()
     checkpoints = resume.Checkpoints(run)
 
     root = jax.random.key(config.seed)
@@ -62,6 +67,7 @@ def run(config: Config) -> dict[str, Any]:
         overwrite=config.overwrite,
         folders=resume.folders(config),
         resume=earlier is not None,
+        writes=writes,
     )
     table = setup.stage_table(run, pipe.params(state))
     described = setup.describe(run, table)
@@ -70,19 +76,19 @@ def run(config: Config) -> dict[str, Any]:
     else:
         described = earlier.config
         out.cut_metrics(past["lines"])
-    screen = Screen(run.total_steps)
+    screen = Screen(run.total_steps, shown=writes)
     introduce(screen, run, table)
     if earlier is not None:
         screen.line(f"goes on after step {past['step']}")
 
     # --- Programs beside the pipeline's own: augmentation before it, counting after it.
-    first = pipe.stages[0]
-    mean, std = (jax.device_put(v, first.replicated) for v in (run.dataset.mean, run.dataset.std))
-    augment_key = jax.device_put(jax.random.fold_in(root, setup.AUGMENT_KEY), first.replicated)
+    mean, std = put((run.dataset.mean, run.dataset.std), first.replicated)
+    augment_key = put(jax.random.fold_in(root, setup.AUGMENT_KEY), first.replicated)
     augment = jax.jit(
         functools.partial(data.augment, padding=config.crop_padding, flip=config.flip)
     )
     evaluate = Evaluation(run, mean, std)
+    wishes = cluster.Wishes(pipe, config.max_ahead)
 
     # --- Training. Nothing below waits for a device but the evaluations, and the log, which looks
     # only at batches that are known to be done.
@@ -93,6 +99,8 @@ def run(config: Config) -> dict[str, Any]:
 
     def log(done: Sequence[dict[str, Any]], step: int, seconds: float) -> None:
         nonlocal logged_batch, logged_seconds
+        if not writes:
+            return
         values = jax.device_get([(m["loss"], m["error"]) for m in done])
         # In double precision, in which a checkpoint keeps those that are not yet logged. What is
         # not finite was left out of the training as well.
@@ -153,7 +161,7 @@ def run(config: Config) -> dict[str, Any]:
         screen,
         failures(checkpoints),
         checkpoints.checkpointer,
-        writers.attached(config.writers, out, described),
+        writers.attached(config.writers if writes else "", out, described),
         resume.Stop() as stop,
         jax.transfer_guard("disallow"),
     ):
@@ -161,9 +169,7 @@ def run(config: Config) -> dict[str, Any]:
         for step in range(past["step"], run.total_steps):
             watch.before(step)
             images, labels = fetch(loader, step)
-            images, number = jax.device_put(
-                (images, np.int32(step)), (first.sharded, first.replicated)
-            )
+            images, number = put((images, np.int32(step)), (first.sharded, first.replicated))
             x = augment(augment_key, number, images, mean, std)
             state, metrics = pipe.step(state, (x, labels))
             if metrics is not None:
@@ -184,9 +190,10 @@ def run(config: Config) -> dict[str, Any]:
                 error = assess(state, step + 1)["error"]
                 score, best = (error, error) if error < best else (None, best)
                 clock = time.perf_counter()
-            if stop.asked or checkpoints.due(step + 1, best=score is not None):
+            stopping, late = wishes.heard(step + 1, stop.asked, checkpoints.late)
+            if stopping or checkpoints.due(step + 1, best=score is not None, late=late):
                 save(state, step + 1, train_seconds + time.perf_counter() - clock, score)
-            if stop.asked:
+            if stopping:
                 raise Stopped(checkpoints.farewell(step + 1))
 
         state, rest = pipe.drain(state)
@@ -204,6 +211,11 @@ def run(config: Config) -> dict[str, Any]:
                 save(state, run.total_steps, train_seconds, evaluated["error"])
 
     # --- Results.
+    left_out = pipe.left_out(state)
+    params = [distributed.fetch(tree, last.replicated) for tree in pipe.params(state)]
+    if not writes:
+        distributed.gather(np.int32(run.total_steps))  # until the results are written
+        return workdir.read_json(config.workdir, "summary.json")
     summary = {
         f"{run.split}_error": evaluated["error"],
         f"best_{run.split}_error": best,
@@ -216,14 +228,15 @@ def run(config: Config) -> dict[str, Any]:
         "stages": len(run.stages),
         "balance": described["balance"],
         "staleness": [run.schedule.staleness(k) for k in range(len(run.stages))],
-        "left_out": pipe.left_out(state),
-        "params_sha256": params_sha256(pipe.params(state)),
+        "left_out": left_out,
+        "params_sha256": params_sha256(params),
     }
     title = f"{config.model} on {run.dataset.name}: {config.method}, K = {len(run.stages)}"
     out.write_bytes("curves.png", curves.draw(out.metrics(), title))
     watch.write(out, screen)
     out.write_json("summary.json", summary)  # the last: a run that has it is finished
     conclude(screen, run, summary)
+    distributed.gather(np.int32(run.total_steps))
     return summary
 
 
@@ -247,20 +260,30 @@ class Evaluation:
     def __call__(self, state: fdg.PipelineState) -> dict[str, float]:
         pipe, dataset = self.run.pipe, self.run.dataset
         first, last = pipe.stages[0], pipe.stages[-1]
-        sums, pending = np.zeros(2), collections.deque[jax.Array]()
+        sums, pending = np.zeros(2), collections.deque[tuple[jax.Array, jax.Array]]()
+
+        def count_oldest() -> None:
+            # The first stage waits too, lest its process run far ahead of the others.
+            there, back = pending.popleft()
+            jax.block_until_ready(back)
+            if last.here:
+                np.add(sums, jax.device_get(there), out=sums)
+
         for images, labels, count in data.evaluation_batches(
             dataset.test_images, dataset.test_labels, self.run.config.batch_size
         ):
-            x = self.normalise(jax.device_put(images, first.sharded), self.mean, self.std)
+            x = self.normalise(put(images, first.sharded), self.mean, self.std)
             outputs = pipe.predict(state, x)
-            targets, real = jax.device_put(
-                (labels, np.int32(count)), (last.sharded, last.replicated)
-            )
-            pending.append(self.totals(outputs, targets, real))
+            targets, real = put((labels, np.int32(count)), (last.sharded, last.replicated))
+            found = self.totals(outputs, targets, real)
+            pending.append((found, jax.device_put(found, first.replicated)))
             if len(pending) > self.run.config.max_ahead:
-                sums += jax.device_get(pending.popleft())
-        sums += sum(jax.device_get(list(pending)))
-        loss, error = (float(v) for v in sums / len(dataset.test_labels))
+                count_oldest()
+        while pending:
+            count_oldest()
+        # All processes decide by it; exactly, and so in two halves of 32 bits.
+        halves = distributed.gather(sums.view(np.uint32))[last.owner]
+        loss, error = (float(v) for v in halves.view(np.float64) / len(dataset.test_labels))
         return {"loss": loss, "error": error}
 
 
@@ -279,13 +302,13 @@ def failures(checkpoints: resume.Checkpoints) -> Iterator[None]:
     """Says of a run that cannot go on where it would start again."""
     try:
         yield
-    except (StageError, Failed) as error:
+    except (StageError, Failed, jax.errors.JaxRuntimeError) as error:
         step = checkpoints.checkpointer.latest()
         newest = "no checkpoint yet" if step is None else f"newest good checkpoint: step {step}"
         remedy = ""
         if isinstance(error, NonFiniteError):
             remedy = "; lower --learning_rate in a new run, or go on with --on_nonfinite=skip"
-        raise Failed(f"{error}; {newest}{remedy}") from error
+        raise Failed(f"{cluster.blame(error)}; {newest}{remedy}") from error
 
 
 def finite_mean(values: Sequence[float]) -> float:

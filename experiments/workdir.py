@@ -32,6 +32,7 @@ class Workdir:
       files: which those are.
       folders: folders of an earlier run, which go before its files.
       resume: whether the run there goes on instead: its files stay.
+      writes: whether this process writes them; of several only one does.
 
     Raises:
       UsageError: the folder cannot be written, or holds a run that may not be overwritten.
@@ -45,8 +46,14 @@ class Workdir:
         files: Sequence[str] = FILES,
         folders: Sequence[str] = (),
         resume: bool = False,
+        writes: bool = True,
     ) -> None:
         self.path = pathlib.Path(path).expanduser()
+        self.writes = writes
+        self.lines = 0  # of metrics.jsonl
+        self.writers: list[Writer] = []
+        if not writes:
+            return
         check(path, overwrite=overwrite or resume, files=files)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -59,8 +66,6 @@ class Workdir:
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(path, error) from error
-        self.lines = 0  # of metrics.jsonl
-        self.writers: list[Writer] = []
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """One of the JSON files, replaced as a whole."""
@@ -72,6 +77,8 @@ class Workdir:
         Raises:
           UsageError: it cannot be written; what was there is as it was.
         """
+        if not self.writes:
+            return
         temporary = self.path / f".{name}.tmp"
         try:
             temporary.write_bytes(content)
@@ -86,6 +93,8 @@ class Workdir:
         Raises:
           UsageError: it cannot be written.
         """
+        if not self.writes:
+            return
         clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()}
         path = self.path / "metrics.jsonl"
         deadline = time.monotonic() + PATIENCE
@@ -112,6 +121,8 @@ class Workdir:
         Raises:
           UsageError: there are fewer.
         """
+        if not self.writes:
+            return
         path = self.path / "metrics.jsonl"
         there = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         if len(there) < lines:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fdg_jax import fault
 from fdg_jax.fault import Record
@@ -100,31 +101,30 @@ def templates(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> list[dict[str, 
       For each stage pytrees of ``jax.ShapeDtypeStruct`` by the part of the name before the dot.
     """
     x, labels = jax.eval_shape(lambda v: v, example)
-    state = jax.eval_shape(pipe.init, jax.random.key(0), x)
+    key, number = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     count = pipe.schedule.microbatches
     if count > 1:
         x, labels = (_part(pipe.stages[k], tree, count) for k, tree in ((0, x), (-1, labels)))
     found = []
-    for k, (stage, own) in enumerate(zip(pipe.stages, state.stages, strict=True)):
+    for k, stage in enumerate(pipe.stages):
         last = k == pipe.num_stages - 1
         targets = labels if last else None
-        y, *_ = jax.eval_shape(
-            stage.forward, own.params, own.model_state, x, targets, own.key, own.number, None
-        )
+        params, model_state, opt_state, _ = stage.shapes(x)
+        y, *_ = jax.eval_shape(stage.forward, params, model_state, x, targets, key, number, None)
         metrics, cotangent = y if last else (None, split_inexact(y)[0])
         found.append(
             {
-                "params": own.params,
-                "model_state": own.model_state,
-                "opt_state": own.opt_state,
-                "number": own.number,
-                "gradient": own.params,
-                "version": own.params,
+                "params": params,
+                "model_state": model_state,
+                "opt_state": opt_state,
+                "number": number,
+                "gradient": params,
+                "version": params,
                 "flight": {
                     "inputs": x,
                     "labels": targets,
-                    "model_state": own.model_state,
-                    "number": own.number,
+                    "model_state": model_state,
+                    "number": number,
                 },
                 "activation": x,
                 "cotangent": cotangent,
@@ -139,6 +139,8 @@ def templates(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> list[dict[str, 
 
 def place(stage: Stage, kind: str, template: PyTree) -> PyTree:
     """Where a section's arrays live on a stage's devices; ``kind`` is its name before the dot."""
+    if kind == "opt_state":
+        return stage.shared(template)
     if kind in FIXED or kind == "metrics":
         return jax.tree.map(lambda leaf: stage.replicated, template)
     shardings = jax.tree.map(stage.placement, template)

@@ -5,6 +5,10 @@
       arrays/stage_0/   one Orbax entry per stage: the causes of its state (causes.py)
       arrays/stage_1/
 
+Where a run has several processes, each writes the stages that it has (part.py), and the process of
+the last stage writes the manifest. They share the file system, and any number of processes, one
+too, can go on from it.
+
 A checkpoint is written under another name and renamed when it is whole. One that is not, for
 whatever reason, is recognised by its hashes and passed over. Arrays and JSON: nothing is unpickled.
 """
@@ -22,16 +26,21 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from fdg_jax import causes, fault, manifest, stored
+from fdg_jax import causes, distributed, fault, manifest, part, stored
 from fdg_jax.layer import PyTree
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.state import PipelineState
 
+_GRACE = 5.0  # seconds
+
 
 class Checkpointer:
     """Writes and reads the checkpoints of one run.
+
+    In a run of several processes each makes one, and calls the same methods in the same order.
 
     Args:
       directory: where they are; made at the first `save`.
@@ -66,7 +75,20 @@ class Checkpointer:
         self._configuration = manifest.configuration(pipe)
         # New buffers: a copy is no output that JAX forwards from its inputs. Of a list, and not by
         # names that have numbers of batches in them: so it compiles once for the steady state.
-        self._copy = jax.jit(lambda leaves: [jnp.copy(leaf) for leaf in leaves])
+        self._copy = jax.jit(_copies)
+        # A stage of several processes, whole in each of them.
+        self._whole = {
+            k: jax.jit(_copies, out_shardings=stage.replicated)
+            for k, stage in enumerate(pipe.stages)
+            if not stage.replicated.is_fully_addressable
+        }
+        here, owners = jax.process_index(), [stage.owner for stage in pipe.stages]
+        self._mine = [k for k, owner in enumerate(owners) if owner == here]
+        self._writer = owners[-1] == here
+        # What a run that was killed has left half written is not for this one to finish.
+        mark = int(distributed.gather(np.frombuffer(os.urandom(4), np.uint32))[0, 0])
+        self._mark = f".{mark:08x}" if jax.process_count() > 1 else ""
+        self._abandoned = threading.Event()
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._damaged: set[int] = set()
@@ -91,19 +113,18 @@ class Checkpointer:
             newest ones.
 
         Raises:
-          ValueError: step < 0, or more than one process.
+          ValueError: step < 0.
         """
         if step < 0:
             raise ValueError(f"step={step}: must not be negative; count steps from 0")
-        if jax.process_count() > 1:
-            raise ValueError("save: writes what one process holds; run it in a single process")
         self.wait()
         counts, names, copies = [], [], []
-        for stage in (s.copied() for s in state.stages):
+        for k, stage in enumerate(s.copied() for s in state.stages):
             leaves = {n: jax.tree.leaves(tree) for n, tree in causes.sections(stage).items()}
             counts.append(causes.numbers(stage))
             names.append({n: len(found) for n, found in leaves.items()})
-            copies.append(self._copy([leaf for found in leaves.values() for leaf in found]))
+            copy = self._whole.get(k, self._copy)
+            copies.append(copy([leaf for found in leaves.values() for leaf in found]))
         body = {
             **self._configuration,
             "step": step,
@@ -171,6 +192,9 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            # Another process may have ended, and then its part does not come.
+            threading.Timer(_GRACE, self._abandoned.set).start()
         # Whoever presses Ctrl-C twice does not want to wait: what is half written is passed over.
         if kind is None or issubclass(kind, Exception):
             self.close()
@@ -201,24 +225,15 @@ class Checkpointer:
         key: jax.Array,
         extra: Any,
     ) -> None:
-        for left in self.directory.glob(".step-*"):  # of a save that was killed
-            _remove(left)
         final = self._folder(body["step"])
-        partial = final.with_name(f".{final.name}")
+        partial = final.with_name(f".{final.name}{self._mark}")
+        for left in self.directory.glob(".step-*"):  # of a save that was killed
+            if self._writer and not (self._mark and left.name.endswith(self._mark)):
+                _remove(left)
         try:
-            # Waits for the devices, in this thread; the copies are freed on the way.
-            arrays = [
-                dict(zip(_leaves(sizes), jax.device_get(copies.pop(0)), strict=True))
-                for sizes in names
-            ]
-            if self.pipe.on_nonfinite == "stop" and any(
-                own["record/0"][fault.FORWARD : fault.PENDING].max() >= 0 for own in arrays
-            ):
-                return
-            data = jax.device_get(jax.random.key_data(key)).tolist()
-            body["key"] = [str(jax.random.key_impl(key)), data]
-            body["sections"] = []
-            for sizes, own in zip(names, arrays, strict=True):
+            body["sections"], arrays = [], {}
+            for k, sizes in enumerate(names):
+                own = dict(zip(_leaves(sizes), copies.pop(0), strict=True))
                 signed = {leaf: manifest.signature(array) for leaf, array in own.items()}
                 body["sections"].append(
                     [
@@ -226,20 +241,27 @@ class Checkpointer:
                         for n, size in sizes.items()
                     ]
                 )
+                if k in self._mine:
+                    # Waits for the devices, in this thread; the copies are freed on the way.
+                    arrays[k] = jax.device_get(own)
+            if self.pipe.on_nonfinite == "stop" and any(
+                own["record/0"][fault.FORWARD : fault.PENDING].max() >= 0 for own in arrays.values()
+            ):
+                return
+            self._write_arrays(partial / stored.ARRAYS, arrays)
+            if not self._writer:
+                return
+            data = jax.device_get(jax.random.key_data(key)).tolist()
+            body["key"] = [str(jax.random.key_impl(key)), data]
             body["extra"] = manifest.encoded(extra)
-            # Orbax takes no array without elements; the manifest has all that there is to such.
-            entries = {
-                f"stage_{k}": {n: v for n, v in own.items() if v.size}
-                for k, own in enumerate(arrays)
-            }
-            # On a disk that fills while it writes, Orbax shows a traceback for each of its threads.
-            self._check_room([array.nbytes for own in arrays for array in own.values()])
-            ocp.save_checkpointables(partial / stored.ARRAYS, entries)
             manifest.write(partial, body)
             _remove(final)
             partial.rename(final)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if self._mark:
+                part.fail(partial / stored.ARRAYS)
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         # What came after a checkpoint that was restored was damaged.
         self._damaged.discard(body["step"])
@@ -249,6 +271,20 @@ class Checkpointer:
         for step in [*self._damaged, *(s for s in good[self.keep :] if s != best)]:
             _remove(self._folder(step))
         self._damaged.clear()
+
+    def _write_arrays(self, folder: pathlib.Path, arrays: dict[int, dict[str, np.ndarray]]) -> None:
+        """This process's stages; the writer of the manifest waits for those of the others."""
+        # On a disk that fills while it writes, Orbax shows a traceback for each of its threads.
+        self._check_room([array.nbytes for own in arrays.values() for array in own.values()])
+        # Orbax takes no array without elements; the manifest has all that there is to such.
+        entries = {k: {n: v for n, v in own.items() if v.size} for k, own in arrays.items()}
+        if not self._mark:
+            ocp.save_checkpointables(folder, {stored.entry(k): v for k, v in entries.items()})
+            return
+        for k, own in entries.items():
+            part.write(folder, k, own)
+        if self._writer:
+            part.wait(folder, self.pipe.num_stages, self._abandoned)
 
     def _check_room(self, sizes: list[int]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -265,6 +301,10 @@ def _remove(path: pathlib.Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _copies(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(leaf) for leaf in leaves]
 
 
 def _leaves(sizes: dict[str, int]) -> list[str]:

@@ -207,7 +207,7 @@ def score(folder: pathlib.Path) -> float:
     return found if isinstance(found, float) and not math.isnan(found) else math.inf
 
 
-def signature(array: np.ndarray) -> list[Any]:
+def signature(array: np.ndarray | jax.Array) -> list[Any]:
     """Dtype and shape of an array, fit for JSON."""
     return [str(array.dtype), list(array.shape)]
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fdg_jax import fault
+from fdg_jax import distributed, fault
 from fdg_jax.fault import NonFiniteError
 from fdg_jax.fit import fit, signature
 from fdg_jax.layer import Key, Layer, LossFn, PyTree, typed_key
-from fdg_jax.placement import stage_meshes
+from fdg_jax.placement import put, stage_meshes
 from fdg_jax.schedule import Schedule
 from fdg_jax.stage import Stage
 from fdg_jax.state import PipelineState, StageState
@@ -52,6 +52,8 @@ class Pipeline:
         state and model state stay as they are, and an accumulation goes on without it; `left_out`
         counts. "stop": the same, and `step` and `drain` raise a `NonFiniteError` as soon as the
         host knows of it without waiting, which is at most ``max_ahead`` ticks later.
+      shard_optimizer: whether the devices of a stage share out its optimizer's state, where they
+        would each have all of it; arrays that they do not divide stay whole in each.
 
     Raises:
       ValueError: arguments that do not fit together; the message names the argument and the remedy.
@@ -82,6 +84,7 @@ class Pipeline:
         gradient: str = "stale",
         max_ahead: int = 4,
         on_nonfinite: str = "ignore",
+        shard_optimizer: bool = False,
     ) -> None:
         stages = list(stages)
         if len(stages) != schedule.num_stages:
@@ -123,6 +126,7 @@ class Pipeline:
                     first=k == 0,
                     loss_fn=loss_fn if last else None,
                     keep_residuals=gradient == "stale",
+                    shard_optimizer=shard_optimizer,
                 )
             )
         # The programs of each of the last ticks, with their tokens; no part of the training state.
@@ -149,7 +153,7 @@ class Pipeline:
         for stage in self.stages:
             params, model_state, opt_state, x = stage.init(key, x)
             counts = (np.zeros((), np.int32), self.record())
-            own_key, (number, record) = jax.device_put((key, counts), stage.replicated)
+            own_key, (number, record) = put((key, counts), stage.replicated)
             own = (params, model_state, opt_state, own_key, number, record)
             states.append(StageState.fresh(*own))
         return PipelineState(0, 0, key, tuple(states))
@@ -244,13 +248,18 @@ class Pipeline:
         """How many micro-batches each stage did not learn from, since they were not finite.
 
         Args:
-          state: any state of a pipeline that does not ignore them; this waits for it.
+          state: any state; this waits for it, and every process calls it.
 
         Returns:
           K counts; zeros where nobody looked.
         """
-        records = jax.device_get([own.record for own in state.stages])
-        return [0 if record is None else int(record[fault.LEFT_OUT]) for record in records]
+        if self.on_nonfinite == "ignore":
+            return [0] * self.num_stages
+        counts = [
+            int(jax.device_get(own.record)[fault.LEFT_OUT]) if stage.here else 0
+            for stage, own in zip(self.stages, state.stages, strict=True)
+        ]
+        return [int(n) for n in distributed.gather(np.array(counts, np.int32)).max(axis=0)]
 
     def check(self) -> None:
         """Waits for all that has been dispatched.
@@ -284,7 +293,7 @@ class Pipeline:
         """Lets fewer than ``allowed`` ticks be under way, and looks at those that have ended."""
         if len(self._ticks) < (allowed or self.max_ahead):
             return
-        done = self._ticks.popleft()
+        done = [program for program in self._ticks.popleft() if self.stages[program.stage].here]
         for program in done:
             try:
                 jax.block_until_ready(program.token)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fdg_jax import fault
 from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key, output_of
-from fdg_jax.placement import BATCH_AXIS
+from fdg_jax.placement import BATCH_AXIS, absent, put, spread
 from fdg_jax.residual import Residuals, Stash, split_inexact
 
 
@@ -37,6 +37,8 @@ class Stage:
       first: whether it is next to the input: then nobody asks for the input's gradient.
       loss_fn: of the last stage, else None.
       keep_residuals: whether a forward leaves its residuals for the backward.
+      shard_optimizer: whether the devices share out the optimizer's state, where they would each
+        have all of it: the first stage of ZeRO (Rajbhandari et al. 2020, section 5.1).
 
     Programs take and return a record (`fdg_jax.fault`). With it, what is not finite leaves weights,
     optimizer state and model state as they are; without (None), nothing is looked at.
@@ -52,6 +54,7 @@ class Stage:
         first: bool,
         loss_fn: LossFn | None,
         keep_residuals: bool = True,
+        shard_optimizer: bool = False,
     ) -> None:
         self.layer = layer
         end = start + layer.size - 1
@@ -61,6 +64,7 @@ class Stage:
         self.first = first
         self.loss_fn = loss_fn
         self.keep_residuals = keep_residuals
+        self.shard_optimizer = shard_optimizer
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.sharded = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
@@ -80,6 +84,16 @@ class Stage:
         self.split = jax.jit(self._split, static_argnames="count")
         self.average = jax.jit(lambda trees: jax.tree.map(lambda *v: sum(v) / len(v), *trees))
 
+    @property
+    def owner(self) -> int:
+        """The process that speaks for this stage: the one with its first device."""
+        return int(self.mesh.devices.flat[0].process_index)
+
+    @property
+    def here(self) -> bool:
+        """Whether this process has some of the stage's devices."""
+        return bool(self.mesh.local_devices)
+
     def init(self, key: Key, x: PyTree) -> tuple[PyTree, PyTree, optax.OptState, PyTree]:
         """Parameters, model state and optimizer state, born on this stage's devices.
 
@@ -90,15 +104,30 @@ class Stage:
         Returns:
           params, model state, optimizer state, and the shapes and dtypes of the output.
         """
-        device = self.mesh.devices.flat[0]
+        if not self.here:
+            params, model_state, opt_state, y = self.shapes(x)
+            params, model_state = absent((params, model_state), self.replicated)
+            return params, model_state, absent(opt_state, self.shared(opt_state)), y
+        device = self.mesh.local_devices[0]
         with jax.default_device(device), jax.transfer_guard("allow"):
             example = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), x)
             made = self.layer.init(jax.device_put(key, device), example)
             # A layer may return arrays of its user's: donation must not delete those.
             own = jax.device_put(jax.tree.map(jnp.array, made), device)
-            params, model_state = jax.device_put(own, self.replicated)
-            opt_init = jax.jit(lambda p: jax.tree.map(jnp.copy, self.optimizer.init(p)))
-            opt_state = jax.device_put(opt_init(params), self.replicated)
+            if not self.replicated.is_fully_addressable:
+                own = jax.device_get(own)
+            params, model_state = put(own, self.replicated)
+            shared = self.shared(jax.eval_shape(self.optimizer.init, params))
+            opt_init = jax.jit(
+                lambda p: jax.tree.map(jnp.copy, self.optimizer.init(p)), out_shardings=shared
+            )
+            opt_state = opt_init(params)
+        return params, model_state, opt_state, output_of(self.layer, params, model_state, x)
+
+    def shapes(self, x: PyTree) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        """Shapes and dtypes of what `init` returns for inputs like ``x``; nothing is computed."""
+        params, model_state = jax.eval_shape(self.layer.init, jax.random.key(0), x)
+        opt_state = jax.eval_shape(self.optimizer.init, params)
         return params, model_state, opt_state, output_of(self.layer, params, model_state, x)
 
     def output(
@@ -204,7 +233,10 @@ class Stage:
         self, params: PyTree, opt_state: optax.OptState, gradient: PyTree
     ) -> tuple[PyTree, optax.OptState]:
         updates, opt_state = self.optimizer.update(gradient, opt_state, params)
-        return self._whole(optax.apply_updates(params, updates)), self._whole(opt_state)
+        if self.mesh.size > 1:
+            shared = self.shared(opt_state)
+            opt_state = jax.tree.map(jax.lax.with_sharding_constraint, opt_state, shared)
+        return self._whole(optax.apply_updates(params, updates)), opt_state
 
     def _update(
         self,
@@ -312,3 +344,9 @@ class Stage:
     def placement(self, leaf: Any) -> NamedSharding:
         """Where a leaf of an input, label or cotangent of this stage lives."""
         return self.sharded if getattr(leaf, "ndim", 0) else self.replicated
+
+    def shared(self, opt_state: PyTree) -> PyTree:
+        """Where the optimizer's state lives."""
+        if self.shard_optimizer:
+            return spread(opt_state, self.mesh)
+        return jax.tree.map(lambda leaf: self.replicated, opt_state)

@@ -14,11 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tensorstore as ts
 
 from fdg_jax import causes, inventory, manifest
 from fdg_jax.layer import PyTree
 from fdg_jax.pipeline import Pipeline
+from fdg_jax.placement import absent, put
 from fdg_jax.state import PipelineState
 
 ARRAYS = "arrays"
@@ -63,7 +65,10 @@ def load(
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     manifest.verify(folder, body, _BYTE * size + _EACH * len(leaves) + _REST)
     # All is read before any of it is used: what comes after this is no question of the checkpoint.
-    arrays = [read(folder / ARRAYS / f"stage_{k}", own) for k, own in enumerate(abstract)]
+    arrays = [
+        read(folder / ARRAYS / entry(k), own) if pipe.stages[k].here else elsewhere(own)
+        for k, own in enumerate(abstract)
+    ]
     stages = []
     for k, (stage, template) in enumerate(zip(pipe.stages, templates, strict=True)):
         # Programs of this stage's devices donate these: they must be buffers of JAX's own.
@@ -75,10 +80,10 @@ def load(
             )
             for name, found in body["sections"][k]
         }
-        own_key = jax.device_put(key, stage.replicated)
+        own_key = put(key, stage.replicated)
         today = pipe.gradient == "recompute"
         # Whether anybody looks may change from one run to the next.
-        fresh = jax.device_put(pipe.record(), stage.replicated)
+        fresh = put(pipe.record(), stage.replicated)
         record = fresh if fresh is None else parts.get("record", fresh)
         counts = body["counts"][k]
         stages.append(causes.rebuild(stage, today, own_key, counts, parts, record))
@@ -102,14 +107,12 @@ def read(folder: pathlib.Path, expected: Mapping[str, jax.ShapeDtypeStruct]) -> 
       Damaged: one is missing, cannot be read, or is another.
     """
     context = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})
-    base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
     opened, found = {}, {}
     try:
         for name, like in expected.items():
             if like.size:  # Orbax takes no array without elements
-                spec = {"driver": "zarr3", "kvstore": {**base, "path": f"{name}/"}}
                 opened[name] = ts.open(
-                    spec,
+                    spec(folder, name),
                     read=True,
                     open=True,
                     context=context,
@@ -128,11 +131,28 @@ def read(folder: pathlib.Path, expected: Mapping[str, jax.ShapeDtypeStruct]) -> 
         reason = str(error).partition(" [tensorstore_spec=")[0]
         raise manifest.Damaged(f"{folder.name}: {reason}") from error
     return {
-        name: jax.device_put(
-            values[name] if like.size else jnp.zeros(like.shape, like.dtype), like.sharding
-        )
+        name: put(values[name] if like.size else np.zeros(like.shape, like.dtype), like.sharding)
         for name, like in expected.items()
     }
+
+
+def elsewhere(expected: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """The arrays of a stage that another process has: here their shapes alone."""
+    return {name: absent(like, like.sharding) for name, like in expected.items()}
+
+
+def spec(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """Where TensorStore finds an array of a stage's entry."""
+    files = {"driver": "file", "path": f"{folder}/"}
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "ocdbt", "base": files, "path": f"{name}/"},
+    }
+
+
+def entry(k: int) -> str:
+    """The name of stage k's entry."""
+    return f"stage_{k}"
 
 
 def leaf(section: str, i: int) -> str:

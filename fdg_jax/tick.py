@@ -19,6 +19,7 @@ import numpy as np
 
 from fdg_jax.fault import Record, StageError
 from fdg_jax.layer import PyTree
+from fdg_jax.placement import put
 from fdg_jax.residual import Stash
 from fdg_jax.schedule import Action, Schedule
 from fdg_jax.stage import Stage
@@ -224,7 +225,7 @@ class Tick:
 
     def update(self, k: int) -> jax.Array:
         s, stage = self.stages[k], self.programs[k]
-        held = jax.device_put(np.int32(s.held), stage.replicated)
+        held = put(np.int32(s.held), stage.replicated)
         params, opt_state, token, record = stage.update(
             s.params,
             s.opt_state,
@@ -327,4 +328,4 @@ def send(tree: PyTree, stage: Stage, name: str = "inputs", microbatches: int = 1
                 f"{name}: a batch of {leaf.shape[0] // microbatches} does not divide over the "
                 f"{stage.mesh.size} devices of a stage; take a multiple"
             )
-    return jax.device_put(tree, jax.tree.map(stage.placement, tree))
+    return put(tree, jax.tree.map(stage.placement, tree))

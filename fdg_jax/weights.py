@@ -80,7 +80,7 @@ def read(folder: str | os.PathLike[str], stages: Sequence[Layer], example: PyTre
             leaves = jax.tree.leaves(template[k])
             own |= {stored.leaf(name, i): leaf for i, leaf in enumerate(leaves)}
     manifest.verify(folder, body)
-    found = [stored.read(folder / ARRAYS / f"stage_{k}", own) for k, own in enumerate(expected)]
+    found = [stored.read(folder / ARRAYS / stored.entry(k), own) for k, own in enumerate(expected)]
     parts: list[list[PyTree]] = []
     for name, template in zip(Weights._fields, templates, strict=True):
         parts.append([])

@@ -1,0 +1,214 @@
+"""Starts a run of several processes on this machine.
+
+    python -m experiments.launch --num_processes=2 -- python -m experiments.cifar --num_stages=2 ...
+
+The command gets --coordinator, --num_processes and --process_id; its processes' lines are shown
+with their numbers, and kept in a file each with --logs. The first that fails ends all, and the
+exit status is its own; with --restarts they start again from the newest checkpoint, with
+--nooverwrite and --resume. Ctrl-C and SIGTERM go to all.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import FrameType
+from typing import IO
+
+from absl import flags
+
+from experiments import command, measured, setup
+from experiments.errors import UsageError
+from fdg_jax import distributed
+
+FLAGS = flags.FLAGS
+# Seconds for the others to say what they know before they are killed.
+GRACE = 3.0
+TAIL = 20  # lines
+# Statuses of a process that others need not be killed for: done, and stopped because it was asked.
+PEACEFUL = (0, 75)
+USAGE = 2
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("num_processes", 2, "Processes to start.", lower_bound=1)
+    flags.DEFINE_integer("restarts", 0, "How often to start again after a failure.", lower_bound=0)
+    flags.DEFINE_string("logs", None, "Folder for process-0.log, process-1.log and so on.")
+
+
+class Member:
+    """One process, its lines, and the thread that reads them.
+
+    Args:
+      number: which.
+      command: what to run; in a group of its own, so that nothing of it is left behind.
+      environment: for it.
+      log: where its lines go too.
+      ended: hears of its end.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        command: list[str],
+        environment: dict[str, str],
+        log: IO[bytes] | None,
+        ended: queue.SimpleQueue[Member],
+    ) -> None:
+        self.number = number
+        self.last: collections.deque[str] = collections.deque(maxlen=TAIL)
+        self._log = log
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._wait, args=(ended,), daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            text = line.decode(errors="replace").rstrip()
+            self.last.append(text)
+            # As one string: others write too.
+            sys.stdout.write(f"[{self.number}] {text}\n")
+            sys.stdout.flush()
+            if self._log is not None:
+                self._log.write(line)
+                self._log.flush()
+
+    def _wait(self, ended: queue.SimpleQueue[Member]) -> None:
+        self.process.wait()
+        ended.put(self)
+
+    @property
+    def status(self) -> int:
+        """As a shell would say it: 128 and more for a signal."""
+        code = self.process.returncode
+        return 128 - code if code < 0 else code
+
+    @property
+    def fate(self) -> str:
+        """How it ended, in words."""
+        code = self.process.returncode
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"ended with status {code}"
+
+    def send(self, number: int) -> None:
+        """A signal to all that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def finish(self) -> None:
+        """Nothing of it is left when this returns."""
+        self.send(signal.SIGKILL)
+        self.process.wait()
+        self._reader.join(timeout=GRACE)
+
+
+def once(arguments: list[str], count: int, logs: pathlib.Path | None) -> Member | None:
+    """Runs all processes to their end; the first that failed, or one that was asked to stop."""
+    ended: queue.SimpleQueue[Member] = queue.SimpleQueue()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if count >= measured.cores():
+        environment["XLA_FLAGS"] = setup.one_thread(environment.get("XLA_FLAGS", ""))
+    address = f"127.0.0.1:{distributed.free_port()}"
+    members: list[Member] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for member in members:
+            member.send(number)
+
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, forward))
+        for i in range(count):
+            log = (
+                None
+                if logs is None
+                else stack.enter_context((logs / f"process-{i}.log").open("ab"))
+            )
+            place = [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={i}"]
+            member = Member(i, [*arguments, *place], environment, log, ended)
+            stack.callback(member.finish)
+            members.append(member)
+        asked = None
+        for _ in members:
+            member = _next(ended)
+            if member.status not in PEACEFUL:
+                _settle(members)
+                return member
+            asked = member if member.status else asked
+        return asked
+
+
+def _next(ended: queue.SimpleQueue[Member]) -> Member:
+    """The next to end; in short waits, since Python handles signals between them."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return ended.get(timeout=0.2)
+
+
+def _settle(members: list[Member]) -> None:
+    """A moment for the others to end by themselves."""
+    end = time.monotonic() + GRACE
+    while time.monotonic() < end and any(m.process.poll() is None for m in members):
+        time.sleep(0.05)
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        raise UsageError(
+            "no command: give it after --, such as -- python -m experiments.cifar --num_stages=2"
+        )
+    logs = None if FLAGS.logs is None else pathlib.Path(FLAGS.logs).expanduser()
+    try:
+        if logs is not None:
+            logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--logs={FLAGS.logs}: cannot be made ({error.strerror})") from error
+    more: list[str] = []
+    for left in range(FLAGS.restarts, -1, -1):
+        try:
+            failed = once([*arguments, *more], FLAGS.num_processes, logs)
+        except OSError as error:
+            raise UsageError(f"{arguments[0]}: cannot be run ({error.strerror})") from error
+        if failed is None or failed.status in PEACEFUL:
+            sys.exit(0 if failed is None else failed.status)
+        print(f"process {failed.number} {failed.fate}; its last lines:", file=sys.stderr)
+        for line in failed.last:
+            print(f"[{failed.number}] {line}", file=sys.stderr)
+        again = left > 0 and failed.status != USAGE
+        what = f"starting again, {left - 1} more times at most" if again else "all are ended"
+        print(
+            f"process {failed.number} of {FLAGS.num_processes} {failed.fate}; {what}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if not again:
+            sys.exit(failed.status)
+        # A run that has begun goes on, whatever the command said of the one before it.
+        more = ["--nooverwrite", "--resume"]
+
+
+if __name__ == "__main__":
+    define_flags()
+    # What stands after -- is no flag of this program.
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    own, rest = sys.argv[:end], sys.argv[end + 1 :]
+    sys.argv = own
+    command.run(lambda: main(rest))

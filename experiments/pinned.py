@@ -1,0 +1,158 @@
+"""Two processes with a core each against one process with one core: what the second core brings.
+
+    python -m experiments.pinned
+
+FDG with K = 2 on the network of the benchmark, one stage a process, against the same two stages,
+and against plain back-propagation, in one process. Every process is pinned to one core. They take
+turns: a round starts each once, lets it warm up, and times --steps steps. Prints medians, the
+ratios round by round, and the bytes that the two processes send each other in a step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import command, contender, machine, setup, tables
+from experiments.errors import UsageError
+from experiments.workload import Settings, Workload
+from fdg_jax import distributed
+
+FLAGS = flags.FLAGS
+# What is timed: how many processes, and which contender of the benchmark.
+CASES = {
+    "two processes, fdg": (2, "fdg"),
+    "one process, fdg": (1, "fdg"),
+    "one process, backprop": (1, "backprop"),
+}
+TWO = next(iter(CASES))
+MARK = "measured "
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
+    flags.DEFINE_integer("steps", 20, "Steps that are timed, in every round.", lower_bound=1)
+    flags.DEFINE_string("model", "plain16", "As in experiments.benchmark.")
+    flags.DEFINE_integer("image_size", 16, "Pixels.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 32, "Images a mini-batch.", lower_bound=1)
+    flags.DEFINE_float("max_load", 0.5, "Cores that others may use; more is said to be unfair.")
+    flags.DEFINE_integer("seconds", 900, "Longest time of one process.", lower_bound=1)
+    flags.DEFINE_string("case", None, "Used between its own processes.")
+    flags.DEFINE_string("coordinator", None, "The same.")
+    flags.DEFINE_integer("process_id", 0, "The same.")
+
+
+def member() -> None:
+    """One process of a case: says what it measured, if it has the last stage."""
+    count, name = CASES[FLAGS.case]
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[FLAGS.process_id]})
+    setup.prepare_jax(1)
+    if count > 1:
+        distributed.initialize(FLAGS.coordinator, count, FLAGS.process_id)
+    settings = Settings(
+        workdir="none",
+        model=FLAGS.model,
+        image_size=FLAGS.image_size,
+        batch_size=FLAGS.batch_size,
+        partition="flops",
+    )
+    settings.check()
+    one = contender.make(name, Workload(settings))
+    one.turn(one.fill + FLAGS.steps)
+    found: dict[str, Any] = {"seconds": one.turn(FLAGS.steps) / FLAGS.steps}
+    if isinstance(one, contender.Piped):
+        found["bytes"] = sent(one)
+        if not one.pipe.stages[-1].here:
+            return
+    print(MARK + json.dumps(found), flush=True)
+
+
+def sent(one: contender.Piped) -> int:
+    """Bytes of a step's messages between the stages: activations, and as many of gradients."""
+    total, x = 0, jax.eval_shape(lambda v: v, one.batch[0])
+    pairs = zip(one.pipe.stages[:-1], one.state.stages[:-1], strict=True)
+    for stage, own in pairs:
+        x = stage.output(own.params, own.model_state, x, own.key, own.number)
+        total += sum(2 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
+    return total
+
+
+def measure(case: str) -> dict[str, Any]:
+    """Starts the processes of a case and waits for them.
+
+    Raises:
+      UsageError: one failed, or took too long.
+    """
+    address = f"127.0.0.1:{distributed.free_port()}"
+    own = [f"--{name}={FLAGS[name].value}" for name in ("steps", "model", "image_size")]
+    own += [f"--batch_size={FLAGS.batch_size}", f"--case={case}", f"--coordinator={address}"]
+    started = []
+    try:
+        for i in range(CASES[case][0]):
+            program = [sys.executable, "-m", "experiments.pinned", *own, f"--process_id={i}"]
+            started.append(
+                subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            )
+        texts = [p.communicate(timeout=FLAGS.seconds)[0].decode() for p in started]
+    except subprocess.TimeoutExpired as error:
+        raise UsageError(f"--seconds={FLAGS.seconds}: {case} took longer; give more") from error
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    lines = [line for text in texts for line in text.splitlines() if line.startswith(MARK)]
+    if any(p.returncode for p in started) or len(lines) != 1:
+        raise UsageError(f"{case} failed: {' '.join(texts)[-500:]}")
+    found: dict[str, Any] = json.loads(lines[0].removeprefix(MARK))
+    return found
+
+
+def show(seconds: dict[str, Sequence[float]], size: int) -> None:
+    """The table, for Markdown."""
+    print(
+        "| case | ms a step, median (least to largest) | two processes are so many times as fast |"
+    )
+    print("| --- | ---: | ---: |")
+    for case, values in seconds.items():
+        ms = [1000 * v for v in values]
+        ratios = [b / a for a, b in zip(seconds[TWO], values, strict=True)]
+        print(
+            f"| {case} | {statistics.median(ms):.1f} ({min(ms):.1f} to {max(ms):.1f}) | "
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+        )
+    print(f"\nBytes sent in a step, both ways together: {size:,}")
+
+
+def main() -> None:
+    if FLAGS.case is not None:
+        member()
+        return
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        raise UsageError("cores: two processes need two cores to be pinned to; there are fewer")
+    found, reason = machine.at_rest(FLAGS.max_load)
+    for line in tables.about_machine({**setup.environment(), **found}):
+        print(line)
+    if reason:
+        print(f"NOT A FAIR COMPARISON: {reason}")
+    seconds: dict[str, list[float]] = {case: [] for case in CASES}
+    size = 0
+    for _ in range(FLAGS.rounds):
+        for case in CASES:
+            measured = measure(case)
+            seconds[case].append(measured["seconds"])
+            size = measured.get("bytes", size)
+    show(dict(seconds), size)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)

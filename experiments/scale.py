@@ -1,0 +1,146 @@
+"""What many devices would reach: K stages times data parallelism, simulated.
+
+    python -m experiments.scale
+
+No device is used and nothing is trained. A mini-batch has --images a device. Each of the K stages
+has D / K devices; they share every mini-batch, and after a backward they sum the gradients of the
+stage's weights in a ring, which the backward waits for. K = 1 is data parallelism alone. Printed is
+how much of D devices' own speed is left, in percent, as a table for Markdown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+from experiments import command, methods
+from experiments.errors import UsageError
+from fdg_jax.schedule import create
+from fdg_jax.simulate import Costs, simulate
+
+FLAGS = flags.FLAGS
+METHODS = [name for name, method in methods.METHODS.items() if not method.one_stage]
+# Bytes per second that a device sends, one way, and seconds that a message takes on top.
+NETWORKS = ["NVLink:450e9:3e-6", "InfiniBand:50e9:5e-6", "Ethernet:3.125e9:30e-6"]
+
+
+def define_flags() -> None:
+    flags.DEFINE_list("devices", ["8", "64", "512"], "Numbers of devices D.")
+    flags.DEFINE_list("stages", ["1", "2", "4", "8"], "Numbers of stages K; each divides every D.")
+    flags.DEFINE_list("methods", ["fdg", "ddg", "one_f_one_b"], f"Any of {', '.join(METHODS)}.")
+    flags.DEFINE_list("networks", NETWORKS, "name:bytes a second of a device:seconds a message.")
+    flags.DEFINE_integer("images", 32, "Of a mini-batch, a device.", lower_bound=1)
+    flags.DEFINE_float("flops", 24.6e9, "Of an image: forward and backward of the whole network.")
+    flags.DEFINE_float("speed", 100e12, "FLOP/s that a device sustains.")
+    flags.DEFINE_float("parameter_bytes", 102.4e6, "Of the whole network's gradients.")
+    flags.DEFINE_float("boundary_bytes", 1.6e6, "Of an image's activations between two stages.")
+    flags.DEFINE_integer("microbatches", 16, "Of gpipe and one_f_one_b.", lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What carries messages.
+
+    Attributes:
+      name: of the kind.
+      bandwidth: bytes per second, one way, of each device.
+      latency: seconds on top of every message.
+    """
+
+    name: str
+    bandwidth: float
+    latency: float
+
+    def message(self, size: float) -> float:
+        """Seconds of a message of so many bytes."""
+        return self.latency + size / self.bandwidth
+
+    def all_reduce(self, size: float, devices: int) -> float:
+        """Seconds to sum arrays of so many bytes over devices in a ring.
+
+        .. math:: 2 (G - 1) \\left(l + \\frac{s}{G b}\\right)
+
+        Patarasuk and Yuan (2009), "Bandwidth optimal all-reduce algorithms", section 3.
+        """
+        return 2 * (devices - 1) * self.message(size / devices)
+
+
+def network(text: str) -> Network:
+    """One of --networks.
+
+    Raises:
+      UsageError: it is none.
+    """
+    name, *rest = text.split(":")
+    try:
+        bandwidth, latency = (float(part) for part in rest)
+    except ValueError:
+        bandwidth, latency = 0.0, 0.0
+    if not (0 < bandwidth < float("inf") and 0 <= latency < float("inf")):
+        raise UsageError(
+            f"--networks={text}: give name:bytes a second:seconds, such as IB:50e9:5e-6"
+        )
+    return Network(name, bandwidth, latency)
+
+
+def costs(devices: int, stages: int, its: Network) -> Costs:
+    """Of one mini-batch in each stage's group of devices."""
+    alone = FLAGS.images * FLAGS.flops / FLAGS.speed
+    group = devices // stages
+    # A device has K times the images of data parallelism, and 1 / K of the network.
+    summing = its.all_reduce(FLAGS.parameter_bytes / stages, group)
+    return Costs(
+        forward=[alone / 3] * stages,
+        backward=[2 * alone / 3 + summing] * stages,
+        transfer=FLAGS.images * stages * FLAGS.boundary_bytes / its.bandwidth,
+        latency=its.latency,
+    )
+
+
+def efficiency(method: str, devices: int, stages: int, its: Network) -> float:
+    """Images per second of all devices over those of as many devices that need nobody."""
+    alone = FLAGS.images * FLAGS.flops / FLAGS.speed
+    options: dict[str, Any] = {"microbatches": FLAGS.microbatches}
+    name = "backprop" if stages == 1 else methods.METHODS[method].schedule
+    run = simulate(create(name, stages, **options), costs(devices, stages, its))
+    return run.throughput * alone
+
+
+def whole(name: str) -> list[int]:
+    """A flag's whole numbers above 0."""
+    given: list[str] = getattr(FLAGS, name)
+    if not given or not all(text.isdecimal() and int(text) for text in given):
+        raise UsageError(f"--{name}={','.join(given)}: give whole numbers above 0, such as 8,64")
+    return [int(text) for text in given]
+
+
+def main() -> None:
+    devices, stages = whole("devices"), whole("stages")
+    networks = [network(text) for text in FLAGS.networks]
+    for d in devices:
+        for k in stages:
+            if d % k:
+                raise UsageError(
+                    f"--stages={k}: does not divide --devices={d}; choose one that does"
+                )
+    for name in FLAGS.methods:
+        if name not in METHODS:
+            raise UsageError(f"--methods={name}: no such method; allowed are {', '.join(METHODS)}")
+    for name in ("flops", "speed", "parameter_bytes", "boundary_bytes"):
+        if not 0 < getattr(FLAGS, name) < float("inf"):
+            raise UsageError(f"--{name}={getattr(FLAGS, name)}: must be above 0")
+    heads = ["network", "D", "method", *(f"K={k}" for k in stages)]
+    print("| " + " | ".join(heads) + " |")
+    print("| --- | ---: | --- |" + " ---: |" * len(stages))
+    for its in networks:
+        for d in devices:
+            for method in FLAGS.methods:
+                cells = [f"{100 * efficiency(method, d, k, its):.1f}" for k in stages]
+                print(f"| {its.name} | {d} | {method} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)

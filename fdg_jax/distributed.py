@@ -1,0 +1,275 @@
+"""One run in several processes: how they find one another, and what they tell one another.
+
+Every process runs the same program and dispatches the same actions in the same order. JAX runs, in
+each, the programs of the devices that are its own; of arrays elsewhere it has the shape alone. So
+the pipeline's loop is the same in one process and in many, and nothing waits for a process but
+what is said here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from fdg_jax.layer import PyTree
+
+CONNECT_SECONDS = 120.0
+# A process that has not been heard of for so long is dead, and JAX ends the others.
+HEARTBEAT_SECONDS = 20
+# Sockets of a CPU's transfers, and how many bytes each sends at a time. Measured.
+_SOCKETS, _CHUNK = 4, 1 << 22
+_LAST_WORDS = 1.0
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    seconds: float = CONNECT_SECONDS,
+) -> None:
+    """Joins the processes of a run; before anything else that starts JAX's devices.
+
+    Without arguments they are those that SLURM, Open MPI or Kubernetes started, as
+    ``jax.distributed.initialize`` detects them. On CPUs it sets what transfers between processes
+    need, with free ports.
+
+    Args:
+      coordinator: "host:port" of process 0, the same in every process.
+      num_processes: how many there are.
+      process_id: which this is, 0 to num_processes - 1.
+      seconds: how long they may take to find one another. Where JAX itself would abort the
+        process, it ends with a line that says why, and status 2.
+
+    Raises:
+      ValueError: arguments that do not fit together; a port that is taken; a coordinator that
+        cannot be reached; processes with different numbers of devices.
+    """
+    given = (coordinator, num_processes, process_id)
+    if any(value is None for value in given) and any(value is not None for value in given):
+        raise ValueError(
+            f"coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: "
+            "give all three, or none where SLURM, Open MPI or Kubernetes starts the processes"
+        )
+    begin = time.monotonic()
+    own_host = socket.gethostname()
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        if not 0 <= process_id < num_processes:
+            raise ValueError(
+                f"process_id={process_id}: must lie in 0..{num_processes - 1} with "
+                f"num_processes={num_processes}"
+            )
+        host, port = _address(coordinator)
+        if process_id == 0:
+            _free(coordinator, port)
+            own_host = host
+        else:
+            own_host = _reach(coordinator, host, port, seconds)
+    transfers = _cpu_alone()
+    if transfers:
+        _set_transfers(own_host)
+    left = max(seconds - (time.monotonic() - begin), 1.0)
+    with _deadline(
+        left,
+        f"coordinator={coordinator or 'as detected'}: not all of the "
+        f"{num_processes or 'detected'} processes came within {seconds:g} s; start them together, "
+        "with the same coordinator and num_processes",
+    ):
+        # SIGTERM stays the program's own: JAX's service would take it.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            # Ours ends first: at its own, JAX aborts the process.
+            initialization_timeout=int(seconds) + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+        devices = jax.devices()
+    if jax.default_backend() == "cpu" and not transfers:
+        raise ValueError(
+            "JAX_PLATFORMS: there is a plugin for accelerators but no accelerator; set it to cpu"
+        )
+    counts = [sum(d.process_index == i for d in devices) for i in range(jax.process_count())]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"devices: the processes have {', '.join(map(str, counts))}; give each the same number"
+        )
+
+
+def agree(values: Mapping[str, Any], seconds: float = CONNECT_SECONDS) -> None:
+    """Compares what must be the same in every process; every process calls this.
+
+    Args:
+      values: by name, fit for JSON.
+      seconds: how long a process waits for the others; then it ends with a line, and status 2.
+
+    Raises:
+      ValueError: this process, or for process 0 any other, has another value than process 0.
+    """
+    # Alone, JAX need not have started yet.
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    names = sorted(values)
+    with _deadline(
+        seconds, f"process {jax.process_index()}: the others did not answer within {seconds:g} s"
+    ):
+        if np.ptp(gather(_digest(names)), axis=0).any():
+            raise ValueError("processes run different programs: install the same version in each")
+        texts = {name: json.dumps(values[name]) for name in names}
+        found = gather(np.stack([_digest(text) for text in texts.values()]))
+    for name, column in zip(names, np.moveaxis(found, 1, 0), strict=True):
+        other = [i for i, digest in enumerate(column) if (digest != column[0]).any()]
+        if other and jax.process_index() in (0, *other):
+            raise ValueError(
+                f"{name}={texts[name]} in process {jax.process_index()}: process "
+                f"{other[0] if jax.process_index() == 0 else 0} has another value; give every "
+                "process the same"
+            )
+        if other:
+            raise ValueError(f"{name}: process {other[0]} has another value than process 0")
+
+
+def gather(value: np.ndarray | np.generic) -> np.ndarray:
+    """What every process says; every process calls this, and waits for the others.
+
+    Args:
+      value: of the same shape and dtype in every process, of 32 bits or fewer an element.
+
+    Returns:
+      The values with a new first axis, the process.
+
+    Example:
+      >>> gather(np.arange(2))
+      array([[0, 1]])
+    """
+    if jax.process_count() == 1:
+        return np.asarray(value)[None]
+    with jax.transfer_guard("allow"):
+        return np.asarray(multihost_utils.process_allgather(value))
+
+
+def fetch(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Copies for the processes that have some devices of ``sharding``; every process calls this.
+
+    Args:
+      tree: replicated arrays of any stage.
+      sharding: replicated, of the stage whose processes want them.
+
+    Returns:
+      numpy arrays there, None elsewhere.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    there = jax.device_put(tree, sharding)
+    return jax.device_get(there) if sharding.addressable_devices else None
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process, at once if it is one of several: JAX would wait for the others first."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:
+            # Its end aborts the others, who may have to say what was wrong with them.
+            time.sleep(_LAST_WORDS)
+        os._exit(status)
+    sys.exit(status)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on."""
+    with socket.create_server((host, 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ValueError(f"coordinator={coordinator}: give host:port, such as 10.0.0.1:1234")
+    return host.strip("[]"), int(port)
+
+
+def _free(coordinator: str, port: int) -> None:
+    """Process 0 listens on the port; JAX would share it with another, or wait."""
+    try:
+        socket.create_server(("", port), reuse_port=False).close()
+    except OSError as error:
+        raise ValueError(
+            f"coordinator={coordinator}: process 0 cannot listen there "
+            f"({os.strerror(error.errno or 0)}); choose another port"
+        ) from error
+
+
+def _reach(coordinator: str, host: str, port: int, seconds: float) -> str:
+    """Waits until process 0 answers; the address that this process has on the way there."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=min(seconds, 5)) as there:
+                return str(there.getsockname()[0])
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"coordinator={coordinator}: nobody answers there within {seconds:g} s "
+                    f"({error.strerror or error}); start process 0, or mend the address"
+                ) from error
+            time.sleep(0.2)
+
+
+def _cpu_alone() -> bool:
+    """Whether JAX can find nothing but CPUs."""
+    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if chosen:
+        return bool(chosen.split(",")[0] == "cpu")
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not plugins and importlib.util.find_spec("libtpu") is None
+
+
+def _set_transfers(host: str) -> None:
+    """What device_put between processes needs on CPUs; accelerators bring their own."""
+    address = socket.gethostbyname(host)
+    settings = {
+        "jax_force_dcn_cross_host_transfers": True,
+        # A port of 0 would hang.
+        "jax_cross_host_transfer_socket_address": f"{address}:{free_port(address)}",
+        "jax_cross_host_transfer_transfer_size": _CHUNK,
+        "jax_cross_host_transport_addresses": ",".join([f"{address}:0"] * _SOCKETS),
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float, message: str) -> Iterator[None]:
+    """Ends the process with ``message`` where what is inside takes longer; it waits in C++."""
+
+    def end() -> None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _digest(value: Any) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(json.dumps(value).encode()).digest(), np.uint8)

@@ -1,0 +1,72 @@
+"""Runs of several processes, for tests: each has a deadline, and none outlives its test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from tests.conftest import CACHE
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Far beyond what is needed: a test that hangs must end, a slow machine must not fail one.
+SECONDS = 300.0
+
+
+class Result(NamedTuple):
+    """How a process ended, and what it said on standard output and error."""
+
+    status: int
+    text: str
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that runs the package as it is here, on CPUs, without warnings."""
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
+    }
+    return {**kept, **cache, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **more}
+
+
+@contextlib.contextmanager
+def started(
+    commands: Sequence[Sequence[str]], **more: str
+) -> Iterator[list[tuple[subprocess.Popen, pathlib.Path]]]:
+    """Starts ``python -m`` commands; each in a group of its own that is killed at the end."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        found = []
+        for i, command in enumerate(commands):
+            path = pathlib.Path(folder, str(i))
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=ROOT,
+                env=environment(**more),
+                stdin=subprocess.DEVNULL,
+                stdout=stack.enter_context(path.open("wb")),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            stack.callback(_kill, process)
+            found.append((process, path))
+        yield found
+
+
+def run(commands: Sequence[Sequence[str]], seconds: float = SECONDS, **more: str) -> list[Result]:
+    """Runs commands side by side to their end; those that take longer are killed, and fail."""
+    with started(commands, **more) as found:
+        return [Result(process.wait(timeout=seconds), path.read_text()) for process, path in found]
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
