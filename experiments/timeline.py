@@ -33,7 +33,7 @@ class Watch:
       step: the first step of this process; a run that goes on records anew.
 
     Raises:
-      UsageError: the run is too short.
+      UsageError: the run is too short, or has several processes.
     """
 
     def __init__(self, run: Setup, step: int) -> None:
@@ -45,6 +45,11 @@ class Watch:
         self._begin = step + least
         self._middle = self._begin + config.timeline + 1
         self._end = self._middle + config.profile
+        if config.timeline + config.profile and jax.process_count() > 1:
+            raise UsageError(
+                f"--timeline={config.timeline} and --profile={config.profile}: the clocks of "
+                f"{jax.process_count()} processes cannot be compared; watch a run of one process"
+            )
         if step == 0 and config.timeline + config.profile and self._end > run.total_steps:
             raise UsageError(
                 f"--timeline={config.timeline} and --profile={config.profile}: need "

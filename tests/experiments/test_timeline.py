@@ -93,6 +93,13 @@ def test_a_run_that_is_too_short_is_refused():
     timeline.Watch(run_of(40, timeline=20), 30)  # a run that goes on is not refused for it
 
 
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UsageError, match="--timeline=20 .* clocks of 2 processes"):
+        timeline.Watch(run_of(100, timeline=20), 0)
+    timeline.Watch(run_of(100), 0)
+
+
 def test_a_run_that_goes_on_too_late_says_that_there_is_no_timeline(capsys):
     lines = []
     watch = timeline.Watch(run_of(40, timeline=20), 30)
