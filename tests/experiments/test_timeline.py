@@ -95,7 +95,7 @@ def test_a_run_that_is_too_short_is_refused():
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UsageError, match="--timeline=20 .* clocks of 2 processes"):
+    with pytest.raises(UsageError, match=r"--timeline=20 .* clocks of 2 processes"):
         timeline.Watch(run_of(100, timeline=20), 0)
     timeline.Watch(run_of(100), 0)
 
