@@ -91,14 +91,20 @@ def initialize(
     ):
         # SIGTERM stays the program's own: JAX's service would take it.
         jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            # Ours ends first: at its own, JAX aborts the process.
-            initialization_timeout=int(seconds) + 60,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                # Ours ends first: at its own, JAX aborts the process.
+                initialization_timeout=int(seconds) + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"coordinator={coordinator}: SLURM, Open MPI or Kubernetes does not say who is in "
+                f"this run ({error}); give coordinator, num_processes and process_id"
+            ) from error
         devices = jax.devices()
     if jax.default_backend() == "cpu" and not transfers:
         raise ValueError(

@@ -37,8 +37,8 @@ class Stage:
       first: whether it is next to the input: then nobody asks for the input's gradient.
       loss_fn: of the last stage, else None.
       keep_residuals: whether a forward leaves its residuals for the backward.
-      shard_optimizer: whether the devices share out the optimizer's state, where they would each
-        have all of it: the first stage of ZeRO (Rajbhandari et al. 2020, section 5.1).
+      shard_optimizer: whether the devices share out the optimizer's state (ZeRO's first stage,
+        Rajbhandari et al. 2020, section 5.1).
 
     Programs take and return a record (`fdg_jax.fault`). With it, what is not finite leaves weights,
     optimizer state and model state as they are; without (None), nothing is looked at.
@@ -86,7 +86,7 @@ class Stage:
 
     @property
     def owner(self) -> int:
-        """The process that speaks for this stage: the one with its first device."""
+        """The process that speaks for the stage: the one with its first device."""
         return int(self.mesh.devices.flat[0].process_index)
 
     @property
@@ -105,9 +105,8 @@ class Stage:
           params, model state, optimizer state, and the shapes and dtypes of the output.
         """
         if not self.here:
-            params, model_state, opt_state, y = self.shapes(x)
-            params, model_state = absent((params, model_state), self.replicated)
-            return params, model_state, absent(opt_state, self.shared(opt_state)), y
+            *own, opt_state, y = self.shapes(x)
+            return *absent(own, self.replicated), absent(opt_state, self.shared(opt_state)), y
         device = self.mesh.local_devices[0]
         with jax.default_device(device), jax.transfer_guard("allow"):
             example = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), x)
@@ -234,8 +233,7 @@ class Stage:
     ) -> tuple[PyTree, optax.OptState]:
         updates, opt_state = self.optimizer.update(gradient, opt_state, params)
         if self.mesh.size > 1:
-            shared = self.shared(opt_state)
-            opt_state = jax.tree.map(jax.lax.with_sharding_constraint, opt_state, shared)
+            opt_state = jax.lax.with_sharding_constraint(opt_state, self.shared(opt_state))
         return self._whole(optax.apply_updates(params, updates)), opt_state
 
     def _update(

@@ -77,6 +77,7 @@ def test_what_is_wrong_at_the_start_is_said_in_one_line_before_the_deadline():
     wrong = {
         "not all of the 2 processes came within 3 s": changed(alone[0], seconds=3.0),
         "nobody answers there within 3 s": changed(nobody[1], seconds=3.0),
+        "SLURM, Open MPI or Kubernetes does not say": ["tests.member", '{"runs": []}'],
         "devices: the processes have 1, 2": unequal[0],
         "devices: the processes have 1, 2;": changed(unequal[1], local_devices=2),
         "steps=1 in process 0: process 1 has another value": differing[0],
