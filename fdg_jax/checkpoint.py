@@ -163,6 +163,13 @@ class Checkpointer:
         if failure:
             warnings.warn(failure, stacklevel=3)
 
+    def tidy(self) -> None:
+        """Removes what a save that was killed has left: a checkpoint that is not whole, and older
+        ones than stay. Every `save` does so; a run that was killed in its last one does no more.
+        """
+        self.wait()
+        self._tidy()
+
     def close(self) -> None:
         """Waits for the last save, at the end of a run."""
         self.wait()
@@ -181,6 +188,16 @@ class Checkpointer:
     def _steps(self) -> list[int]:
         """Newest first."""
         return manifest.steps(self.directory)
+
+    def _tidy(self) -> None:
+        for left in self.directory.glob(".step-*"):
+            _remove(left)
+        good = [step for step in self._steps() if step not in self._damaged]
+        scores = {step: manifest.score(self._folder(step)) for step in good}
+        best = min(good, key=lambda step: (scores[step], -step), default=None)
+        for step in good[self.keep :]:
+            if step != best:
+                _remove(self._folder(step))
 
     def _guarded(self, body: dict[str, Any], *rest: Any) -> None:
         """In the thread. A save that fails, as on a full disk, must not end the training."""
@@ -201,8 +218,7 @@ class Checkpointer:
         key: jax.Array,
         extra: Any,
     ) -> None:
-        for left in self.directory.glob(".step-*"):  # of a save that was killed
-            _remove(left)
+        self._tidy()
         final = self._folder(body["step"])
         partial = final.with_name(f".{final.name}")
         try:
@@ -243,12 +259,10 @@ class Checkpointer:
             raise
         # What came after a checkpoint that was restored was damaged.
         self._damaged.discard(body["step"])
-        good = [step for step in self._steps() if step not in self._damaged]
-        scores = {step: manifest.score(self._folder(step)) for step in good}
-        best = min(good, key=lambda step: (scores[step], -step))
-        for step in [*self._damaged, *(s for s in good[self.keep :] if s != best)]:
+        for step in self._damaged:
             _remove(self._folder(step))
         self._damaged.clear()
+        self._tidy()
 
     def _check_room(self, sizes: list[int]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
