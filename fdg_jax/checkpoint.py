@@ -168,7 +168,10 @@ class Checkpointer:
         ones than stay. Every `save` does so; a run that was killed in its last one does no more.
         """
         self.wait()
-        self._tidy()
+        try:
+            self._tidy()
+        except OSError as error:  # the run can do without, and the next save tries again
+            warnings.warn(f"{self.directory}: what is left stays ({error})", stacklevel=2)
 
     def close(self) -> None:
         """Waits for the last save, at the end of a run."""
