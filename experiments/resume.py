@@ -142,6 +142,7 @@ class Checkpoints:
                 "was; add --overwrite, which starts it anew"
             )
         self._run.loader.set_state(extra["loader"])
+        self.checkpointer.tidy()
         return state, extra
 
     @property

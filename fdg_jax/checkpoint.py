@@ -184,6 +184,16 @@ class Checkpointer:
         if failure:
             warnings.warn(failure, stacklevel=3)
 
+    def tidy(self) -> None:
+        """Removes what a save that was killed has left: a checkpoint that is not whole, and older
+        ones than stay. Every `save` does so; a run that was killed in its last one does no more.
+        """
+        self.wait()
+        try:
+            self._tidy()
+        except OSError as error:  # the run can do without, and the next save tries again
+            warnings.warn(f"{self.directory}: what is left stays ({error})", stacklevel=2)
+
     def close(self) -> None:
         """Waits for the last save, at the end of a run."""
         self.wait()
@@ -206,6 +216,19 @@ class Checkpointer:
         """Newest first."""
         return manifest.steps(self.directory)
 
+    def _tidy(self) -> None:
+        if not self._writer:
+            return
+        for left in self.directory.glob(".step-*"):  # of a save that was killed
+            if not (self._mark and left.name.endswith(self._mark)):
+                _remove(left)
+        good = [step for step in self._steps() if step not in self._damaged]
+        scores = {step: manifest.score(self._folder(step)) for step in good}
+        best = min(good, key=lambda step: (scores[step], -step), default=None)
+        for step in good[self.keep :]:
+            if step != best:
+                _remove(self._folder(step))
+
     def _guarded(self, body: dict[str, Any], *rest: Any) -> None:
         """In the thread. A save that fails, as on a full disk, must not end the training."""
         try:
@@ -225,11 +248,9 @@ class Checkpointer:
         key: jax.Array,
         extra: Any,
     ) -> None:
+        self._tidy()
         final = self._folder(body["step"])
         partial = final.with_name(f".{final.name}{self._mark}")
-        for left in self.directory.glob(".step-*"):  # of a save that was killed
-            if self._writer and not (self._mark and left.name.endswith(self._mark)):
-                _remove(left)
         try:
             body["sections"], arrays = [], {}
             for k, sizes in enumerate(names):
@@ -265,12 +286,10 @@ class Checkpointer:
             raise
         # What came after a checkpoint that was restored was damaged.
         self._damaged.discard(body["step"])
-        good = [step for step in self._steps() if step not in self._damaged]
-        scores = {step: manifest.score(self._folder(step)) for step in good}
-        best = min(good, key=lambda step: (scores[step], -step))
-        for step in [*self._damaged, *(s for s in good[self.keep :] if s != best)]:
+        for step in self._damaged:
             _remove(self._folder(step))
         self._damaged.clear()
+        self._tidy()
 
     def _write_arrays(self, folder: pathlib.Path, arrays: dict[int, dict[str, np.ndarray]]) -> None:
         """This process's stages; the writer of the manifest waits for those of the others."""

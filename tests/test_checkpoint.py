@@ -200,6 +200,18 @@ def test_bad_arguments(tmp_path):
         Checkpointer(tmp_path, make()).save(None, -1)
 
 
+def test_what_a_save_that_was_killed_has_left_is_removed(tmp_path):
+    pipe, data = make(), networks.batches(4)
+    state = pipe.init(jax.random.key(7), data[0][0])
+    with Checkpointer(tmp_path, pipe, keep=4) as checkpoints:
+        for step in range(4):
+            checkpoints.save(state, step, score=0.5 if step == 1 else None)
+    (tmp_path / ".step-000000004").mkdir()
+    (tmp_path / "step-000000000" / "manifest.json").unlink()
+    Checkpointer(tmp_path, pipe, keep=1).tidy()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000001", "step-000000003"]
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> pathlib.Path:
     """Checkpoints of steps 3 and 5, whose extra is the step."""

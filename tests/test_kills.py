@@ -14,31 +14,32 @@ from tests.kills.run import make_images, torment
 
 
 @pytest.mark.parametrize(
-    ("setting", "orders", "phases"),
+    ("setting", "orders", "expected"),
     [
         (
             Setting("fdg", "recompute_stale", 3),
-            # After the checkpoint in the fill; in the middle of writing one.
-            [Order("fill:4"), Order("array file:4")],
-            [("fill", None), (None, "arrays")],
+            # Back to the checkpoint that was taken in the fill; in the middle of writing another.
+            [Order("saved:1"), Order("array file:4")],
+            [{"newest": 3, "save": "none"}, {"save": "arrays"}],
         ),
         (
             Setting("adl", "recompute", 2),
             # From outside, while it trains; after half of the drain.
             [Order(lines=30, seconds=0.02), Order("drain tick:2")],
-            [(None, None), ("drain", None)],
+            [{"how": "outside"}, {"how": "aimed", "main": "drain", "step": 30}],
         ),
     ],
     ids=lambda value: value.name if isinstance(value, Setting) else "",
 )
-def test_a_run_that_is_killed_ends_as_an_undisturbed_one(setting, orders, phases, tmp_path):
+def test_a_run_that_is_killed_ends_as_an_undisturbed_one(setting, orders, expected, tmp_path):
     make_images(tmp_path / "images")
     found = torment(setting, orders, tmp_path / "images", tmp_path)
     assert found["differences"] == [[]]
     assert found["missed"] == []
-    for kill, (main, save) in zip(found["kills"], phases, strict=True):
-        assert kill["main"] == (main or kill["main"])
-        assert kill["save"] == (save or kill["save"])
+    assert len(found["kills"]) == len(expected)
+    for kill, part in zip(found["kills"], expected, strict=True):
+        assert kill | part == kill
+    assert found["kills"][-1]["newest"] > 0  # all would begin anew otherwise
 
 
 def test_the_settings_are_a_spread():

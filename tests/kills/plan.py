@@ -26,7 +26,13 @@ SAVES = [
 ]
 RESTORES = ["restore:1", "restored:1", "write metrics.jsonl:1", "wrote metrics.jsonl:1"]
 DRAINS = ["drain:1", "drained:1", "drain tick:1", "drain tick:2"]
-ENDS = ["last copies:1", "write curves.png:1", "write summary.json:1", "wrote summary.json:1"]
+ENDS = [
+    "last copies:1",
+    "last removed:1",
+    "write curves.png:1",
+    "write summary.json:1",
+    "wrote summary.json:1",
+]
 
 
 @dataclasses.dataclass(frozen=True)

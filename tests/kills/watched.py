@@ -49,9 +49,16 @@ class Watch:
         self._kill = kill
         self.main, self.save, self.step = "start", "none", 0
         self.behind = ""  # the phase after an evaluation
+        self.last = False  # whether the checkpoint being written is that of the drained state
 
     def at(self, moment: str, *, main: str | None = None, save: str | None = None) -> None:
-        """The program is at ``moment``, and in another phase from now on if one is named."""
+        """The program is at ``moment``, and in another phase from now on if one is named.
+
+        With "last " before them, moments of the thread that writes are those of the checkpoint of
+        the drained state.
+        """
+        if self.last and threading.current_thread() is not threading.main_thread():
+            moment = f"last {moment}"
         with self._lock:
             self.main, self.save = main or self.main, save or self.save
             where = {"moment": moment, "main": self.main, "save": self.save, "step": self.step}
@@ -190,8 +197,8 @@ def watch_saves(watch: Watch) -> None:
 
     def writing(write: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*given: Any) -> None:
-            # The last checkpoint, of the drained state, is a moment of its own.
-            watch.at("last copies" if watch.main == "end" else "copies", save="copies")
+            watch.last = watch.main == "end"
+            watch.at("copies", save="copies")
             try:
                 write(*given)
             finally:
