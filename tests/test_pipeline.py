@@ -305,7 +305,7 @@ def test_a_batch_that_fails_in_training_only_loses_nothing():
     state = pipe.init(jax.random.key(0), data[0][0])
     for batch in data:
         state, _ = pipe.step(state, batch)
-    with pytest.raises(ValueError, match="batch: does not fit"):
+    with pytest.raises(ValueError, match=r"batch 3: does not fit stage 0 \(layer 0\): "):
         pipe.step(state, (data[0][0][:6], data[0][1][:6]))
     state, _ = pipe.step(state, data[0])
     assert state.tick == 4
