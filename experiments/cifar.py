@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cluster, command, config, methods, training
+from experiments import cluster, command, config, methods, training, writers
 from experiments.config import Config
 from experiments.errors import UsageError
 
@@ -75,6 +75,12 @@ HELP = {
     "checkpoint_every_minutes": "A checkpoint also after so many minutes without one; 0: none.",
     "keep_checkpoints": "How many of the newest checkpoints stay, beside the one with the lowest "
     "evaluated error.",
+    "timeline": "Ticks of which is recorded what ran when, as soon as all programs have been "
+    "compiled: timeline.json (for Perfetto) and timeline.png; 0: none.",
+    "profile": "Ticks after those that JAX's profiler traces, into the workdir's folder profile, "
+    "for TensorBoard or XProf; 0: none.",
+    "writers": f"Where metrics go beside metrics.jsonl: any of {', '.join(writers.WRITERS)}, with "
+    "commas. wandb is offline unless WANDB_MODE says otherwise.",
     "resume": "Whether an unfinished run in the workdir goes on from its newest good checkpoint, "
     "as if it had never stopped; --noresume refuses a workdir that holds a run.",
     "overwrite": "Whether an earlier run in the workdir is replaced, finished or not.",

@@ -15,11 +15,13 @@ from experiments.errors import Failed, Stopped, UsageError
 from fdg_jax import distributed
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], takes: str = "") -> None:
     """Runs ``main`` after parsing the flags; what the user can mend is one line and status 2.
 
     Args:
       main: reads ``absl.flags.FLAGS``.
+      takes: what the arguments are that are no flags; ``main`` is given them as a list. Empty:
+        there are none.
     """
 
     def parse(arguments: Sequence[str]) -> Sequence[str]:
@@ -29,7 +31,7 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(0)
         try:
             rest = flags.FLAGS(arguments)
-            if len(rest) > 1:
+            if len(rest) > 1 and not takes:
                 raise UsageError(f"{rest[1]}: not a flag; flags are written --name=value")
         except (flags.Error, UsageError, OSError, UnicodeError) as error:
             fail(error)
@@ -39,10 +41,9 @@ def run(main: Callable[[], None]) -> None:
         return rest
 
     def guarded(arguments: Sequence[str]) -> None:
-        del arguments
         warnings.showwarning = one_line
         try:
-            main()
+            main(*([list(arguments[1:])] if takes else []))
         except UsageError as error:
             fail(error)
         except Stopped as stopped:

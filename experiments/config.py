@@ -8,7 +8,7 @@ import math
 import unicodedata
 from collections.abc import Iterator
 
-from experiments import methods
+from experiments import methods, writers
 from experiments.errors import UsageError
 from fdg_jax.pipeline import GRADIENTS
 
@@ -28,6 +28,9 @@ FREE = (
     "checkpoint_every_minutes",
     "keep_checkpoints",
     "on_nonfinite",
+    "timeline",
+    "profile",
+    "writers",
 )
 
 
@@ -75,6 +78,9 @@ class Config:
     checkpoint_every_steps: int = 500
     checkpoint_every_minutes: float = 10.0
     keep_checkpoints: int = 3
+    timeline: int = 0
+    profile: int = 0
+    writers: str = ""
     resume: bool = True
     overwrite: bool = False
 
@@ -107,7 +113,9 @@ class Config:
             self._bound("accumulate", 1)
         for name in ("steps", "seed", "validation_size", "train_size", "crop_padding"):
             self._bound(name, 0)
-        self._bound("checkpoint_every_steps", 0)
+        for name in ("checkpoint_every_steps", "timeline", "profile"):
+            self._bound(name, 0)
+        writers.check(self.writers)
         if self.checkpoint_every_minutes < 0:
             raise UsageError(
                 f"--checkpoint_every_minutes={self.checkpoint_every_minutes:g}: must be 0 or more; "

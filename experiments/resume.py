@@ -20,6 +20,8 @@ import fdg_jax as fdg
 from experiments.config import FREE, Config
 from experiments.errors import UsageError
 from experiments.setup import Setup
+from experiments.timeline import PROFILE
+from experiments.writers import WRITERS
 from fdg_jax import distributed
 from fdg_jax.checkpoint import Checkpointer
 
@@ -54,11 +56,11 @@ def find(config: Config) -> Earlier | None:
     Raises:
       UsageError: the run there has other settings, or its config.json cannot be read.
     """
-    folder = pathlib.Path(config.workdir).expanduser()
-    path = folder / "config.json"
+    if config.overwrite:
+        return None
     try:
-        if config.overwrite:
-            return None
+        folder = pathlib.Path(config.workdir).expanduser()
+        path = folder / "config.json"
         if not path.is_file():
             # A new run must not find the checkpoints of another later on.
             if (folder / FOLDER).exists():
@@ -86,9 +88,18 @@ def find(config: Config) -> Earlier | None:
     return Earlier(there, (folder / "summary.json").is_file())
 
 
+def folders(config: Config) -> tuple[str, ...]:
+    """What goes, beside the files, where a new run begins."""
+    if config.overwrite and (pathlib.Path(config.workdir).expanduser() / "config.json").is_file():
+        return (FOLDER, PROFILE, *WRITERS)
+    # Folders of these names may be somebody else's.
+    return (FOLDER,)
+
+
 def _shown(value: Any) -> str:
-    text = ",".join(map(_shown, value)) if isinstance(value, list) else str(value)
-    return f"{value:g}" if isinstance(value, float) else text[:200]
+    if isinstance(value, list):
+        value = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+    return str(value)[:200]
 
 
 class Checkpoints:
@@ -125,6 +136,11 @@ class Checkpoints:
             raise UsageError(
                 f"--workdir={config.workdir}: {error}; --overwrite does that"
             ) from error
+        if not _fits(extra, state.tick):
+            raise UsageError(
+                f"--workdir={config.workdir}: the newest checkpoint does not say where the run "
+                "was; add --overwrite, which starts it anew"
+            )
         self._run.loader.set_state(extra["loader"])
         return state, extra
 
@@ -163,6 +179,26 @@ class Checkpoints:
         if self.checkpointer.latest() == step:
             return f"stopped after step {step}; the same command goes on"
         return f"stopped after step {step}; the same command goes on from an older checkpoint"
+
+
+def _fits(extra: Any, step: int) -> bool:
+    """Whether ``extra`` is what a run saves beside the state after ``step`` steps; a stranger may
+    have made it."""
+    match extra:
+        case {
+            "step": int(there),
+            "lines": int(lines),
+            "waiting": list(waiting),
+            "best": int() | float(),
+            "evaluated": None | {"loss": int() | float(), "error": int() | float()},
+            "clocks": [int() | float(), int(), int() | float()],
+            "loader": {"position": int(position)},
+        }:
+            parts = [m if isinstance(m, dict) else {} for m in waiting]
+            values = [part.get(name) for part in parts for name in ("batch", "loss", "error")]
+            whole = all(isinstance(value, int | float) for value in values)
+            return whole and there == position == step and lines >= 0
+    return False
 
 
 class Stop:

@@ -10,7 +10,6 @@ most of it for K = 64.
 
 from __future__ import annotations
 
-import io
 import json
 import pathlib
 import sys
@@ -18,11 +17,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
 
-from experiments import command, methods, workdir
+from experiments import command, gantt, methods, workdir
 from experiments.errors import UsageError
 from experiments.screen import Screen
 from fdg_jax.schedule import Schedule, create
@@ -32,9 +28,8 @@ from fdg_jax.timeline import Timeline
 FLAGS = flags.FLAGS
 METHODS = [name for name, method in methods.METHODS.items() if not method.one_stage]
 DEFAULT_METHODS = ["backprop", "fdg", "ddg", "pipedream", "gpipe", "one_f_one_b", "adl"]
+FILES = ("simulate.json", "timeline.png", "timeline.trace.json")
 BLOCKS = ("ideal", "transfer", "slow")
-COLOURS = {"F": "#9ec5e8", "B": "#f6c08a", "U": "#2e7d32"}
-NAMES = {"F": "forward", "B": "backward", "U": "update"}
 
 
 def define_flags() -> None:
@@ -160,53 +155,6 @@ HEADS = [
 ]
 
 
-def draw(run: Timeline, title: str) -> bytes:
-    """A PNG of the events: stages down, time across."""
-    stages = run.schedule.num_stages
-    shortest = min(e.end - e.start for e in run.events if e.end > e.start)
-    width = min(max(0.36 * run.makespan / shortest, 8), 60)
-    figure = Figure(figsize=(width, 1.4 + 0.55 * stages), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    traced = run.events[-1].action.batch // 3
-    inches = (width - 1) / run.makespan
-    for event in run.events:
-        kind, k, seconds = event.action.kind, event.action.stage, event.end - event.start
-        if kind == "U" and seconds == 0:  # takes no time: a mark
-            axis.plot([event.end] * 2, [k - 0.4, k + 0.4], color=COLOURS["U"], linewidth=2.5)
-            axis.text(event.end, k - 0.41, "U", ha="center", va="bottom", fontsize=6)
-            continue
-        this = event.action.batch == traced and kind != "U"
-        box = Rectangle(
-            (event.start, k - 0.4),
-            seconds,
-            0.8,
-            facecolor=COLOURS[kind],
-            edgecolor="black" if this else "white",
-            linewidth=1.8 if this else 0.6,
-            zorder=3 if this else 1,
-        )
-        axis.add_patch(box)
-        fits = 72 * seconds * inches / (0.75 * len(event.action.label))
-        if fits >= 5:
-            text = axis.text(event.start + seconds / 2, k, event.action.label, zorder=4)
-            text.set(ha="center", va="center", fontsize=min(fits, 9))
-            text.set_color("white" if kind == "U" else "black")
-    axis.set_xlim(0, 1.002 * run.makespan)
-    axis.set_ylim(stages - 0.5, -0.5)
-    axis.set_yticks(range(stages), [f"stage {k}" for k in range(stages)])
-    axis.tick_params(axis="y", length=0)
-    axis.set_xlabel("seconds")
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    handles = [Patch(color=COLOURS[kind], label=NAMES[kind]) for kind in COLOURS]
-    handles.append(Patch(facecolor="white", edgecolor="black", label=f"batch {traced}"))
-    axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False)
-    axis.set_title(title, loc="left", fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
 def files() -> Iterator[tuple[str, bytes]]:
     """The picture and the trace of --draw."""
     method, num_stages, block = FLAGS.draw, drawn_stages(), FLAGS.draw_block
@@ -217,8 +165,8 @@ def files() -> Iterator[tuple[str, bytes]]:
         timeline(method, num_stages, its),
     )
     title = f"{method}, {num_stages} stages, {block}: {steady.speedup:.2f} x backprop"
-    yield "timeline.png", draw(run, title)
-    yield "timeline.trace.json", (json.dumps(run.chrome_trace()) + "\n").encode()
+    yield FILES[1], gantt.draw([(title, run)])
+    yield FILES[2], (json.dumps(run.chrome_trace()) + "\n").encode()
 
 
 def drawn_stages() -> int:
@@ -250,11 +198,12 @@ def check() -> list[int]:
         plan(FLAGS.draw, drawn_stages())
         if costs(drawn_stages(), FLAGS.draw_block) is None:
             raise UsageError(f"--draw_block={FLAGS.draw_block}: the flags leave it out; draw ideal")
-        if any(pathlib.Path(FLAGS.workdir, name).exists() for name in workdir.FILES):
+        others = set(workdir.FILES) - set(FILES)
+        if any(pathlib.Path(FLAGS.workdir, name).exists() for name in others):
             raise UsageError(
                 f"--workdir={FLAGS.workdir}: holds a training run; name another folder"
             )
-        workdir.check(FLAGS.workdir, overwrite=False)
+        workdir.check(FLAGS.workdir, overwrite=True, files=FILES)
     return stages
 
 
@@ -281,9 +230,9 @@ def main() -> None:
     )
     if FLAGS.workdir is not None:
         drawn = dict(files())
-        folder = workdir.Workdir(FLAGS.workdir, overwrite=False)
+        folder = workdir.Workdir(FLAGS.workdir, overwrite=True, files=FILES)
         settings = {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
-        folder.write_json("simulate.json", {"flags": settings, "blocks": blocks})
+        folder.write_json(FILES[0], {"flags": settings, "blocks": blocks})
         for name, content in drawn.items():
             folder.write_bytes(name, content)
         screen.line(f"wrote simulate.json, {', '.join(drawn)} to {FLAGS.workdir}")

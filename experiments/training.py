@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fdg_jax as fdg
-from experiments import cluster, curves, data, resume, setup, workdir
+from experiments import cluster, curves, data, resume, setup, timeline, workdir, writers
 from experiments.config import Config
 from experiments.errors import Failed, Stopped
 from experiments.screen import Screen, conclude, introduce
@@ -59,11 +59,13 @@ def run(config: Config) -> dict[str, Any]:
     saved = checkpoints.restore() if earlier is not None else None
     state, past = saved if saved is not None else (pipe.init(model_key, example), resume.NOTHING)
 
+    watch = timeline.Watch(run, past["step"])
+
     # --- What the run is, on disk and on screen.
     out = workdir.Workdir(
         config.workdir,
         overwrite=config.overwrite,
-        folders=(resume.FOLDER,),
+        folders=resume.folders(config),
         resume=earlier is not None,
         writes=writes,
     )
@@ -159,11 +161,13 @@ def run(config: Config) -> dict[str, Any]:
         screen,
         failures(checkpoints),
         checkpoints.checkpointer,
+        writers.attached(config.writers if writes else "", out, described),
         resume.Stop() as stop,
         jax.transfer_guard("disallow"),
     ):
         clock = time.perf_counter()
         for step in range(past["step"], run.total_steps):
+            watch.before(step)
             images, labels = fetch(loader, step)
             images, number = put((images, np.int32(step)), (first.sharded, first.replicated))
             x = augment(augment_key, number, images, mean, std)
@@ -229,6 +233,7 @@ def run(config: Config) -> dict[str, Any]:
     }
     title = f"{config.model} on {run.dataset.name}: {config.method}, K = {len(run.stages)}"
     out.write_bytes("curves.png", curves.draw(out.metrics(), title))
+    watch.write(out, screen)
     out.write_json("summary.json", summary)  # the last: a run that has it is finished
     conclude(screen, run, summary)
     distributed.gather(np.int32(run.total_steps))

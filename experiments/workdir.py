@@ -13,10 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.errors import UsageError
+from experiments.writers import Writer
 
 # Seconds that a full disk is waited for.
 PATIENCE = 20.0
-FILES = ("config.json", "metrics.jsonl", "summary.json", "curves.png")
+FILES = (
+    *("config.json", "metrics.jsonl", "summary.json", "curves.png"),
+    *("timeline.json", "timeline.png"),
+)
 
 
 class Workdir:
@@ -47,6 +51,7 @@ class Workdir:
         self.path = pathlib.Path(path).expanduser()
         self.writes = writes
         self.lines = 0  # of metrics.jsonl
+        self.writers: list[Writer] = []
         if not writes:
             return
         check(path, overwrite=overwrite or resume, files=files)
@@ -106,6 +111,8 @@ class Workdir:
                 if error.errno != errno.ENOSPC or time.monotonic() > deadline:
                     raise self._unwritten("metrics.jsonl", error) from error
                 time.sleep(0.1)
+        for writer in self.writers:
+            writer.write(self.lines, clean)
         self.lines += 1
 
     def cut_metrics(self, lines: int) -> None:

@@ -102,9 +102,9 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       Damaged: the manifest is missing, too large, or not as it was written.
     """
+    if folder.is_symlink() or not folder.is_dir():
+        raise Damaged("it is no folder")
     try:
-        if folder.is_symlink() or not folder.is_dir():
-            raise Damaged("it is no folder")
         whole = json.loads(_text(folder / NAME))
         body: dict[str, Any] = whole["body"]
         if whole["sha256"] != _body_hash(body):

@@ -25,7 +25,7 @@ from fdg_jax.placement import put, stage_meshes
 from fdg_jax.schedule import Schedule
 from fdg_jax.stage import Stage
 from fdg_jax.state import PipelineState, StageState
-from fdg_jax.tick import Done, Metrics, Tick, failure, send
+from fdg_jax.tick import Done, Metrics, Tick, Watch, failure, send
 
 GRADIENTS = ("stale", "recompute_stale", "recompute")
 
@@ -131,6 +131,8 @@ class Pipeline:
             )
         # The programs of each of the last ticks, with their tokens; no part of the training state.
         self._ticks: collections.deque[list[Done]] = collections.deque()
+        # Who sees what is dispatched; `fdg_jax.recorder.Recorder` sets it.
+        self.watch: Watch | None = None
         self._loss_fn = loss_fn
         self._fitting: set[Any] = set()
 
@@ -268,6 +270,11 @@ class Pipeline:
         while self._ticks:
             self._wait(1)
 
+    @property
+    def idle(self) -> bool:
+        """Whether it is known that nothing of what was dispatched still runs."""
+        return not self._ticks
+
     def record(self) -> np.ndarray | None:
         """A stage's record in which nothing has gone wrong, or None where nobody looks."""
         return None if self.on_nonfinite == "ignore" else fault.fresh()
@@ -280,7 +287,7 @@ class Pipeline:
             self._fitting.add(shapes)
 
     def _tick(self, state: PipelineState) -> Tick:
-        return Tick(self.stages, self.schedule, self.gradient == "recompute", state)
+        return Tick(self.stages, self.schedule, self.gradient == "recompute", state, self.watch)
 
     def _wait(self, allowed: int | None = None) -> None:
         """Lets fewer than ``allowed`` ticks be under way, and looks at those that have ended."""

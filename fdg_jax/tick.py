@@ -9,8 +9,10 @@ Every call below returns before its program has run.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -43,6 +45,16 @@ class Done(NamedTuple):
     token: jax.Array
 
 
+class Watch(Protocol):
+    """Somebody who sees what is dispatched, while it is; must not wait for a device."""
+
+    def entered(self, batch: int, inputs: PyTree) -> None:
+        """A mini-batch enters; ``inputs`` are on the first stage's devices, never donated."""
+
+    def dispatched(self, actions: Sequence[Action], since: float, token: jax.Array) -> None:
+        """A program, of actions of one stage, whose dispatch began at ``time.perf_counter()``."""
+
+
 class Tick:
     """A state being changed.
 
@@ -51,14 +63,21 @@ class Tick:
       schedule: how mini-batches are divided, gradients reduced, versions kept.
       today: whether a backward uses the weights of its own day, and not those of its forward.
       state: what this starts from; it is not written to, but its buffers may be donated.
+      watch: who sees what is dispatched.
     """
 
     def __init__(
-        self, programs: Sequence[Stage], schedule: Schedule, today: bool, state: PipelineState
+        self,
+        programs: Sequence[Stage],
+        schedule: Schedule,
+        today: bool,
+        state: PipelineState,
+        watch: Watch | None = None,
     ) -> None:
         self.programs = programs
         self.schedule = schedule
         self.today = today
+        self.watch = watch
         self.last = len(programs) - 1
         self.key = state.key
         self.batch, self.origin = int(state.tick), int(state.origin)
@@ -84,6 +103,8 @@ class Tick:
             parts = stage.split(sent, count=count) if count > 1 else [sent]
             waiting = own.activations if name == "inputs" else own.labels
             waiting.update({self.batch * count + m: part for m, part in enumerate(parts)})
+            if self.watch is not None and name == "inputs":
+                self.watch.entered(self.batch, sent)
 
     def run(self, actions: Sequence[Action]) -> None:
         """Dispatches actions in their order."""
@@ -92,11 +113,16 @@ class Tick:
             k = first.stage
             n = (first.batch + self.origin) * self.schedule.microbatches + (first.micro or 0)
             kinds = "".join(action.kind for action in group)
+            group = tuple(replace(action, batch=action.batch + self.origin) for action in group)
+            since = time.perf_counter()
             try:
-                token = self.dispatch(kinds, k, n, first.version)
+                with jax.profiler.TraceAnnotation(name_of(group)):
+                    token = self.dispatch(kinds, k, n, first.version)
             except Exception as error:
                 raise failure(self.programs, k, kinds, self.batch_of(n), error) from error
             self.done.append(Done(k, kinds, self.batch_of(n), token))
+            if self.watch is not None:
+                self.watch.dispatched(group, since, token)
 
     def batch_of(self, n: int) -> int:
         """The mini-batch that micro-batch n is part of."""
@@ -258,6 +284,11 @@ def failure(
         k,
         batch,
     )
+
+
+def name_of(actions: Sequence[Action]) -> str:
+    """A program's actions and stage: F3 B3 U@1."""
+    return f"{' '.join(action.label for action in actions)}@{actions[0].stage}"
 
 
 def fuse(actions: Sequence[Action], last: int) -> Iterator[tuple[Action, ...]]:

@@ -16,24 +16,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """One action, and when it ran.
+    """One action, or several that are one program, and when it ran.
 
     Args:
-      action: what.
+      action: what; of several, the first.
       start: seconds from the start of the run.
       end: the same.
       device: number of the device that did it.
+      also: the actions after the first.
     """
 
     action: Action
     start: float
     end: float
     device: int
+    also: tuple[Action, ...] = ()
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """All of them, in order."""
+        return (self.action, *self.also)
+
+    @property
+    def label(self) -> str:
+        """The actions as they stand in a cell of the grid."""
+        return " ".join(action.label for action in self.actions)
+
+    def within(self, begin: float, end: float) -> float:
+        """How many seconds of it lie between two times."""
+        return max(min(self.end, end) - max(self.start, begin), 0)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """All events of a run from the fill to the drain; `fdg_jax.simulate.simulate` makes it.
+    """The events of a run: `fdg_jax.simulate.simulate` makes it, `fdg_jax.recorder` measures it.
 
     Steady state is taken from the second half of what stage 0 has finished before the last batch
     enters it, over a whole number of its periods: exact as soon as the run has become periodic.
@@ -64,8 +80,8 @@ class Timeline:
         Raises:
           ValueError: the run is too short to have one.
         """
-        batches, seconds = self._steady
-        return len(batches) / seconds
+        batches, begin, end = self._steady
+        return batches / (end - begin)
 
     @property
     def speedup(self) -> float:
@@ -84,8 +100,34 @@ class Timeline:
         Raises:
           ValueError: no such stage, or the run is too short to have a steady state.
         """
-        batches, seconds = self._steady
-        return sum(e.end - e.start for e in self._own(k) if e.action.batch in batches) / seconds
+        own, (_, begin, end) = self._own(k), self._steady
+        return sum(event.within(begin, end) for event in own) / (end - begin)
+
+    def at_once(self) -> list[float]:
+        """How many stages work at the same time.
+
+        Returns:
+          The parts of the time, in steady state, in which 0, 1, ..., K stages work; their sum is 1.
+
+        Raises:
+          ValueError: the run is too short to have a steady state.
+
+        Example:
+          >>> from fdg_jax import schedule, simulate
+          >>> costs = simulate.Costs(forward=[1, 1], backward=[2, 2])
+          >>> simulate.simulate(schedule.fdg(2), costs).at_once()
+          [0.0, 0.0, 1.0]
+          >>> simulate.simulate(schedule.backprop(2), costs).at_once()
+          [0.0, 1.0, 0.0]
+        """
+        _, begin, end = self._steady
+        work = [e for e in self.events if e.within(begin, end)]
+        changes = [(max(e.start, begin), 1) for e in work] + [(min(e.end, end), -1) for e in work]
+        parts, working, last = [0.0] * (self.schedule.num_stages + 1), 0, begin
+        for time, change in sorted([*changes, (end, 0)]):
+            parts[working] += (time - last) / (end - begin)
+            working, last = working + change, time
+        return parts
 
     def order(self, k: int) -> list[Action]:
         """The actions of stage k in order of time.
@@ -99,7 +141,7 @@ class Timeline:
         Raises:
           ValueError: no such stage.
         """
-        return [event.action for event in self._own(k)]
+        return [action for event in self._own(k) for action in event.actions]
 
     def in_flight(self, k: int) -> int:
         """The most mini-batches that stage k has forwarded and whose gradient it has not applied.
@@ -179,17 +221,22 @@ class Timeline:
         """
         return self._held(k)[2]
 
-    def chrome_trace(self) -> dict[str, Any]:
+    def chrome_trace(self, name: str | None = None, number: int = 0) -> dict[str, Any]:
         """The events as a trace for Perfetto or chrome://tracing, one row a stage.
+
+        Args:
+          name: stands above the rows; None: the schedule's.
+          number: of this timeline, where a trace has several.
 
         Returns:
           What is to be written as JSON; times in microseconds.
         """
+        head = {"name": self.schedule.name if name is None else name}
         rows: list[dict[str, Any]] = [
-            {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": self.schedule.name}}
+            {"name": "process_name", "ph": "M", "pid": number, "args": head}
         ]
         for k in range(self.schedule.num_stages):
-            row = {"ph": "M", "pid": 0, "tid": k}
+            row = {"ph": "M", "pid": number, "tid": k}
             rows.append({"name": "thread_name", **row, "args": {"name": f"stage {k}"}})
             rows.append({"name": "thread_sort_index", **row, "args": {"sort_index": k}})
         for event in self.events:
@@ -198,10 +245,10 @@ class Timeline:
             place = {"stage": action.stage, "device": event.device}
             rows.append(
                 {
-                    "name": action.label,
+                    "name": event.label,
                     "cat": "fdg_jax",
                     "ph": "X",
-                    "pid": 0,
+                    "pid": number,
                     "tid": action.stage,
                     "ts": 1e6 * float(event.start),
                     "dur": 1e6 * float(event.end - event.start),
@@ -224,26 +271,23 @@ class Timeline:
         return self._by_stage[k]
 
     @functools.cached_property
-    def _steady(self) -> tuple[range, float]:
-        """Successive batches that are a whole number of periods, and the seconds that they take."""
-        first = self._by_stage[0]
-        finished = {e.action.batch: e.end for e in first if e.action.kind == "B"}
-        entered = next(
-            e.start for e in reversed(first) if e.action.kind == "F" and e.action.micro in (None, 0)
-        )
+    def _steady(self) -> tuple[int, float, float]:
+        """A number of batches that is a whole number of periods, and when they begin and end."""
+        first = [(action, e) for e in self._by_stage[0] for action in e.actions]
+        finished = {action.batch: e.end for action, e in first if action.kind == "B"}
+        entered = max((e.start for a, e in first if a.kind == "F" and not a.micro), default=0)
         # From the last batch on the pipeline drains.
-        times = [finished[n] for n in sorted(finished)]
-        count = sum(time <= entered for time in times)
-        step = self.schedule.period
+        times = [finished[n] for n in sorted(finished) if finished[n] <= entered]
+        count, step = len(times), self.schedule.period
         if count <= step:
             raise ValueError(
-                f"batches={len(times)}: too few for a steady state of {self.schedule.name}; "
-                "simulate more, or leave the number out"
+                f"batches={len(finished)}: too few for a steady state of {self.schedule.name}; "
+                "simulate or record more, or leave the number out"
             )
-        times = times[min((count - 1) // 2, count - 1 - step) : count]
+        times = times[min((count - 1) // 2, count - 1 - step) :]
         lengths = range(step, len(times), step)
         length = next((p for p in lengths if _periodic(times, p)), lengths[-1])
-        return range(count - length, count), times[-1] - times[-1 - length]
+        return length, times[-1 - length], times[-1]
 
     def _held(self, k: int) -> tuple[int, int, float]:
         """Peaks of micro-batches in flight, of weight versions, and of bytes."""

@@ -12,11 +12,13 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from PIL import Image
 
 import fdg_jax as fdg
 from fdg_jax.checkpoint import Checkpointer
-from tests import damage, networks
+from tests import damage, failing, networks
 from tests.test_checkpoint import make, train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -165,7 +167,7 @@ def full_while_saving(images: pathlib.Path, whole: pathlib.Path, folder: pathlib
         sum(path.stat().st_blocks * 512 for path in step.rglob("*"))
         for step in (whole / "checkpoints").glob("step-*")
     ]
-    within = disk(folder / "disk", 2 * max(sizes), folder / "copy")
+    within = disk(folder / "disk", int(1.6 * max(sizes)), folder / "copy")
     done = cifar(images, folder / "disk" / "run", within=within)
     run = folder / "copy" / "run"
     assert done.returncode == 0, done.stderr
@@ -175,7 +177,7 @@ def full_while_saving(images: pathlib.Path, whole: pathlib.Path, folder: pathlib
     assert "Traceback" not in done.stderr, done.stderr
     assert sha(run) == sha(whole)
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert left == ["step-000000010"]
+    assert left == ["step-000000010"], left
     return f"{len(lines)} warnings; the run ends with the undisturbed parameters; {left[0]} whole"
 
 
@@ -233,6 +235,11 @@ CHECKPOINTS = {
     "a save killed half-way": half_written,
     "all checkpoints damaged": all_damaged,
 }
+STAGES: dict[str, Callable[[], object]] = {
+    "NaN in a batch, on_nonfinite=stop": lambda: failing.nan_in_a_batch("stop"),
+    "NaN in a batch, on_nonfinite=skip": lambda: failing.nan_in_a_batch("skip"),
+    "an error raised in stage 1 of 3": lambda: failing.error_in_stage_1(fdg.schedule.fdg(3)),
+}
 RUNS = {
     "disk full while a checkpoint is written": full_while_saving,
     "disk full where the run's own files are to be written": full_at_the_end,
@@ -256,12 +263,20 @@ def rows() -> list[tuple[str, str]]:
             found.append((fault, f"step 3 used: {damaged(pipe, fresh(), harm)}"))
         for fault, check in CHECKPOINTS.items():
             found.append((fault, check(pipe, fresh())))
+        for fault, run_stages in STAGES.items():
+            found.append((fault, " ".join(str(run_stages()).split())))
         images = make_images(folder / "images")
         whole = whole_run(images, folder)
         for i, (fault, run) in enumerate(RUNS.items()):
             (folder / str(i)).mkdir()
             found.append((fault, run(images, whole, folder / str(i))))
-        return [(fault, said.replace(f"{folder}/", "").replace("|", "/")) for fault, said in found]
+        return [(fault, _cell(said.replace(f"{folder}/", ""))) for fault, said in found]
+
+
+def _cell(said: str) -> str:
+    """For a table: without random names, and of no more than two lines."""
+    text = re.sub("[0-9a-f]{32}", "...", said).replace("|", "/")
+    return text if len(text) < 160 else text[:160] + " ..."
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pytest
 import fdg_jax as fdg
 from fdg_jax import fault, reference
 from fdg_jax.checkpoint import Checkpointer
-from tests import networks
+from tests import failing, networks
 
 KEY = jax.random.key(7)
 SCHEDULES = {
@@ -239,42 +239,12 @@ def test_whether_anybody_looks_may_change(tmp_path):
     assert networks.difference(ends[1], ends[2]) <= 1e-12
 
 
-def failing(at: int) -> fdg.Layer:
-    """A layer that raises when a batch begins with ``at``."""
-
-    def check(x):
-        if x[0, 0] == at:
-            raise ArithmeticError("this layer has had enough")
-        return x
-
-    def apply(params, state, x, *, train, key):
-        still = jax.lax.stop_gradient(x)
-        seen = jax.pure_callback(check, jax.ShapeDtypeStruct(x.shape, x.dtype), still)
-        return x + 0 * jax.lax.stop_gradient(seen), state
-
-    return fdg.Layer(lambda key, x: ((), ()), apply)
-
-
 @pytest.mark.parametrize("schedule", [fdg.schedule.fdg(3), fdg.schedule.gpipe(3, microbatches=2)])
 def test_a_program_that_fails_names_its_stage_its_layers_and_the_batch(schedule):
-    identity = fdg.from_fn(lambda x: x)
-    last = networks.dense(networks.CLASSES, lambda x: x)
-    stages = [fdg.chain([identity, identity]), fdg.chain([identity, failing(5)]), last]
-    pipe = fdg.Pipeline(stages, networks.loss_fn, networks.sgd(1, 3), schedule, max_ahead=2)
-    data = networks.batches(12)
-    for n, (x, _) in enumerate(data):
-        x[0, 0] = n
-    state = pipe.init(KEY, data[0][0])
-
-    def train(state):
-        for batch in data:
-            state, _ = pipe.step(state, batch)
-        pipe.check()
-
-    with pytest.raises(fault.StageError, match="has had enough") as caught:
-        train(state)
-    assert (caught.value.stage, caught.value.batch) == (1, 5)
-    assert str(caught.value).startswith("stage 1 (layers 2 to 3), mini-batch 5, F: ")
+    error = failing.error_in_stage_1(schedule)
+    assert (error.stage, error.batch) == (1, 5)
+    assert str(error).startswith("stage 1 (layers 2 to 3), mini-batch 5, F: ")
+    assert "this layer has had enough" in str(error)
 
 
 def test_a_value_that_is_not_allowed_is_refused():

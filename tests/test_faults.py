@@ -54,6 +54,12 @@ def test_other_checkpoints(saved, check):
     assert check(*saved)
 
 
+@pytest.mark.parametrize("fault", faults.STAGES)
+def test_stages(fault):
+    said = str(faults.STAGES[fault]())
+    assert said.endswith("[1, 1, 1]") if "skip" in fault else "mini-batch 5" in said
+
+
 @SMALL_DISKS
 def test_a_disk_that_is_full_while_saving(images, whole, tmp_path):
     assert "step-000000010 whole" in faults.full_while_saving(images, whole, tmp_path)

@@ -100,6 +100,8 @@ def test_flags(base, tmp_path, changes):
 
 
 @examples(0.5)
+@hypothesis.example("~nobody/x")
+@hypothesis.example("x" * 300)
 @hypothesis.given(name=st.text(max_size=80) | st.sampled_from(["x" * 300, "~nobody/x", "a/../b"]))
 def test_workdirs(base, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -26,6 +26,8 @@ def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_files(tmp_path):
     folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "timeline.png").write_bytes(b"of an earlier simulation")
     done = simulate(
         "--stages=2,4",
         "--methods=backprop,fdg,ddg,gpipe,fr",
