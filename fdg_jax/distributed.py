@@ -33,6 +33,7 @@ CONNECT_SECONDS = 120.0
 HEARTBEAT_SECONDS = 20
 # Sockets of a CPU's transfers, and how many bytes each sends at a time. Measured.
 _SOCKETS, _CHUNK = 4, 1 << 22
+_PATIENCE = 24 * 3600  # seconds
 _LAST_WORDS = 1.0
 
 
@@ -254,6 +255,8 @@ def _set_transfers(host: str) -> None:
         # A port of 0 would hang.
         "jax_cross_host_transfer_socket_address": f"{address}:{free_port(address)}",
         "jax_cross_host_transfer_transfer_size": _CHUNK,
+        # The other process may still be compiling; of one that is dead the heartbeat tells.
+        "jax_cross_host_transfer_timeout_seconds": _PATIENCE,
         "jax_cross_host_transport_addresses": ",".join([f"{address}:0"] * _SOCKETS),
     }
     for name, value in settings.items():

@@ -13,6 +13,7 @@ one batch are a single program, the same as an ordinary training step.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fdg_jax import fault
+from fdg_jax import elsewhere, fault
 from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key, output_of
 from fdg_jax.placement import BATCH_AXIS, absent, put, spread
 from fdg_jax.residual import Residuals, Stash, split_inexact
@@ -70,18 +71,17 @@ class Stage:
 
         # Donation: only what nothing else can hold. Weights are held by the batches in flight, so
         # the caller says (by the program it calls) when a stage's weights are its own alone.
-        self.forward = jax.jit(self._forward)
-        self.backward = jax.jit(self._backward_accumulate, donate_argnames="gradient")
-        self.update = jax.jit(
-            self._update, donate_argnames=("opt_state", "gradient"), static_argnames="mean"
-        )
-        self.backward_update = jax.jit(self._backward_update, donate_argnames="opt_state")
-        self.backward_update_own = jax.jit(
-            self._backward_update_own, donate_argnames=("params", "opt_state")
-        )
-        self.train = jax.jit(self._train, donate_argnames=("params", "model_state", "opt_state"))
-        self.evaluate = jax.jit(self._evaluate)
-        self.split = jax.jit(self._split, static_argnames="count")
+        # After each: which output has the batch axis.
+        own = ("params", "opt_state")
+        program = functools.partial(elsewhere.program, self.replicated, self.placement)
+        self.forward = program(self._forward, 0)
+        self.backward = program(self._backward_accumulate, 1, ("gradient",))
+        self.update = program(self._update, -1, ("opt_state", "gradient"), "mean")
+        self.backward_update = program(self._backward_update, 2, ("opt_state",))
+        self.backward_update_own = program(self._backward_update_own, 2, own)
+        self.train = program(self._train, 4, (*own, "model_state"))
+        self.evaluate = program(self._evaluate, None)
+        self.split = program(self._split, None, (), "count")
         self.average = jax.jit(lambda trees: jax.tree.map(lambda *v: sum(v) / len(v), *trees))
 
     @property
