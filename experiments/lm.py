@@ -120,7 +120,7 @@ def evaluation(
         return jnp.stack([jnp.sum(losses * real), jnp.sum(metrics["error"] * real)])
 
     def evaluate(state: fdg.PipelineState) -> tuple[float, float]:
-        sums = np.zeros(2)
+        sums: np.ndarray = np.zeros(2)
         for start in range(0, len(x), size):
             # The last batch is filled up, so that there is one shape to compile.
             rows = np.minimum(np.arange(start, start + size), len(x) - 1)
@@ -189,7 +189,8 @@ def run(settings: Settings) -> dict[str, Any]:
     def log(done: Sequence[dict[str, Any]], step: int, now: float) -> None:
         nonlocal logged_batch, logged_seconds
         values = jax.device_get([(m["loss"], m["error"]) for m in done])
-        loss, error = (float(v) for v in np.mean(values, axis=0, dtype=np.float64))
+        # In double precision, whatever the devices count in.
+        loss, error = (float(np.mean([float(v[i]) for v in values])) for i in (0, 1))
         seen = done[-1]["batch"] + 1
         speed = tokens * (seen - logged_batch) / max(now - logged_seconds, 1e-9)
         logged_batch, logged_seconds = seen, now
