@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import fdg_jax as fdg
 from fdg_jax.schedule import Schedule
 
-if TYPE_CHECKING:
-    from experiments.config import Config
+
+class Config(Protocol):
+    """The settings that a method is made from; every program's own have them among others."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def num_stages(self) -> int: ...
+    @property
+    def order(self) -> str: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def gradient(self) -> str: ...
+    @property
+    def microbatches(self) -> int: ...
+    @property
+    def accumulate(self) -> int | None: ...
+    @property
+    def reduction(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,9 +66,11 @@ class Screen:
         """One line of text, above the progress bar if there is one."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def advance(self, step: int, loss: float, error: float, images_per_second: float) -> None:
-        """Shows the state after ``step`` steps."""
-        numbers = f"loss {loss:.3f}  error {100 * error:4.1f} %  {images_per_second:,.0f} images/s"
+    def advance(
+        self, step: int, loss: float, error: float, speed: float, unit: str = "images"
+    ) -> None:
+        """Shows the state after ``step`` steps; ``speed`` in units a second."""
+        numbers = f"loss {loss:.3f}  error {100 * error:4.1f} %  {speed:,.0f} {unit}/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers)
             return

@@ -1,5 +1,8 @@
 """fdg_shrink: u <- beta**hops * u, as a part of ordinary optax chains."""
 
+import doctest
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,3 +171,47 @@ def test_an_optimizer_that_normalises_cancels_it_in_front_only(optimizer):
     after = run(optax.chain(plain, fdg.fdg_shrink(0.5, 2)), g)
     np.testing.assert_allclose(before, want, rtol=1e-12)
     np.testing.assert_allclose(after, 0.25 * want, rtol=1e-12)
+
+
+def test_before_adam_it_does_nothing_and_after_it_shrinks_the_rate():
+    g, adam = gradients(), optax.adam(0.1)  # with its usual eps, 1e-8
+    want = np.array(run(adam, g))
+    before = run(optax.chain(fdg.fdg_shrink(0.5, 2), adam), g)
+    after = run(optax.chain(adam, fdg.fdg_shrink(0.5, 2)), g)
+    slower = run(optax.adam(0.25 * 0.1), g)
+    np.testing.assert_allclose(before, want, rtol=1e-6)
+    np.testing.assert_allclose(after, 0.25 * want, rtol=1e-12)
+    np.testing.assert_allclose(after, slower, rtol=1e-12)
+
+
+def test_before_a_clip_that_binds_it_does_nothing():
+    g, clip = [10 * v for v in gradients()], optax.clip_by_global_norm(1.0)
+    assert min(0.25 * np.linalg.norm(v) for v in g) > 1
+    want = np.array(run(clip, g))
+    np.testing.assert_allclose(run(optax.chain(fdg.fdg_shrink(0.5, 2), clip), g), want, rtol=1e-12)
+    after = run(optax.chain(clip, fdg.fdg_shrink(0.5, 2)), g)
+    np.testing.assert_allclose(after, 0.25 * want, rtol=1e-12)
+
+
+def test_clipped_by_equal_shares_the_whole_gradient_keeps_its_bound_but_not_its_direction():
+    stages = [scale * v for scale, v in zip((0.01, 1, 5, 100), gradients(4), strict=True)]
+    share = optax.clip_by_global_norm(2.0 / np.sqrt(4))
+    parts = [run(share, [v])[0] for v in stages]
+    norms = np.linalg.norm(parts, axis=1)
+    np.testing.assert_allclose(norms[2:], 1, rtol=1e-12)
+    np.testing.assert_allclose(parts[0], stages[0], rtol=1e-12)
+    assert norms[0] < 1
+    assert np.linalg.norm(norms) <= 2
+    # All over their share: the bound is met.
+    full = [run(share, [100 * v])[0] for v in stages[1:]] + [run(share, [1e4 * stages[0]])[0]]
+    np.testing.assert_allclose(np.linalg.norm(full), 2, rtol=1e-12)
+    [whole] = run(optax.clip_by_global_norm(2.0), [stages])
+    ratios = [np.linalg.norm(w) / n for w, n in zip(whole, norms, strict=True)]
+    assert max(ratios) / min(ratios) > 10
+
+
+def test_the_page_on_optimizers_says_what_happens():
+    page = pathlib.Path(__file__).parents[1] / "docs" / "optimizers.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted >= 10
+    assert result.failed == 0

@@ -11,7 +11,7 @@ from fdg_jax.partition import units_of
 
 FOLDER = pathlib.Path(cifar.__file__).parent / "flags"
 FLAGFILES = sorted(
-    p for p in FOLDER.glob("*.cfg") if not p.stem.startswith(("compare_", "benchmark_"))
+    p for p in FOLDER.glob("*.cfg") if not p.stem.startswith(("compare_", "benchmark_", "lm_"))
 )
 
 

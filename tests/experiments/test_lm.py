@@ -1,0 +1,197 @@
+"""python -m experiments.lm: the network, the text, what a run writes, and how it refuses."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import flags
+
+import fdg_jax as fdg
+from experiments import lm, lm_config, setup, text
+from experiments.errors import UsageError
+from experiments.lm_config import Settings
+from experiments.transformer import kernels, transformer
+from tests import networks
+
+ROOT = pathlib.Path(lm.__file__).parents[1]
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 5, (4, 6)), jnp.int32)
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch) -> Settings:
+    """Of a run that takes a moment, on a text in which few bytes can follow another."""
+    # Which devices and caches there are is settled for all tests.
+    monkeypatch.setattr(setup, "prepare_jax", lambda num_stages: None)
+    (tmp_path / "poem").write_bytes(b"the cat sat on the mat.\n" * 40)
+    sizes = {"width": 16, "blocks": 1, "heads": 2, "context": 8, "batch_size": 8}
+    steps = {"steps": 60, "warmup_steps": 5, "eval_every_steps": 25, "learning_rate": 0.01}
+    return Settings(str(tmp_path / "run"), str(tmp_path / "poem"), **sizes, **steps)
+
+
+def test_fdg_trains_writes_its_files_and_repeats_bit_for_bit(settings, tmp_path):
+    first = lm.run(settings)
+    again = lm.run(dataclasses.replace(settings, workdir=str(tmp_path / "again")))
+    assert first["params_sha256"] == again["params_sha256"]
+    assert first["validation_loss"] == again["validation_loss"] < 1  # ln 12 = 2.5 at the start
+    assert (first["stages"], first["staleness"]) == (2, [2, 0])
+
+    run = tmp_path / "run"
+    assert json.loads((run / "summary.json").read_text()) == first
+    config = json.loads((run / "config.json").read_text())
+    assert bytes(config["vocabulary"]) == b"\n .acehmnost"
+    assert config["train_bytes"] + config["validation_bytes"] == 960
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines if m["split"] == "validation"] == [25, 50, 60]
+    assert [m for m in lines if m["split"] == "train"][-1]["step"] == 60
+    assert lines[-1]["loss"] == first["validation_loss"]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    with pytest.raises(UsageError, match="--overwrite"):
+        lm.run(settings)
+
+
+def test_three_stages_equal_the_oracle():
+    rng = np.random.default_rng(1)
+    data = [(x[:, :-1], x[:, 1:]) for x in rng.integers(0, 5, (9, 4, 7)).astype(np.int32)]
+    stages = fdg.partition(transformer(5, 8, 1, 2), 3, data[0][0], cost=[1] * 3)
+    optimizer = networks.sgd(0.5, 3)
+    pipe, state = networks.assert_equals_oracle(
+        stages, optimizer, fdg.schedule.fdg(3), data, setup.loss_fn
+    )
+    assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(pipe.params(state)))
+
+
+def test_a_later_token_changes_nothing_before_it():
+    network = fdg.chain(transformer(vocabulary=5, width=8, blocks=2, heads=2))
+    params, state = jax.jit(network.init)(jax.random.key(0), TOKENS)
+    # The initial weights are small, and what follows from a token would be, too.
+    params = jax.tree.map(lambda leaf: 20 * leaf, params)
+
+    @jax.jit
+    def logits(tokens):
+        return network.apply(params, state, tokens, train=False, key=None)[0]
+
+    before = np.asarray(logits(TOKENS))
+    for place in range(TOKENS.shape[1]):
+        changed = np.asarray(logits(TOKENS.at[:, place].set((TOKENS[:, place] + 1) % 5)))
+        np.testing.assert_array_equal(changed[:, :place], before[:, :place])
+        assert (abs(changed - before)[:, place:].max(axis=(0, 2)) > 1e-3).all()
+
+
+def test_a_stage_clips_by_its_share_and_shrinks_what_adamw_gives():
+    settings = Settings("", num_stages=4, beta=0.5, clip_norm=1.0, warmup_steps=0)
+    network = fdg.chain(transformer(vocabulary=5, width=8, blocks=1, heads=2))
+    params, _ = jax.jit(network.init)(jax.random.key(0), TOKENS)
+    gradient = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    assert optax.tree.norm(gradient) > 1
+
+    def update(optimizer):
+        step = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])
+        return step(gradient, params)
+
+    plain = optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(settings.learning_rate, b2=0.95, weight_decay=0.1, mask=kernels),
+    )
+    for stage in (0, 3):
+        want = jax.tree.map(lambda u, k=stage: 0.5 ** (3 - k) * u, update(plain))
+        assert networks.difference(update(lm.optimizer(settings, stage)), want) < 1e-12
+    decayed = [path for path, is_one in jax.tree.leaves_with_path(kernels(params)) if is_one]
+    assert len(decayed) == 5  # qkv, projection, expand, contract, logits
+    assert all("kernel" in jax.tree_util.keystr(path) for path in decayed)
+
+
+def test_labels_are_what_follows_and_batches_depend_on_seed_and_step_alone():
+    tokens = np.arange(100, dtype=np.uint8)
+    x, labels = text.batch(tokens, 7, 5, seed=1, step=2)
+    assert x.shape == labels.shape == (5, 7)
+    np.testing.assert_array_equal(labels, x + 1)
+    np.testing.assert_array_equal(x, text.batch(tokens, 7, 5, seed=1, step=2)[0])
+    assert (x != text.batch(tokens, 7, 5, seed=1, step=3)[0]).any()
+    assert (x != text.batch(tokens, 7, 5, seed=2, step=2)[0]).any()
+    x, labels = text.windows(tokens, 7)
+    np.testing.assert_array_equal(x.reshape(-1), np.arange(14 * 7))
+    np.testing.assert_array_equal(labels, x + 1)
+
+
+def test_without_a_file_the_text_is_that_of_the_standard_library():
+    source = text.load(None, 0.1, 64)
+    assert len(source.train) > 300_000
+    assert len(source.validation) == (len(source.train) + len(source.validation)) // 10
+    start = bytes(source.vocabulary[i] for i in source.train[:300])
+    assert b"Command-line parsing library" in start
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"workdir": ""}, "--workdir: "),
+        ({"text": "/no/such/file"}, "--text=/no/such/file: there is no such file"),
+        ({"text": "/proc"}, "--text=/proc: it is no file"),
+        ({"text": "/dev/zero"}, "--text=/dev/zero: it is no file"),
+        ({"text": "/proc/self/mem"}, "--text=/proc/self/mem: cannot be read"),
+        ({"text": "~nobody-of-this-name/x"}, "--text=~nobody"),
+        ({"text": "a\0b"}, "--text=a"),
+        ({"context": 96}, "--context=96: "),
+        ({"context": 10**6}, "--context=1000000: "),
+        ({"num_stages": 5}, "--num_stages=5: .* choose 1 to 3"),
+        ({"num_stages": 0}, "--num_stages=0: "),
+        ({"method": "magic"}, "--method=magic: "),
+        ({"order": "any"}, "--order=any: "),
+        ({"gradient": "fresh"}, "--gradient=fresh: "),
+        ({"heads": 3}, "--heads=3: "),
+        ({"width": 2**30}, f"--width={2**30}: "),
+        ({"warmup_steps": 60}, "--warmup_steps=60: "),
+        ({"seed": -1}, "--seed=-1: "),
+        ({"steps": 2**31}, "--steps=2147483648: "),
+        ({"beta": 0.0}, "--beta=0.0: "),
+        ({"learning_rate": 0.0}, "--learning_rate=0: "),
+        ({"clip_norm": float("nan")}, "--clip_norm=nan: "),
+        ({"weight_decay": -1.0}, "--weight_decay=-1.0: "),
+        ({"validation_fraction": 1.0}, "--validation_fraction=1.0: "),
+        ({"method": "gpipe", "microbatches": 3}, "--microbatches=3: "),
+        ({"method": "adl", "accumulate": 61}, "--accumulate=61: "),
+        ({"method": "data_parallel", "batch_size": 9}, "--batch_size=9: "),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(settings, change, message):
+    with pytest.raises(UsageError, match=f"^{message}"):
+        lm.run(dataclasses.replace(settings, **change))
+    assert not pathlib.Path(settings.workdir).exists()
+
+
+def test_the_program_says_one_line_and_ends_with_status_2(tmp_path):
+    (tmp_path / "short").write_text("too short")
+    arguments = [f"--text={tmp_path / 'short'}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.lm", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: --context=64: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_flagfile():
+    path = ROOT / "experiments" / "flags" / "lm_quick.cfg"
+    values = flags.FlagValues()
+    lm_config.define_flags(values)
+    assert values(["lm", f"--flagfile={path}", "--workdir=somewhere"]) == ["lm"]
+    lm_config.from_flags(values).check()
+    assert path.read_text().startswith("# ")
+    assert "expected" in path.read_text()
+    assert set(Settings.__dataclass_fields__) == set(lm_config.HELP)
