@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Two tests at a time; each already keeps more than one core busy while it compiles.
 WORKERS ?= 2
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-slow check format docs notebooks clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m experiments.cifar --flagfile=experiments/flags/quickstart.cfg --workdir=runs/quickstart --overwrite
@@ -26,6 +26,15 @@ check: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Into build/site.
+docs: .venv/installed
+	$(BIN)/pip install --quiet -e .[docs]
+	$(BIN)/mkdocs build --strict --quiet
+
+# Runs the notebooks anew and stores them; two quiet cores give the nicest timelines.
+notebooks: .venv/installed
+	PYTHONPATH=. $(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
 
 .venv/installed: pyproject.toml requirements.txt requirements-cpu.txt requirements-base.txt
 	@test -n "$(PYTHON)" || { echo "Python >= 3.11 is needed; name one with make PYTHON=..."; exit 2; }

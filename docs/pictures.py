@@ -1,0 +1,99 @@
+"""Draws the pictures of the pages from the simulator: python -m docs.pictures"""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import sys
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import fdg_jax as fdg
+from experiments import gantt
+from fdg_jax.simulate import GRADIENTS, Costs, simulate
+
+FOLDER = pathlib.Path(__file__).parent / "pictures"
+SCHEDULES = {"back-propagation": "backprop", "DDG": "ddg", "FDG": "fdg"}
+
+
+def schedules() -> bytes:
+    """Timelines of three stages."""
+    costs, rows = Costs(forward=[1] * 3, backward=[2] * 3), []
+    for title, name in SCHEDULES.items():
+        plan = fdg.schedule.create(name, 3)
+        steady = simulate(plan, costs)
+        busy = ", ".join(f"{100 * steady.utilisation(k):.0f}" for k in range(3))
+        run = simulate(plan, costs, batches=3 if name == "backprop" else 6)
+        rows.append((f"{title}: {steady.speedup:.0f} x back-propagation, busy {busy} %", run))
+    return gantt.draw(rows, marked=2)
+
+
+def in_flight() -> bytes:
+    """Mini-batches in flight in four stages."""
+    figure, axis = _figure()
+    _bars(
+        axis,
+        {
+            title: [fdg.schedule.create(name, 4).in_flight(k) for k in range(4)]
+            for title, name in SCHEDULES.items()
+        },
+    )
+    axis.set_ylabel("mini-batches in flight")
+    return _png(figure)
+
+
+def memory() -> bytes:
+    """Bytes held in four stages, by choice of gradient."""
+    sizes = {"input_bytes": [2] * 4, "residual_bytes": [30] * 4, "parameter_bytes": [10] * 4}
+    costs = Costs(forward=[1] * 4, backward=[2] * 4, optimizer=1, **sizes)
+    runs = {g: simulate(fdg.schedule.fdg(4), costs, gradient=g) for g in GRADIENTS}
+    figure, axis = _figure()
+    _bars(axis, {name: [run.peak_bytes(k) for k in range(4)] for name, run in runs.items()})
+    axis.set_ylabel("MB held by FDG")
+    note = "a stage: 10 MB of weights, as much momentum, 2 MB of input, 30 MB of residuals"
+    axis.set_title(note, loc="left", fontsize=9)
+    return _png(figure)
+
+
+PICTURES = {"schedules": schedules, "in_flight": in_flight, "memory": memory}
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def _bars(axis: Axes, groups: dict[str, list[float]]) -> None:
+    """One group of bars a stage."""
+    for i, (label, values) in enumerate(groups.items()):
+        bars = axis.bar(np.arange(len(values)) + 0.27 * (i - 1), values, 0.25, label=label)
+        axis.bar_label(bars, fmt="%.0f", fontsize=8)
+    axis.set_xticks(range(4), [f"stage {k}" for k in range(4)])
+    axis.legend(frameon=False)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def main(folder: pathlib.Path = FOLDER) -> None:
+    """Writes all of them.
+
+    Args:
+      folder: made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        (folder / f"{name}.png").write_bytes(draw())
+
+
+if __name__ == "__main__":
+    main(*map(pathlib.Path, sys.argv[1:]))

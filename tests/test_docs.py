@@ -1,0 +1,62 @@
+"""The pages: their code runs, their links and pictures are there."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests import pages
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+# Of links and pictures, the target; not of code.
+TARGET = re.compile(r"\]\(([^)#\s]+)(?:#[\w.-]*)?\)")
+
+
+def test_the_code_of_the_pages_runs(tmp_path, monkeypatch):
+    """In a process of its own: two devices and float32, as a reader has them."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    written = [str(page) for page in PAGES if pages.blocks(page.read_text(encoding="utf-8"))]
+    assert len(written) >= 8
+    command = [sys.executable, "-W", "error", "-m", "tests.pages", str(ROOT / "README.md")]
+    done = subprocess.run(  # killed at its deadline
+        [*command, *written], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_does_not_run_is_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n```python\none = 1\n```\n\n```python\n>>> one + 1\n3\n\n```\n")
+    assert pages.run(page) == 1
+    page.write_text("```text\nnot code\n```\n\n```python\nassert one == 1\n```\n")
+    with pytest.raises(NameError) as caught:
+        pages.run(page)
+    assert caught.traceback[-1].lineno == 5  # counted from 0: the line in the page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_pictures_are_there(page):
+    for target in TARGET.findall(page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).is_file(), target
+
+
+def test_pages_are_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in PAGES:
+        assert str(page.relative_to(DOCS)) in navigation
+
+
+def test_pictures_are_drawn(tmp_path):
+    from docs import pictures
+
+    pictures.main(tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in pictures.FOLDER.iterdir()}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
