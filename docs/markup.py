@@ -1,5 +1,8 @@
-"""The docstrings are written for Python's help and optax's readers: reStructuredText inside, Google's
-sections outside. Here what of it Markdown does not know becomes Markdown and MathML."""
+"""For mkdocstrings: what Markdown does not know in the docstrings becomes Markdown and MathML.
+
+They are written for Python's help and for readers of optax: reStructuredText inside, Google's
+sections outside.
+"""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     python -m experiments.benchmark --flagfile=experiments/flags/benchmark_cpu.cfg --workdir=DIR
 
-Contenders: backprop (one jitted step on one device), backprop_xla (the same, all derivatives left
-to JAX and XLA), data_parallel (the same on K devices), the
-methods of experiments.cifar on K devices, each stage on its own, fdg_recompute and
+Contenders: backprop (one jitted step on one device), backprop_one_core (the same, in a process held
+to one core), backprop_xla (all derivatives left to JAX and XLA), data_parallel (the same on K
+devices), the methods of experiments.cifar on K devices, each stage on its own, fdg_recompute and
 fdg_recompute_stale (FDG with another choice of gradient), engine_k1 (the engine, network uncut),
 one_device_k<K> (FDG with all stages on one device), backprop_torch (the same network in PyTorch).
 
@@ -29,8 +29,10 @@ from experiments.alone import Alone
 from experiments.config import DTYPES
 from experiments.contender import Contender, Piped
 from experiments.errors import UsageError
+from experiments.one_core import OneCore
+from experiments.other_process import LeftOut
 from experiments.screen import Screen
-from experiments.torch_row import LeftOut, Torch
+from experiments.torch_row import Torch
 from experiments.workload import ALLOWED, PIPED, Settings, Workload
 
 FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
@@ -149,7 +151,7 @@ def warm_up(
     for name in dict.fromkeys(work.settings.contenders):
         start, before = time.perf_counter(), held.live()
         try:
-            made = Torch(name, work) if name == "backprop_torch" else contender.make(name, work)
+            made = make(name, work)
         except LeftOut as why:
             notes.append(f"{name} is left out: {why}")
             screen.line(notes[-1])
@@ -180,6 +182,15 @@ def warm_up(
     if not contenders:
         raise UsageError("--contenders: none of them can run here; add backprop")
     return contenders, rows, notes
+
+
+def make(name: str, work: Workload) -> Contender:
+    """A contender, in this process or in one of its own."""
+    if name == "backprop_torch":
+        return Torch(name, work)
+    if name == "backprop_one_core":
+        return OneCore(name, work.settings)
+    return contender.make(name, work)
 
 
 def alones(made: Contender) -> list[Alone]:

@@ -39,7 +39,8 @@ PIPED = {
     "fdg_saving": Method("fdg"),
 }
 del PIPED["backprop"]  # is the plain loop here
-NAMES = ("backprop", "backprop_xla", "engine_k1", "data_parallel", *PIPED, "backprop_torch")
+OTHER_PROCESSES = ("backprop_one_core", "backprop_torch")
+NAMES = ("backprop", "backprop_xla", "engine_k1", "data_parallel", *PIPED, *OTHER_PROCESSES)
 ALLOWED = f"{', '.join(NAMES)}, one_device_k<K>"
 DEFAULT = ("backprop", "engine_k1", "data_parallel", "gpipe", "one_f_one_b", "ddg", "fdg")
 

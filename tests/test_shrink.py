@@ -1,8 +1,5 @@
 """fdg_shrink: u <- beta**hops * u, as a part of ordinary optax chains."""
 
-import doctest
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,10 +205,3 @@ def test_clipped_by_equal_shares_the_whole_gradient_keeps_its_bound_but_not_its_
     [whole] = run(optax.clip_by_global_norm(2.0), [stages])
     ratios = [np.linalg.norm(w) / n for w, n in zip(whole, norms, strict=True)]
     assert max(ratios) / min(ratios) > 10
-
-
-def test_the_page_on_optimizers_says_what_happens():
-    page = pathlib.Path(__file__).parents[1] / "docs" / "optimizers.md"
-    result = doctest.testfile(str(page), module_relative=False)
-    assert result.attempted >= 10
-    assert result.failed == 0

@@ -8,7 +8,8 @@ import sys
 import jax
 import pytest
 
-from experiments.torch_row import LeftOut, Torch
+from experiments.other_process import LeftOut
+from experiments.torch_row import Torch
 from experiments.workload import Settings, Workload
 
 FAKE_TORCH = """#!{python}

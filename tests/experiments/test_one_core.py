@@ -1,0 +1,36 @@
+"""Backpropagation in a process that is held to one core."""
+
+import os
+
+import pytest
+
+from experiments import benchmark, contender
+from experiments.one_core import OneCore
+from experiments.other_process import LeftOut
+from experiments.workload import Settings, Workload
+
+SETTINGS = Settings(
+    "somewhere", ("backprop", "backprop_one_core"), model="small_resnet", image_size=4, batch_size=8
+)
+
+
+def test_it_trains_what_backprop_trains_on_one_core():
+    row = benchmark.make("backprop_one_core", Workload(SETTINGS))
+    try:
+        (pid,) = row.processes
+        (core,) = os.sched_getaffinity(pid)
+        assert row.about.endswith(f"may use core {core} alone")
+        assert row.turn(4) > 0
+        here = contender.make("backprop", Workload(SETTINGS))
+        here.turn(5)  # with the one that makes it ready
+        assert row.loss == pytest.approx(here.loss, rel=1e-5)
+    finally:
+        row.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_it_is_left_out_where_a_process_cannot_be_held_to_a_core(monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity")
+    with pytest.raises(LeftOut, match="does not hold a process to a core"):
+        OneCore("backprop_one_core", SETTINGS)
