@@ -49,7 +49,7 @@ def main() -> None:
 
     values = json.loads(sys.argv[1])
     settings = Settings(**{**values, "contenders": tuple(values["contenders"]), "num_stages": 1})
-    # The cache does not tell programs for one core from programs for all.
+    # XLA makes other programs where there is one core; its cache would not tell them apart.
     jax.config.update("jax_enable_compilation_cache", False)
     setup.prepare_jax(1)
     made = contender.make("backprop", Workload(settings))

@@ -22,6 +22,7 @@ import jax
 from absl import flags
 
 from experiments import command, contender, machine, setup, tables
+from experiments.data import cache
 from experiments.errors import UsageError
 from experiments.workload import Settings, Workload
 from fdg_jax import distributed
@@ -55,6 +56,8 @@ def member() -> None:
     count, name = CASES[FLAGS.case]
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[FLAGS.process_id]})
+    # XLA makes other programs where there is one core; its cache would not tell them apart.
+    jax.config.update("jax_compilation_cache_dir", str(cache.directory() / "compiled_for_one_core"))
     setup.prepare_jax(1)
     if count > 1:
         distributed.initialize(FLAGS.coordinator, count, FLAGS.process_id)

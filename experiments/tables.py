@@ -10,6 +10,7 @@ from typing import Any
 from experiments import held
 
 Table = tuple[str, list[str], list[list[str]]]
+LONG = 10  # rounds, from which on a drift is looked for
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -65,7 +66,8 @@ def bound(
 def tables(results: dict[str, Any]) -> list[Table]:
     """Title, heads and rows of all tables; ``results`` as in benchmark.json."""
     speed, stages, memory = _speed(results), _stages(results), _memory(results)
-    return [speed, *([stages] if stages[2] else []), memory]
+    long = [drift(results)] if len(results["rounds"]) >= LONG else []
+    return [speed, *([stages] if stages[2] else []), *long, memory]
 
 
 def _speed(results: dict[str, Any]) -> Table:
@@ -110,6 +112,28 @@ def _stages(results: dict[str, Any]) -> Table:
                 ]
             )
     return "A stage's programs of one step with nothing else running", heads, rows
+
+
+def drift(results: dict[str, Any]) -> Table:
+    """Whether a contender gets slower in a long run; ratios take out what the machine does."""
+    base = results["base"]
+    heads = ["ms a step in each fifth", *"12345", "last / first", f"x {base}, last / first"]
+    rows = []
+    for row in results["contenders"]:
+        times = fifths(row["seconds"]["rounds"])
+        ratios = fifths(row["over"][base]["rounds"])
+        cells = [row["name"], *(f"{1e3 * value:.2f}" for value in times)]
+        rows.append([*cells, f"{times[-1] / times[0]:.3f}", f"{ratios[-1] / ratios[0]:.3f}"])
+    live = [entry["live_bytes"] for entry in results["rounds"]]
+    rows.append(["MB alive", *(f"{value / 1e6:.3f}" for value in fifths(live)), "", ""])
+    return "Medians of the rounds of each fifth", heads, rows
+
+
+def fifths(values: Sequence[float]) -> list[float]:
+    """The medians of five equal parts, the last of which takes what is left over."""
+    size = len(values) // 5
+    bounds = [*range(0, 5 * size, size), len(values)]
+    return [statistics.median(values[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def _memory(results: dict[str, Any]) -> Table:

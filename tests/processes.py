@@ -66,6 +66,19 @@ def run(commands: Sequence[Sequence[str]], seconds: float = SECONDS, **more: str
         return [Result(process.wait(timeout=seconds), path.read_text()) for process, path in found]
 
 
+def member(launcher: int, flag: str) -> int:
+    """The process that the launcher started with a flag."""
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes().decode().split("\0")
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:  # it has just ended
+            continue
+        if parent == launcher and flag in arguments:
+            return int(folder.name)
+    raise AssertionError(f"no process with {flag}")
+
+
 def _kill(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

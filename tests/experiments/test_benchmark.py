@@ -60,6 +60,33 @@ def check_numbers(results: dict, names: list[str], rounds: int) -> None:
             assert row["bound"]["efficiency"]["rounds"][r] == pytest.approx(efficiency)
 
 
+def test_a_long_run_tells_its_own_drift_from_the_machines():
+    """The machine slows down by a half; FDG, and what it holds, grow by a tenth besides."""
+    machine_ms = [10.0] * 5 + [15.0] * 6
+    fdg_ms = [0.6 * ms * (1 if r < 8 else 1.1) for r, ms in enumerate(machine_ms)]
+    seconds = {
+        "backprop": [ms / 1e3 for ms in machine_ms],
+        "fdg": [ms / 1e3 for ms in fdg_ms],
+    }
+    results = {
+        "base": "backprop",
+        "rounds": [{"live_bytes": 2e6 if r < 8 else 2.2e6} for r in range(11)],
+        "contenders": [
+            {
+                "name": name,
+                "seconds": tables.spread(own),
+                "over": tables.over(seconds, name),
+            }
+            for name, own in seconds.items()
+        ],
+    }
+    _, heads, (backprop, own, live) = tables.drift(results)
+    assert len(heads) == len(backprop) == len(own) == len(live)
+    assert backprop[-2:] == ["1.500", "1.000"]
+    assert own[-2:] == ["1.650", "0.909"]
+    assert live[1:6] == ["2.000", "2.000", "2.000", "2.000", "2.200"]
+
+
 def test_a_run(tiny, capsys):
     names = ["backprop", "engine_k1", "data_parallel", "gpipe", "fdg", "fdg_recompute"]
     results = benchmark.run(dataclasses.replace(tiny, contenders=(*names, "fdg"), microbatches=2))

@@ -121,7 +121,7 @@ def test_a_process_that_is_killed_leaves_no_trace_in_the_result(tmp_path):
         while not list(two.glob("checkpoints/step-*")) and time.monotonic() < end:
             assert process.poll() is None, path.read_text()
             time.sleep(0.02)
-        os.kill(member(process.pid, "--process_id=1"), signal.SIGKILL)
+        os.kill(processes.member(process.pid, "--process_id=1"), signal.SIGKILL)
         assert process.wait(timeout=processes.SECONDS) == 0, path.read_text()
         text = path.read_text()
     assert "process 1 of 2 was killed by SIGKILL; starting again" in text
@@ -129,16 +129,3 @@ def test_a_process_that_is_killed_leaves_no_trace_in_the_result(tmp_path):
     expected, there = (json.loads((folder / "summary.json").read_text()) for folder in (one, two))
     for name in ("params_sha256", "test_error", "test_loss", "best_test_error", "steps"):
         assert there[name] == expected[name]
-
-
-def member(launcher: int, flag: str) -> int:
-    """The process that the launcher started with a flag."""
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (folder / "cmdline").read_bytes().decode().split("\0")
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it has just ended
-            continue
-        if parent == launcher and flag in arguments:
-            return int(folder.name)
-    raise AssertionError(f"no process with {flag}")
