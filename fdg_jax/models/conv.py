@@ -12,10 +12,10 @@ from flax import nnx
 
 from fdg_jax.models.compute import DEFAULT, Compute
 
-# A weight gradient takes a batch in parts of so many images; where there are many channels, of so many
-# numbers of the cotangent, but of a few images at least; and in so many parts at most. Chosen by timing
-# plain16, ResNet-20 and ResNet-56 on two cores: smaller parts of narrow layers run side by side where a
-# core is idle, but take more processor time, which a pipeline has not.
+# A weight gradient takes a batch in parts of so many images; where there are many channels, of so
+# many numbers of the cotangent, but of a few images at least; and in so many parts at most. Chosen
+# by timing plain16, ResNet-20 and ResNet-56 on two cores: smaller parts of narrow layers run side
+# by side where a core is idle, but take more processor time, which a pipeline has not.
 _PART, _WIDE, _NUMBERS, _PART_WIDE, _PARTS = 32, 64, 1 << 16, 4, 16
 
 

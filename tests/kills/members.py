@@ -2,9 +2,9 @@
 
     python -m tests.kills.members --kills=5
 
-Each kill happens twice. Under `experiments.launch --restarts=1` the run must end with the parameters
-of an undisturbed one. In two processes that nobody watches, the other must end within 30 seconds, with
-a line that names a process.
+Each kill happens twice. Under `experiments.launch --restarts=1` the run must end with the
+parameters of an undisturbed one. In two processes that nobody watches, the other must end within 30
+seconds, with a line that names a process.
 """
 
 from __future__ import annotations
