@@ -199,7 +199,8 @@ def run(config: Config) -> dict[str, Any]:
         state, rest = pipe.drain(state)
         pipe.check()
         jax.block_until_ready(state)
-        train_seconds += time.perf_counter() - clock
+        if evaluated is None:  # else nothing has been trained since
+            train_seconds += time.perf_counter() - clock
         waiting.extend(rest)
         if waiting:
             log(list(waiting), run.total_steps, train_seconds)

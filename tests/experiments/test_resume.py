@@ -214,6 +214,15 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 
 
 def test_a_second_signal_is_not_held_back():
+    # A shell's background jobs are started with SIGINT ignored.
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        second_signal()
+    finally:
+        signal.signal(signal.SIGINT, kept)
+
+
+def second_signal() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with resume.Stop() as stop:
         assert not stop.asked
