@@ -177,9 +177,13 @@ class Checkpoints:
         """The line with which a run stops after ``step`` steps; waits for the last save."""
         self.checkpointer.close()
         distributed.gather(np.int32(step))  # until the last of several processes is done
-        if self.checkpointer.latest() == step:
-            return f"stopped after step {step}; the same command goes on"
-        return f"stopped after step {step}; the same command goes on from an older checkpoint"
+        again = (
+            "the same command without --overwrite"
+            if self._run.config.overwrite
+            else "the same command"
+        )
+        older = "" if self.checkpointer.latest() == step else " from an older checkpoint"
+        return f"stopped after step {step}; {again} goes on{older}"
 
 
 def _fits(extra: Any, step: int) -> bool:

@@ -213,7 +213,8 @@ def main() -> None:
     about = {
         "ideal": "no transfers",
         "transfer": f"{','.join(FLAGS.transfer)} s a mini-batch + {FLAGS.latency:g} s a message",
-        "slow": f"stage {FLAGS.slow_stage} slower by {FLAGS.slow_factor:g}, no transfers",
+        "slow": f"stage {FLAGS.slow_stage} (counted from the end if negative) takes "
+        f"{FLAGS.slow_factor:g} times as long, no transfers",
     }
     for block in BLOCKS:
         rows = []
