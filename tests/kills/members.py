@@ -41,9 +41,10 @@ PROGRAM = [
 NUMBERS = ("params_sha256", "test_error", "test_loss", "best_test_error", "steps")
 FIRST = "train, "  # in the first line
 LONGEST = 30.0  # seconds that the other process may take to end
-# Ours, which names process and stage; or JAX's, where no heartbeat came.
+# Ours, which names process and stage; or JAX's, where no heartbeat came, or none from process 0.
 NAMES = re.compile(
-    r"^error: process [01] of 2: .*|following tasks are unhealthy.*:\n\d$", re.MULTILINE
+    r"^error: process [01] of 2: .*|following tasks are unhealthy.*:\n\d$|the leader task was \S+",
+    re.MULTILINE,
 )
 
 
