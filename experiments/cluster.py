@@ -88,15 +88,9 @@ def agree_on_run(earlier: Earlier | None) -> None:
 
 
 def blame(error: Exception) -> str:
-    """An error's message, and what to make of it where there are other processes."""
+    """An error's message, with the process where there are several."""
     own, count = jax.process_index(), jax.process_count()
-    if count == 1:
-        return str(error)
-    others = ", ".join(str(i) for i in range(count) if i != own)
-    return (
-        f"process {own} of {count}: {error}; where a connection was closed or nothing came, the "
-        f"cause is the end of another process ({others}): see what it said last"
-    )
+    return str(error) if count == 1 else f"process {own} of {count}: {error}"
 
 
 class Wishes:

@@ -48,8 +48,9 @@ def run(main: Callable[..., None], takes: str = "") -> None:
             fail(error)
         except Stopped as stopped:
             print(stopped, flush=True)
-            distributed.leave(75)
+            distributed.leave(distributed.PAUSED)
         except Failed as failed:
+            distributed.settle()
             logging.info("what the error came from", exc_info=failed.__cause__)
             fail(failed, 1)
         except KeyboardInterrupt:
@@ -58,6 +59,7 @@ def run(main: Callable[..., None], takes: str = "") -> None:
         except Exception:
             if not jax.distributed.is_initialized():
                 raise
+            distributed.settle()
             traceback.print_exc()
             distributed.leave(1)
 

@@ -34,7 +34,7 @@ FLAGS = flags.FLAGS
 GRACE = 3.0
 TAIL = 20  # lines
 # Statuses of a process that others need not be killed for: done, and stopped because it was asked.
-PEACEFUL = (0, 75)
+PEACEFUL = (0, distributed.PAUSED)
 USAGE = 2
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from fdg_jax import liveness
 from fdg_jax.layer import PyTree
 
 CONNECT_SECONDS = 120.0
@@ -34,7 +35,10 @@ HEARTBEAT_SECONDS = 20
 # Sockets of a CPU's transfers, and how many bytes each sends at a time. Measured.
 _SOCKETS, _CHUNK = 4, 1 << 22
 _PATIENCE = 24 * 3600  # seconds
-_LAST_WORDS = 1.0
+# The exit status of a run that was asked to stop, and has saved.
+PAUSED = 75
+
+_living: liveness.Liveness | None = None
 
 
 def initialize(
@@ -56,9 +60,13 @@ def initialize(
       seconds: how long they may take to find one another. Where JAX itself would abort the
         process, it ends with a line that says why, and status 2.
 
+    From then on the end of a process, unless it ends well or calls `leave`, ends the others at
+    once, with status 1 and a line that names it.
+
     Raises:
       ValueError: arguments that do not fit together; a port that is taken; a coordinator that
-        cannot be reached; processes with different numbers of devices.
+        cannot be reached; a process that does not come; processes with different numbers of
+        devices.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is None for value in given) and any(value is not None for value in given):
@@ -74,12 +82,8 @@ def initialize(
                 f"process_id={process_id}: must lie in 0..{num_processes - 1} with "
                 f"num_processes={num_processes}"
             )
-        host, port = _address(coordinator)
-        if process_id == 0:
-            _free(coordinator, port)
-            own_host = host
-        else:
-            own_host = _reach(coordinator, host, port, seconds)
+        # Before JAX starts: on the port where its service will listen, and with plain words.
+        own_host = _call(process_id, num_processes, coordinator, seconds)
     transfers = _cpu_alone()
     if transfers:
         _set_transfers(own_host)
@@ -107,6 +111,9 @@ def initialize(
                 f"this run ({error}); give coordinator, num_processes and process_id"
             ) from error
         devices = jax.devices()
+    if coordinator is None:
+        place = gather(_text(f"{own_host}:{free_port('')}"))[0]
+        _call(jax.process_index(), jax.process_count(), bytes(place).decode().rstrip("\0"), seconds)
     if jax.default_backend() == "cpu" and not transfers:
         raise ValueError(
             "JAX_PLATFORMS: there is a plugin for accelerators but no accelerator; set it to cpu"
@@ -187,15 +194,27 @@ def fetch(tree: PyTree, sharding: NamedSharding) -> PyTree:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process, at once if it is one of several: JAX would wait for the others first."""
+    """Ends the process, at once if it is one of several: JAX would wait for the others first.
+
+    Args:
+      status: 0, or PAUSED of a run that all processes stop; with any other the others end too.
+    """
+    if _living is not None:
+        _living.leave(failed=status not in (0, PAUSED))
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         if jax.process_index() == 0:
             # Its end aborts the others, who may have to say what was wrong with them.
-            time.sleep(_LAST_WORDS)
+            time.sleep(2 * liveness.GRACE)
         os._exit(status)
     sys.exit(status)
+
+
+def settle() -> None:
+    """Before a process says what failed in it: where another was lost, that ends this one first."""
+    if _living is not None:
+        time.sleep(2 * liveness.GRACE)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -204,38 +223,11 @@ def free_port(host: str = "127.0.0.1") -> int:
         return int(server.getsockname()[1])
 
 
-def _address(coordinator: str) -> tuple[str, int]:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ValueError(f"coordinator={coordinator}: give host:port, such as 10.0.0.1:1234")
-    return host.strip("[]"), int(port)
-
-
-def _free(coordinator: str, port: int) -> None:
-    """Process 0 listens on the port; JAX would share it with another, or wait."""
-    try:
-        socket.create_server(("", port), reuse_port=False).close()
-    except OSError as error:
-        raise ValueError(
-            f"coordinator={coordinator}: process 0 cannot listen there "
-            f"({os.strerror(error.errno or 0)}); choose another port"
-        ) from error
-
-
-def _reach(coordinator: str, host: str, port: int, seconds: float) -> str:
-    """Waits until process 0 answers; the address that this process has on the way there."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            with socket.create_connection((host, port), timeout=min(seconds, 5)) as there:
-                return str(there.getsockname()[0])
-        except OSError as error:
-            if time.monotonic() > end:
-                raise ValueError(
-                    f"coordinator={coordinator}: nobody answers there within {seconds:g} s "
-                    f"({error.strerror or error}); start process 0, or mend the address"
-                ) from error
-            time.sleep(0.2)
+def _call(own: int, count: int, coordinator: str, seconds: float) -> str:
+    """Finds the others; from here on the end of any ends this process. This machine's address."""
+    global _living
+    _living, host = liveness.roll_call(own, count, coordinator, seconds)
+    return host
 
 
 def _cpu_alone() -> bool:
@@ -268,6 +260,8 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
     """Ends the process with ``message`` where what is inside takes longer; it waits in C++."""
 
     def end() -> None:
+        if _living is not None:
+            _living.leave(failed=True)
         print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(2)
 
@@ -278,6 +272,10 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _text(value: str) -> np.ndarray:
+    return np.frombuffer(value.encode()[:256].ljust(256, b"\0"), np.uint8)
 
 
 def _digest(value: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -67,15 +68,18 @@ def run(commands: Sequence[Sequence[str]], seconds: float = SECONDS, **more: str
 
 
 def member(launcher: int, flag: str) -> int:
-    """The process that the launcher started with a flag."""
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (folder / "cmdline").read_bytes().decode().split("\0")
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it has just ended
-            continue
-        if parent == launcher and flag in arguments:
-            return int(folder.name)
+    """The process that the launcher started with a flag; waits for it."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        for folder in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                arguments = (folder / "cmdline").read_bytes().decode().split("\0")
+                parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except OSError:  # it has just ended
+                continue
+            if parent == launcher and flag in arguments:
+                return int(folder.name)
+        time.sleep(0.01)
     raise AssertionError(f"no process with {flag}")
 
 

@@ -75,8 +75,8 @@ def test_what_is_wrong_at_the_start_is_said_in_one_line_before_the_deadline():
         return [command[0], json.dumps({**json.loads(command[1]), **more})]
 
     wrong = {
-        "not all of the 2 processes came within 3 s": changed(alone[0], seconds=3.0),
-        "nobody answers there within 3 s": changed(nobody[1], seconds=3.0),
+        "process 1 of 2 did not come within 3 s": changed(alone[0], seconds=3.0),
+        "process 0 does not answer there within 3 s": changed(nobody[1], seconds=3.0),
         "SLURM, Open MPI or Kubernetes does not say": ["tests.member", '{"runs": []}'],
         "devices: the processes have 1, 2": unequal[0],
         "devices: the processes have 1, 2;": changed(unequal[1], local_devices=2),
