@@ -30,7 +30,7 @@ from experiments import command, curves, methods, setup, text, workdir
 from experiments.errors import Failed, UsageError
 from experiments.lm_config import Settings, define_flags, from_flags
 from experiments.memory import memory
-from experiments.screen import Screen
+from experiments.screen import Screen, balance
 from experiments.training import params_sha256
 from experiments.transformer import kernels, transformer
 from fdg_jax.fault import StageError
@@ -167,11 +167,12 @@ def run(settings: Settings) -> dict[str, Any]:
     screen.line(
         f"{settings.method} on {source.name}: {len(source.train):,} bytes for training, "
         f"{len(source.validation):,} held out, {len(source.vocabulary)} different ones; "
-        f"K = {len(stages)}, {settings.steps:,} steps of {settings.batch_size} x {settings.context}"
+        f"K = {len(stages)}, {settings.steps:,} steps of {settings.batch_size} x "
+        f"{settings.context} bytes"
     )
     screen.line(f"\n{pipe.schedule}\n")
     screen.table(
-        f"Stages, balance {stages.balance:.2f} ({stages.unit})",
+        balance(stages),
         tuple(table[0]),
         [[str(value) for value in row.values()] for row in table],
     )

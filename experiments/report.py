@@ -114,7 +114,11 @@ def section(run: Run) -> list[str]:
     ]
     heads = ["stage", "devices", "layers", "parameters", "cost", "delay", "staleness", "in flight"]
     made += [
-        page.text("h3", f"Stages, balance {config['balance']:.2f} ({config['cost_unit']})"),
+        page.text(
+            "h3",
+            f"Stages, balance {config['balance']:.2f} (mean cost over largest, in "
+            f"{config['cost_unit']})",
+        ),
         page.table([*heads, "shrink"], rows, left=(1,)),
         page.text("h3", f"Schedule {run.schedule.name}, from the fill on"),
         f'<div class="box">{page.text("pre", str(run.schedule))}</div>',

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+import fdg_jax as fdg
 from experiments.setup import Setup
 
 # Without a terminal, a line of progress at most this often.
@@ -101,7 +102,7 @@ def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> No
         f"{config.method} of {config.model} on {dataset.name} "
         f"({len(dataset.train_labels):,} train, {len(dataset.test_labels):,} {run.split} images), "
         f"K = {len(run.stages)}, "
-        f"{run.total_steps:,} steps of {config.batch_size}"
+        f"{run.total_steps:,} steps of {config.batch_size} images"
     )
     screen.line()
     screen.line(str(run.schedule))
@@ -127,8 +128,12 @@ def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> No
             )
         )
     heads = ("stage", "devices", "layers", "parameters", "cost", "delay", "staleness")
-    title = f"Stages, balance {run.stages.balance:.2f} ({run.stages.unit})"
-    screen.table(title, (*heads, "in flight", "shrink"), rows)
+    screen.table(balance(run.stages), (*heads, "in flight", "shrink"), rows)
+
+
+def balance(stages: fdg.Partition) -> str:
+    """The title of a stage table."""
+    return f"Stages, balance {stages.balance:.2f} (mean cost over largest, in {stages.unit})"
 
 
 def conclude(screen: Screen, run: Setup, summary: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ FLAGS = flags.FLAGS
 METHODS = [name for name, method in methods.METHODS.items() if not method.one_stage]
 DEFAULT_METHODS = ["backprop", "fdg", "ddg", "pipedream", "gpipe", "one_f_one_b", "adl"]
 FILES = ("simulate.json", "timeline.png", "timeline.trace.json")
+TIMES = ("forward", "backward", "update")
 BLOCKS = ("ideal", "transfer", "slow")
 
 
@@ -90,7 +91,7 @@ def costs(num_stages: int, block: str) -> Costs | None:
     if block == "transfer":
         return made if any(transfer) or FLAGS.latency else None
     if block == "slow":
-        for name in ("forward", "backward", "update"):
+        for name in TIMES:
             values[name][k] *= factor
     ideal = Costs(**values, transfer=0.0, latency=0.0, optimizer=FLAGS.optimizer)
     return ideal if block == "ideal" or factor != 1 else None
@@ -210,6 +211,10 @@ def check() -> list[int]:
 def main() -> None:
     stages = check()
     screen, blocks = Screen(0), []
+    seconds = (f"{name} {','.join(getattr(FLAGS, name))}" for name in TIMES)
+    screen.line(
+        f"A stage's seconds for one mini-batch: {', '.join(seconds)} (--{', --'.join(TIMES)})"
+    )
     about = {
         "ideal": "no transfers",
         "transfer": f"{','.join(FLAGS.transfer)} s a mini-batch + {FLAGS.latency:g} s a message",
@@ -225,9 +230,12 @@ def main() -> None:
             blocks.append({"block": block, "about": about[block], "rows": rows})
             lines = [row(r) for r in rows]
             screen.table(f"{block}: {about[block]}", HEADS[: len(lines[0])], lines)
+    sized = ", bytes" if len(lines[0]) == len(HEADS) else ""
     screen.line(
         "backprop: the same stages and transfers, one batch at a time; one device: all stages on "
-        "one, no transfers; in flight, versions, bytes: of the stage with most"
+        "one, no transfers; busiest, mean: share of the time in which a stage works; in flight: "
+        f"mini-batches of which a stage keeps residuals; in flight, versions{sized}: of the stage "
+        "with most"
     )
     if FLAGS.workdir is not None:
         drawn = dict(files())
