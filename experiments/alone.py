@@ -1,10 +1,15 @@
-"""One stage at work with nothing else running: the least time that a tick could take."""
+"""Stages at work without one another: the least time that a tick could take.
+
+One alone shows what the schedule could reach at best. All at once, each on its own device and none
+with a message for another, show what the machine leaves of that: its caches, memory and cores are
+shared. What the pipeline then takes more is its own doing.
+"""
 
 from __future__ import annotations
 
 import collections
 import time
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,22 +47,19 @@ class Alone:
         stages[k] = own
         self.state = PipelineState(int(state.tick), int(state.origin), state.key, tuple(stages))
 
-    def turn(self, steps: int) -> float:
-        """Does the stage's part of so many ticks, and waits at the end; returns the seconds."""
-        messages = [jax.tree.map(jnp.copy, (self.inputs, self.cotangent)) for _ in range(steps)]
-        jax.block_until_ready((messages, self.state))
-        messages.reverse()
-        tokens: collections.deque[Any] = collections.deque()
-        start = time.perf_counter()
-        for _ in range(steps):
-            if len(tokens) >= self.max_ahead:
-                jax.block_until_ready(tokens.popleft())
-            tokens.append(self.tick(*messages.pop()))
-        jax.block_until_ready(self.state)
-        return time.perf_counter() - start
+    def prepare(self, steps: int) -> None:
+        """Makes what the neighbours would send in so many ticks; ready when this returns."""
+        self.messages = [
+            jax.tree.map(jnp.copy, (self.inputs, self.cotangent)) for _ in range(steps)
+        ]
+        self.tokens = collections.deque[list[jax.Array]]()
+        jax.block_until_ready((self.messages, self.state))
 
-    def tick(self, inputs: Any, cotangent: Any) -> list[jax.Array]:
-        """Dispatches one tick; returns what tells of its end."""
+    def tick(self) -> None:
+        """Dispatches the stage's part of one tick; waits only where it is too far ahead."""
+        if len(self.tokens) >= self.max_ahead:
+            jax.block_until_ready(self.tokens.popleft())
+        inputs, cotangent = self.messages.pop()
         tick = Tick(self.programs, self.schedule, self.today, self.state)
         actions = [a for a in self.schedule.tick(tick.batch - tick.origin) if a.stage == self.k]
         own = tick.stages[self.k]
@@ -75,4 +77,16 @@ class Alone:
             if k != self.k:
                 other.activations.clear()
                 other.cotangents.clear()
-        return [program.token for program in tick.tokens()]
+        self.tokens.append([program.token for program in tick.tokens()])
+
+
+def turn(stages: Sequence[Alone], steps: int) -> float:
+    """Does the part of some stages of so many ticks, all at once; returns the seconds."""
+    for stage in stages:
+        stage.prepare(steps)
+    start = time.perf_counter()
+    for _ in range(steps):
+        for stage in stages:
+            stage.tick()
+    jax.block_until_ready([stage.state for stage in stages])
+    return time.perf_counter() - start

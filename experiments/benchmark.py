@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -24,8 +25,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import bars, command, contender, held, machine, setup, tables, workdir
-from experiments.alone import Alone
+from experiments import bars, command, contender, fields, held, machine, setup, tables, workdir
+from experiments.alone import Alone, turn
 from experiments.config import DTYPES
 from experiments.contender import Contender, Piped
 from experiments.errors import UsageError
@@ -107,6 +108,8 @@ def run(settings: Settings) -> dict[str, Any]:
                 part["seconds"] = tables.spread(values)
             devices = [part["device"] for part in row["parts"]]
             row["bound"] = tables.bound(times, devices, own[c.name])
+            if len(times) > 1:
+                row["bound"] |= tables.at_once(seconds[at_once(c)], own[c.name])
         row["loss"] = c.loss if math.isfinite(c.loss) else None
         if row["loss"] is None:
             unfair.append(f"{c.name} computes with numbers that are not finite")
@@ -200,6 +203,11 @@ def alones(made: Contender) -> list[Alone]:
     return [Alone(made, k) for k in range(made.stages)]
 
 
+def at_once(made: Contender) -> str:
+    """The name of all its stages together, none with a message for another."""
+    return f"{made.name} stages at once"
+
+
 def rounds(
     work: Workload,
     contenders: Sequence[Contender],
@@ -209,9 +217,13 @@ def rounds(
     """Seconds per step by name, round by round, and a log of the rounds."""
     settings = work.settings
     turns: list[tuple[str, Turn]] = [(c.name, c.turn) for c in contenders]
-    turns += [(stage.name, stage.turn) for c in contenders for stage in alone[c.name]]
+    for c in contenders:
+        groups = {stage.name: [stage] for stage in alone[c.name]}
+        if len(groups) > 1:
+            groups[at_once(c)] = alone[c.name]
+        turns += [(name, functools.partial(turn, group)) for name, group in groups.items()]
     processes = [pid for c in contenders for pid in c.processes]
-    trial = {name: turn(2) / 2 for name, turn in turns}  # also compiles what is left
+    trial = {name: take(2) / 2 for name, take in turns}  # also compiles what is left
     pace = "backprop" if "backprop" in trial else contenders[0].name
     period = math.lcm(*(c.schedule.period for c in contenders if isinstance(c, Piped)), 1)
     steps = settings.steps or period * math.ceil(settings.turn_seconds / trial[pace] / period)
@@ -220,8 +232,8 @@ def rounds(
     for r in range(settings.rounds):
         first = r % len(turns)
         before = machine.usage(processes)
-        for name, turn in turns[first:] + turns[:first]:
-            seconds[name].append(turn(steps) / steps)
+        for name, take in turns[first:] + turns[:first]:
+            seconds[name].append(take(steps) / steps)
         after = machine.usage(processes)
         others = machine.cores_of_others(before, after)
         live = sum(held.live().values())
@@ -238,23 +250,12 @@ def rounds(
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """One flag for every field of `Settings`, with its default."""
-    define: dict[str, Callable[..., Any]] = {
-        "str": flags.DEFINE_string,
-        "int": flags.DEFINE_integer,
-        "float": flags.DEFINE_float,
-        "bool": flags.DEFINE_bool,
-        "tuple[str, ...]": flags.DEFINE_list,
-    }
-    for field in dataclasses.fields(Settings):
-        default: Any = "" if field.default is dataclasses.MISSING else field.default
-        default = list(default) if isinstance(default, tuple) else default
-        define[str(field.type)](field.name, default, HELP[field.name], flag_values=values)
+    fields.define(Settings, HELP, values)
 
 
 def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Settings:
     """The settings that the flags say."""
-    names = [field.name for field in dataclasses.fields(Settings)]
-    values: dict[str, Any] = {name: parsed[name].value for name in names}
+    values = fields.given(Settings, parsed)
     return Settings(**{**values, "contenders": tuple(values["contenders"])})
 
 

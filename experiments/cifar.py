@@ -12,13 +12,9 @@ that are not finite, end it with status 1.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 from absl import flags
 
-from experiments import cluster, command, config, methods, training, writers
+from experiments import cluster, command, config, fields, methods, training, writers
 from experiments.config import Config
 from experiments.errors import UsageError
 
@@ -89,20 +85,7 @@ HELP = {
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """One flag for every field of `Config`, with its default."""
-    define: dict[str, Callable[..., Any]] = {
-        "str": flags.DEFINE_string,
-        "str | None": flags.DEFINE_string,
-        "int": flags.DEFINE_integer,
-        "int | None": flags.DEFINE_integer,
-        "float": flags.DEFINE_float,
-        "bool": flags.DEFINE_bool,
-        "tuple[float, ...]": flags.DEFINE_list,
-    }
-    for field in dataclasses.fields(Config):
-        default: Any = "" if field.default is dataclasses.MISSING else field.default
-        if isinstance(default, tuple):
-            default = [f"{value:g}" for value in default]
-        define[str(field.type)](field.name, default, HELP[field.name], flag_values=values)
+    fields.define(Config, HELP, values)
 
 
 def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Config:
@@ -111,8 +94,7 @@ def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Config:
     Raises:
       UsageError: a list has an entry that is no number.
     """
-    names = [field.name for field in dataclasses.fields(Config)]
-    values: dict[str, Any] = {name: parsed[name].value for name in names}
+    values = fields.given(Config, parsed)
     milestones = values["lr_milestones"]
     try:
         values["lr_milestones"] = tuple(float(v) for v in milestones)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 from absl import flags
 
-from experiments import methods
+from experiments import fields, methods
 from experiments.config import ORDERS, REDUCTIONS, blame
 from experiments.errors import UsageError
 from fdg_jax.pipeline import GRADIENTS
@@ -137,21 +135,9 @@ class Settings:
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """One flag for every field of `Settings`, with its default."""
-    define: dict[str, Callable[..., Any]] = {
-        "str": flags.DEFINE_string,
-        "str | None": flags.DEFINE_string,
-        "int": flags.DEFINE_integer,
-        "int | None": flags.DEFINE_integer,
-        "float": flags.DEFINE_float,
-        "bool": flags.DEFINE_bool,
-    }
-    for field in dataclasses.fields(Settings):
-        default: Any = "" if field.default is dataclasses.MISSING else field.default
-        define[str(field.type)](field.name, default, HELP[field.name], flag_values=values)
+    fields.define(Settings, HELP, values)
 
 
 def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Settings:
     """The settings that the flags say."""
-    names = [field.name for field in dataclasses.fields(Settings)]
-    values: dict[str, Any] = {name: parsed[name].value for name in names}
-    return Settings(**values)
+    return Settings(**fields.given(Settings, parsed))

@@ -63,6 +63,14 @@ def bound(
     }
 
 
+def at_once(stages: Sequence[float], steps: Sequence[float]) -> dict[str, Any]:
+    """What all stages at once, without messages, say about the whole; seconds, round by round."""
+    return {
+        "at_once": spread(stages),
+        "of_at_once": spread([a / s for a, s in zip(stages, steps, strict=True)]),
+    }
+
+
 def tables(results: dict[str, Any]) -> list[Table]:
     """Title, heads and rows of all tables; ``results`` as in benchmark.json."""
     speed, stages, memory = _speed(results), _stages(results), _memory(results)
@@ -73,10 +81,10 @@ def tables(results: dict[str, Any]) -> list[Table]:
 def _speed(results: dict[str, Any]) -> Table:
     base = results["base"]
     heads = ["contender", "devices", "K", "ms a step", "min", "max", f"x {base}"]
-    heads += ["min", "max", "bound, ms", "efficiency"]
+    heads += ["min", "max", "bound, ms", "efficiency", "at once, ms", "of that"]
     rows = []
     for row in results["contenders"]:
-        ratio, limit = row["over"][base], row.get("bound")
+        ratio, limit = row["over"][base], row.get("bound", {})
         rows.append(
             [
                 row["name"],
@@ -86,11 +94,14 @@ def _speed(results: dict[str, Any]) -> Table:
                 *_numbers(ratio, 1, 2),
                 f"{1e3 * limit['bound']['median']:.1f}" if limit else "",
                 f"{limit['efficiency']['median']:.3f}" if limit else "",
+                f"{1e3 * limit['at_once']['median']:.1f}" if "at_once" in limit else "",
+                f"{limit['of_at_once']['median']:.3f}" if "at_once" in limit else "",
             ]
         )
     fair = "" if results["fair"] else f"NOT A FAIR COMPARISON ({'; '.join(results['unfair'])}). "
     title = (
-        f"{fair}{describe(results)}; medians. Bound: slowest stage alone. Efficiency: bound / ms"
+        f"{fair}{describe(results)}; medians. Bound: slowest stage alone. Efficiency: bound / ms. "
+        "At once: all stages, without messages"
     )
     return title, heads, rows
 

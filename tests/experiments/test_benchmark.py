@@ -58,6 +58,10 @@ def check_numbers(results: dict, names: list[str], rounds: int) -> None:
             assert row["bound"]["bound"]["rounds"][r] == slowest
             efficiency = slowest / seconds["rounds"][r]
             assert row["bound"]["efficiency"]["rounds"][r] == pytest.approx(efficiency)
+            together = row["bound"]["at_once"]["rounds"][r]
+            assert together > 0
+            share = together / seconds["rounds"][r]
+            assert row["bound"]["of_at_once"]["rounds"][r] == pytest.approx(share)
 
 
 def test_a_long_run_tells_its_own_drift_from_the_machines():

@@ -9,7 +9,7 @@ import pytest
 
 import fdg_jax as fdg
 from experiments import contender
-from experiments.alone import Alone
+from experiments.alone import Alone, turn
 from experiments.workload import Workload
 from tests.experiments.tiny import made, params
 
@@ -80,15 +80,18 @@ def test_a_stage_alone_does_what_it_does_in_the_pipeline(tiny, name):
         one.turn(1)
         assert not any(np.array_equal(a, b) for a, b in zip(before, params(one), strict=True))
         for k, stage in enumerate(alone):
-            assert stage.turn(1) > 0
+            assert turn([stage], 1) > 0
             own = jax.tree.leaves((stage.state.stages[k].params, stage.state.stages[k].model_state))
             real = one.state.stages[k]
             for a, b in zip(own, jax.tree.leaves((real.params, real.model_state)), strict=True):
                 np.testing.assert_array_equal(a, b)
             # And on: it must not run out of messages, nor keep them.
-            stage.turn(3)
+            turn([stage], 3)
             assert stage.state.stages[k].version == one.state.stages[k].version + 3
             assert len(stage.state.stages[k].flights) == len(one.state.stages[k].flights)
+        turn(alone, 2)
+        versions = [stage.state.stages[k].version for k, stage in enumerate(alone)]
+        assert versions == [one.state.stages[k].version + 5 for k in range(stages)]
 
 
 def test_every_split_is_made_from_the_same_costs(tiny, monkeypatch):
