@@ -30,7 +30,8 @@ format: .venv/installed
 # Into build/site.
 docs: .venv/installed
 	$(BIN)/pip install --quiet -e .[docs]
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo open build/site/index.html
 
 # Runs the notebooks anew and stores them; two quiet cores give the nicest timelines.
 notebooks: .venv/installed

@@ -242,7 +242,7 @@ def _label(panel: Any, groups: Sequence[dict[str, Any]], x: str) -> None:
         beta = f", beta {g['beta']:g}" if methods.METHODS[g["method"]].shrinks else ""
         tie = {"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "relpos": (0, 0.5)}
         panel.annotate(
-            f"{g['method']}{beta}: {100 * last['mean']:.1f}",
+            f"{g['method']}{beta}: {100 * last['mean']:.2f}",
             (last[x], 100 * last["mean"]),
             xytext=(1.05, height - excess),
             textcoords="axes fraction",

@@ -67,7 +67,8 @@ HELP = {
     "max_ahead": "Ticks that the host may be ahead of the devices.",
     "on_nonfinite": "What becomes of a mini-batch whose loss or gradient is NaN or infinite: stop "
     "ends the run, with status 1, and names it; skip leaves it out in the stage concerned.",
-    "checkpoint_every_steps": "Steps between checkpoints of the run, in the workdir; 0: none.",
+    "checkpoint_every_steps": "Steps between checkpoints of the run, in the workdir, beside one "
+    "after every evaluation with the lowest error so far; 0: none.",
     "checkpoint_every_minutes": "A checkpoint also after so many minutes without one; 0: none.",
     "keep_checkpoints": "How many of the newest checkpoints stay, beside the one with the lowest "
     "evaluated error.",

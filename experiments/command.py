@@ -26,6 +26,7 @@ def run(main: Callable[..., None], takes: str = "") -> None:
 
     def parse(arguments: Sequence[str]) -> Sequence[str]:
         if any(a in ("-h", "-help", "--help") for a in arguments[1:]):
+            adopt()
             flags.FLAGS.unparse_flags()
             print((sys.modules["__main__"].__doc__ or "").strip(), flags.FLAGS.main_module_help())
             sys.exit(0)
@@ -66,6 +67,14 @@ def run(main: Callable[..., None], takes: str = "") -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def adopt() -> None:
+    """Makes all flags of the experiments key flags of this program, so that --help shows them."""
+    defined = flags.FLAGS.flags_by_module_dict()
+    for module in [name for name in defined if name.startswith("experiments.")]:
+        for flag in defined[module]:
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
 def one_line(
     message: Warning | str,
     category: type[Warning],
@@ -80,5 +89,6 @@ def one_line(
 
 def fail(error: Exception, status: int = 2) -> None:
     """Ends the program with the error's message on one line."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    message = " ".join(str(error).split()).removeprefix("ERROR:: ")
+    print(f"error: {message}", file=sys.stderr)
     distributed.leave(status)

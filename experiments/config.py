@@ -7,6 +7,7 @@ import dataclasses
 import math
 import unicodedata
 from collections.abc import Iterator
+from typing import Any
 
 from experiments import methods, writers
 from experiments.errors import UsageError
@@ -155,7 +156,8 @@ class Config:
             return None
         if methods.num_stages(self) == 1:
             return []
-        remedy = f"give time, flops, or {self.num_stages - 1} layer numbers such as 3,5"
+        such = ",".join(str(3 * k) for k in range(1, self.num_stages)[:9])
+        remedy = f"give time, flops, or {self.num_stages - 1} layer numbers such as {such}"
         try:
             cuts = [int(part) for part in self.partition.split(",")] if self.partition else []
         except ValueError:
@@ -181,6 +183,12 @@ class Config:
 def _plain(text: str) -> bool:
     """Whether a text has neither control characters nor bytes that were no UTF-8."""
     return not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
+def check_experiment(described: dict[str, Any]) -> None:
+    """Raises `ValueError` where a run's config.json is that of another program."""
+    if (name := described.get("experiment", "cifar")) != "cifar":
+        raise ValueError(f"it is a run of experiments.{name}, and not of experiments.cifar")
 
 
 @contextlib.contextmanager

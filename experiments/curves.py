@@ -41,7 +41,7 @@ def draw(metrics: list[dict[str, Any]], title: str) -> bytes:
     if evaluated:
         final = evaluated[-1]
         axes[1].annotate(
-            f"{100 * final['error']:.1f} %",
+            f"{100 * final['error']:.2f} %",
             (final["epoch"], 100 * final["error"]),
             textcoords="offset points",
             xytext=(0, 8),

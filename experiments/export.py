@@ -19,6 +19,7 @@ from absl import flags
 
 import fdg_jax as fdg
 from experiments import command, model_file, resume
+from experiments.config import check_experiment
 from experiments.errors import UsageError
 from experiments.training import params_sha256
 from fdg_jax import manifest, weights
@@ -51,6 +52,7 @@ def run_of(workdir: str) -> dict[str, Any]:
         found = json.loads((pathlib.Path(workdir).expanduser() / "config.json").read_text())
         if not isinstance(found, dict):
             raise ValueError("it is not that of a run")
+        check_experiment(found)
     except (OSError, RuntimeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"--workdir={workdir}: its config.json cannot be read ({error}); name the folder of a "

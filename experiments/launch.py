@@ -193,7 +193,8 @@ def main(arguments: list[str]) -> None:
         for line in failed.last:
             print(f"[{failed.number}] {line}", file=sys.stderr)
         again = left > 0 and failed.status != USAGE
-        what = f"starting again, {left - 1} more times at most" if again else "all are ended"
+        number = FLAGS.restarts - left + 1
+        what = f"starting again, {number} of {FLAGS.restarts} times" if again else "all are ended"
         print(
             f"process {failed.number} of {FLAGS.num_processes} {failed.fate}; {what}",
             file=sys.stderr,
@@ -210,5 +211,7 @@ if __name__ == "__main__":
     # What stands after -- is no flag of this program.
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     own, rest = sys.argv[:end], sys.argv[end + 1 :]
+    if "-m" in own:
+        command.fail(UsageError("-m: is no flag of the launcher; put -- before the command"))
     sys.argv = own
     command.run(lambda: main(rest))

@@ -30,10 +30,11 @@ from experiments import command, curves, methods, setup, text, workdir
 from experiments.errors import Failed, UsageError
 from experiments.lm_config import Settings, define_flags, from_flags
 from experiments.memory import memory
-from experiments.screen import Screen, balance
+from experiments.screen import Screen, stage_table
 from experiments.training import params_sha256
 from experiments.transformer import kernels, transformer
 from fdg_jax.fault import StageError
+from fdg_jax.schedule import LEGEND
 
 
 def optimizer(settings: Settings, stage: int) -> optax.GradientTransformation:
@@ -86,7 +87,7 @@ def make(settings: Settings, vocabulary: int) -> tuple[fdg.Pipeline, fdg.Partiti
     return pipe, stages
 
 
-def stage_table(
+def described_stages(
     pipe: fdg.Pipeline, stages: fdg.Partition, settings: Settings, params: list[Any]
 ) -> list[dict[str, Any]]:
     """One row a stage: where it is, what it holds, how late its gradients are."""
@@ -97,6 +98,7 @@ def stage_table(
             "devices": [str(device) for device in stage.mesh.devices.flat],
             "layers": [edges[k], edges[k + 1]],
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params[k])),
+            "cost": stages.costs[k],
             "delay": pipe.schedule.delay(k),
             "staleness": pipe.schedule.staleness(k),
             "in_flight": pipe.schedule.in_flight(k),
@@ -149,8 +151,9 @@ def run(settings: Settings) -> dict[str, Any]:
     state = pipe.init(key, example)
 
     out = workdir.Workdir(settings.workdir, overwrite=settings.overwrite)
-    table = stage_table(pipe, stages, settings, pipe.params(state))
+    table = described_stages(pipe, stages, settings, pipe.params(state))
     described = {
+        "experiment": "lm",
         **dataclasses.asdict(settings),
         "text": source.name,
         "text_sha256": source.sha256,
@@ -170,12 +173,8 @@ def run(settings: Settings) -> dict[str, Any]:
         f"K = {len(stages)}, {settings.steps:,} steps of {settings.batch_size} x "
         f"{settings.context} bytes"
     )
-    screen.line(f"\n{pipe.schedule}\n")
-    screen.table(
-        balance(stages),
-        tuple(table[0]),
-        [[str(value) for value in row.values()] for row in table],
-    )
+    screen.line(f"\n{pipe.schedule}\n\n{LEGEND}\n")
+    stage_table(screen, stages, table)
 
     tokens = settings.batch_size * settings.context  # of a mini-batch
     evaluate = evaluation(pipe, source, settings)
@@ -232,10 +231,13 @@ def run(settings: Settings) -> dict[str, Any]:
             seconds += time.perf_counter() - clock
             log([*waiting, *rest], settings.steps, seconds)
             loss = assess(state, settings.steps)
+    except KeyboardInterrupt:
+        screen.line("there are no checkpoints: begin again with --overwrite")
+        raise
     except StageError as error:
         raise Failed(f"{error}; lower --learning_rate in a new run") from error
 
-    summary = {
+    summary: dict[str, Any] = {
         "validation_loss": loss,
         "train_seconds": round(seconds, 3),
         "bytes_per_second": round(tokens * settings.steps / seconds, 1),
@@ -249,7 +251,14 @@ def run(settings: Settings) -> dict[str, Any]:
     title = f"transformer on {source.name}: {settings.method}, K = {len(stages)}"
     out.write_bytes("curves.png", curves.draw(out.metrics(), title))
     out.write_json("summary.json", summary)  # the last: a run that has it is finished
-    screen.table("Result", ("", ""), [(name, str(value)) for name, value in summary.items()])
+    rows = [
+        ("validation loss", f"{loss:.4f} nats per byte"),
+        ("training time", f"{seconds:.1f} s"),
+        ("bytes per second", f"{summary['bytes_per_second']:,.0f}"),
+        ("params sha256", summary["params_sha256"][:16] + "..."),
+        ("results", settings.workdir),
+    ]
+    screen.table("Result", ("", ""), rows)
     return summary
 
 

@@ -56,7 +56,9 @@ def comparison(shown: Sequence[Run]) -> str:
                 "finished" if run.summary is not None else "unfinished",
             ]
         )
-    return page.table(heads, rows, left=(0, 1, len(heads) - 1), swatches=True)
+    note = "Stages busy, and all of them at once: of the time that --timeline recorded."
+    table = page.table(heads, rows, left=(0, 1, len(heads) - 1), swatches=True)
+    return table + page.text("p", note, "quiet")
 
 
 def curves(shown: Sequence[Run]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import methods, timeline
-from experiments.config import Config
+from experiments.config import Config, check_experiment
 from experiments.errors import UsageError
 from fdg_jax.schedule import Schedule
 
@@ -130,7 +130,10 @@ def _checked(value: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _config(content: bytes) -> tuple[dict[str, Any], Schedule]:
-    value = _checked(json.loads(content), CONFIG)
+    value = json.loads(content)
+    if isinstance(value, dict):
+        check_experiment(value)
+    _checked(value, CONFIG)
     names = {field.name for field in dataclasses.fields(Config)}
     settings = Config(**{name: value[name] for name in names & value.keys()})
     if settings.method not in methods.METHODS:

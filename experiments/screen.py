@@ -13,6 +13,7 @@ from rich.table import Table
 
 import fdg_jax as fdg
 from experiments.setup import Setup
+from fdg_jax.schedule import LEGEND
 
 # Without a terminal, a line of progress at most this often.
 PLAIN_SECONDS = 30.0
@@ -105,11 +106,15 @@ def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> No
         f"{run.total_steps:,} steps of {config.batch_size} images"
     )
     screen.line()
-    screen.line(str(run.schedule))
-    screen.line()
+    screen.line(f"{run.schedule}\n\n{LEGEND}\n")
     if run.times is not None:
         screen.line(f"partition: {run.times.note}")
-    total = sum(run.stages.costs)
+    stage_table(screen, run.stages, table)
+
+
+def stage_table(screen: Screen, stages: fdg.Partition, table: Sequence[dict[str, Any]]) -> None:
+    """Where each stage is, what it holds, and how late its gradients are."""
+    total = sum(stages.costs)
     rows = []
     for row in table:
         share = f"{100 * row['cost'] / total:.0f} %" if total else "-"
@@ -128,12 +133,8 @@ def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> No
             )
         )
     heads = ("stage", "devices", "layers", "parameters", "cost", "delay", "staleness")
-    screen.table(balance(run.stages), (*heads, "in flight", "shrink"), rows)
-
-
-def balance(stages: fdg.Partition) -> str:
-    """The title of a stage table."""
-    return f"Stages, balance {stages.balance:.2f} (mean cost over largest, in {stages.unit})"
+    title = f"Stages, balance {stages.balance:.2f} (mean cost over largest, in {stages.unit})"
+    screen.table(title, (*heads, "in flight", "shrink"), rows)
 
 
 def conclude(screen: Screen, run: Setup, summary: dict[str, Any]) -> None:

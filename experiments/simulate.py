@@ -97,6 +97,14 @@ def costs(num_stages: int, block: str) -> Costs | None:
     return ideal if block == "ideal" or factor != 1 else None
 
 
+def slow_stage() -> str:
+    """Which it is, in words that hold for every number of stages."""
+    k = FLAGS.slow_stage
+    if k >= 0:
+        return f"stage {k}"
+    return "the last stage" if k == -1 else f"stage K-{-k}"
+
+
 def plan(method: str, num_stages: int) -> Schedule:
     """The schedule of one method."""
     if method not in METHODS:
@@ -165,7 +173,9 @@ def files() -> Iterator[tuple[str, bytes]]:
         timeline(method, num_stages, its, FLAGS.draw_batches),
         timeline(method, num_stages, its),
     )
-    title = f"{method}, {num_stages} stages, {block}: {steady.speedup:.2f} x backprop"
+    title = (
+        f"{method}, {num_stages} stages, {block}; in steady state {steady.speedup:.2f} x backprop"
+    )
     yield FILES[1], gantt.draw([(title, run)])
     yield FILES[2], (json.dumps(run.chrome_trace()) + "\n").encode()
 
@@ -218,8 +228,7 @@ def main() -> None:
     about = {
         "ideal": "no transfers",
         "transfer": f"{','.join(FLAGS.transfer)} s a mini-batch + {FLAGS.latency:g} s a message",
-        "slow": f"stage {FLAGS.slow_stage} (counted from the end if negative) takes "
-        f"{FLAGS.slow_factor:g} times as long, no transfers",
+        "slow": f"{slow_stage()} takes {FLAGS.slow_factor:g} times as long, no transfers",
     }
     for block in BLOCKS:
         rows = []
@@ -232,10 +241,11 @@ def main() -> None:
             screen.table(f"{block}: {about[block]}", HEADS[: len(lines[0])], lines)
     sized = ", bytes" if len(lines[0]) == len(HEADS) else ""
     screen.line(
-        "backprop: the same stages and transfers, one batch at a time; one device: all stages on "
-        "one, no transfers; busiest, mean: share of the time in which a stage works; in flight: "
-        f"mini-batches of which a stage keeps residuals; in flight, versions{sized}: of the stage "
-        "with most"
+        "backprop: the same stages and transfers, one batch at a time\n"
+        "one device: all stages on one, no transfers\n"
+        "busiest, mean: share of the time in which a stage works\n"
+        "in flight: mini-batches of which a stage keeps residuals\n"
+        f"in flight, versions{sized}: of the stage with most"
     )
     if FLAGS.workdir is not None:
         drawn = dict(files())

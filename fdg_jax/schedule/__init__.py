@@ -24,6 +24,11 @@ from fdg_jax.schedule.delayed import Order, adl, ddg, fdg, pipedream, pipedream_
 from fdg_jax.schedule.locked import backprop, gpipe, one_f_one_b
 from fdg_jax.schedule.stream import Action, Schedule
 
+# What stands in the cells of a grid.
+LEGEND = """\
+F3, B3, U: forward and backward of mini-batch 3, update; F3.1: of its micro-batch 1
+Two stages that have one mini-batch in one tick wait for each other; all else runs at once."""
+
 NAMED: dict[str, Callable[..., Schedule]] = {
     f.__name__: f for f in (backprop, fdg, ddg, pipedream, pipedream_2bw, gpipe, one_f_one_b, adl)
 }

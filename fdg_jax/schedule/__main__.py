@@ -10,11 +10,6 @@ import sys
 
 from fdg_jax import schedule
 
-LEGEND = """\
-F3, B3, U: forward and backward of mini-batch 3, update; F3.1: of its micro-batch 1
-Where two stages have the same mini-batch in one tick, one waits for the other; all else runs at
-once."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -52,7 +47,7 @@ def main() -> None:
     }
     for name, values in rows.items():
         print(f"{name:14} |" + "".join(f"{value!s:>6}" for value in values))
-    print(f"\n{LEGEND}")
+    print(f"\n{schedule.LEGEND}")
 
 
 if __name__ == "__main__":
