@@ -41,7 +41,7 @@ def test_files(tmp_path):
     for title in (
         "ideal: no transfers",
         "transfer: 0 s a mini-batch + 0.25 s a message",
-        "slow: stage -1",
+        "slow: the last stage takes 2 times as long",
     ):
         assert title in done.stdout
     written = json.loads((folder / "simulate.json").read_text())
