@@ -27,7 +27,7 @@ from absl import flags
 
 from experiments import command, measured, setup
 from experiments.errors import UsageError
-from fdg_jax import distributed
+from fdg_jax import distributed, liveness
 
 FLAGS = flags.FLAGS
 # Seconds for the others to say what they know before they are killed.
@@ -151,7 +151,7 @@ def once(arguments: list[str], count: int, logs: pathlib.Path | None) -> Member 
             member = _next(ended)
             if member.status not in PEACEFUL:
                 _settle(members)
-                return member
+                return _cause([member, *members])
             asked = member if member.status else asked
         return asked
 
@@ -161,6 +161,13 @@ def _next(ended: queue.SimpleQueue[Member]) -> Member:
     while True:
         with contextlib.suppress(queue.Empty):
             return ended.get(timeout=0.2)
+
+
+def _cause(members: list[Member]) -> Member:
+    """The first that failed by itself, and not because another did."""
+    ended = [member for member in members if member.process.poll() is not None]
+    own = [member for member in ended if member.status not in (*PEACEFUL, liveness.LOST)]
+    return (own or ended)[0]
 
 
 def _settle(members: list[Member]) -> None:

@@ -53,15 +53,15 @@ def initialize(
     ``jax.distributed.initialize`` detects them. On CPUs it sets what transfers between processes
     need, with free ports.
 
+    From here on the end of a process, unless it ends well, ends the others at once, with status 69
+    and a line that names it.
+
     Args:
       coordinator: "host:port" of process 0, the same in every process.
       num_processes: how many there are.
       process_id: which this is, 0 to num_processes - 1.
       seconds: how long they may take to find one another. Where JAX itself would abort the
         process, it ends with a line that says why, and status 2.
-
-    From then on the end of a process, unless it ends well or calls `leave`, ends the others at
-    once, with status 1 and a line that names it.
 
     Raises:
       ValueError: arguments that do not fit together; a port that is taken; a coordinator that

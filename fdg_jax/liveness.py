@@ -19,6 +19,8 @@ import threading
 import time
 import warnings
 
+# The exit status of a process that ends because another has: EX_UNAVAILABLE of sysexits.h.
+LOST = 69
 LINE = 1024  # bytes; longer ones are nobody's
 CONNECT_SECONDS = 5.0  # one attempt
 HELLO_SECONDS = 2.0
@@ -71,7 +73,7 @@ class Liveness:
         text = f"error: process {number} of {self._count} {how} (this is process {self._own})\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
-        os._exit(1)
+        os._exit(LOST)
 
     def leave(self, failed: bool) -> None:
         """Tells the others that this process is about to end; later calls say nothing.

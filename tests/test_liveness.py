@@ -129,7 +129,7 @@ def test_the_end_of_one_ends_all_others_by_name(number, deed, why):
             assert [process.poll() for process, _ in others] == [None, None]
             return
         for process, path in others:
-            assert process.wait(timeout=processes.SECONDS) == 1
+            assert process.wait(timeout=processes.SECONDS) == liveness.LOST
             last = path.read_text().splitlines()[-1]
             assert re.fullmatch(
                 rf"error: process {number} of 3 {why} \(this is process \d\)", last

@@ -129,3 +129,14 @@ def test_a_process_that_is_killed_leaves_no_trace_in_the_result(tmp_path):
     expected, there = (json.loads((folder / "summary.json").read_text()) for folder in (one, two))
     for name in ("params_sha256", "test_error", "test_loss", "best_test_error", "steps"):
         assert there[name] == expected[name]
+
+
+def test_who_failed_because_another_did_is_not_blamed(tmp_path):
+    program = script(
+        tmp_path,
+        "if me == 0: sys.exit(69)\nprint('the cause', flush=True)\ntime.sleep(0.5)\nsys.exit(5)\n",
+    )
+    [found] = processes.run([launch("--num_processes=2", command=program)])
+    assert found.status == 5
+    lines = found.text.splitlines()
+    assert lines[-2:] == ["[1] the cause", "process 1 of 2 ended with status 5; all are ended"]
