@@ -61,8 +61,8 @@ def load(
     key, extra = manifest.random_key(body.get("key")), manifest.decoded(body["extra"])
     templates = causes.templates(pipe, example)
     abstract = [_abstract(pipe, folder, body, templates, k) for k in range(pipe.num_stages)]
-    leaves = [leaf for own in abstract for leaf in own.values()]
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    leaves = [array for own in abstract for array in own.values()]
+    size = sum(array.size * array.dtype.itemsize for array in leaves)
     manifest.verify(folder, body, _BYTE * size + _EACH * len(leaves) + _REST)
     # All is read before any of it is used: what comes after this is no question of the checkpoint.
     arrays = [
