@@ -45,7 +45,9 @@ def optimizer(settings: Settings, stage: int) -> optax.GradientTransformation:
     num_stages = methods.num_stages(settings)
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm / math.sqrt(num_stages)),
-        optax.adamw(rate, b2=0.95, weight_decay=settings.weight_decay, mask=kernels),
+        optax.adamw(
+            rate, b1=settings.b1, b2=0.95, weight_decay=settings.weight_decay, mask=kernels
+        ),
         fdg.fdg_shrink(methods.beta(settings), hops=num_stages - 1 - stage),
     )
 

@@ -30,6 +30,7 @@ HELP = {
     "reduction": f"What adl applies of the accumulated gradients: one of {REDUCTIONS}.",
     "learning_rate": "After the warm-up; it then falls to 0 along a cosine.",
     "warmup_steps": "Steps in which the rate rises from 0, fewer than --steps.",
+    "b1": "Decay of AdamW's first moment, in [0, 1); a late gradient may want less inertia.",
     "weight_decay": "Of the matrices of dense layers.",
     "clip_norm": "The gradient's norm at most; a stage takes its share, clip_norm / sqrt(K).",
     "batch_size": "Sequences a mini-batch.",
@@ -63,6 +64,7 @@ class Settings:
     reduction: str = "mean"
     learning_rate: float = 2e-3
     warmup_steps: int = 100
+    b1: float = 0.9
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     batch_size: int = 16
@@ -103,6 +105,8 @@ class Settings:
                 raise UsageError(f"--{name}=0: must be above 0; try {getattr(Settings, name):g}")
         if not 0 < self.beta <= 1:
             raise UsageError(f"--beta={self.beta}: must lie in (0, 1]; 1 does not shrink")
+        if not self.b1 < 1:
+            raise UsageError(f"--b1={self.b1}: must lie in [0, 1); try {Settings.b1:g}")
         if not 0 < self.validation_fraction < 1:
             raise UsageError(
                 f"--validation_fraction={self.validation_fraction}: must lie in (0, 1); try 0.1"

@@ -1,6 +1,7 @@
 """python -m experiments.lm: the network, the text, what a run writes, and how it refuses."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -87,23 +88,25 @@ def test_a_later_token_changes_nothing_before_it():
 
 
 def test_a_stage_clips_by_its_share_and_shrinks_what_adamw_gives():
-    settings = Settings("", num_stages=4, beta=0.5, clip_norm=1.0, warmup_steps=0)
+    settings = Settings("", num_stages=4, beta=0.5, b1=0.5, clip_norm=1.0, warmup_steps=0)
     network = fdg.chain(transformer(vocabulary=5, width=8, blocks=1, heads=2))
     params, _ = jax.jit(network.init)(jax.random.key(0), TOKENS)
     gradient = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
     assert optax.tree.norm(gradient) > 1
 
-    def update(optimizer):
-        step = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p)[0])
-        return step(gradient, params)
+    @functools.partial(jax.jit, static_argnums=0)
+    def second_update(optimizer):  # the first does not depend on b1
+        _, state = optimizer.update(gradient, optimizer.init(params), params)
+        return optimizer.update(jax.tree.map(jnp.sin, gradient), state, params)[0]
 
+    rate = optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
     plain = optax.chain(
         optax.clip_by_global_norm(0.5),
-        optax.adamw(settings.learning_rate, b2=0.95, weight_decay=0.1, mask=kernels),
+        optax.adamw(rate, b1=0.5, b2=0.95, weight_decay=0.1, mask=kernels),
     )
     for stage in (0, 3):
-        want = jax.tree.map(lambda u, k=stage: 0.5 ** (3 - k) * u, update(plain))
-        assert networks.difference(update(lm.optimizer(settings, stage)), want) < 1e-12
+        want = jax.tree.map(lambda u, k=stage: 0.5 ** (3 - k) * u, second_update(plain))
+        assert networks.difference(second_update(lm.optimizer(settings, stage)), want) < 1e-12
     decayed = [path for path, is_one in jax.tree.leaves_with_path(kernels(params)) if is_one]
     assert len(decayed) == 5  # qkv, projection, expand, contract, logits
     assert all("kernel" in jax.tree_util.keystr(path) for path in decayed)
@@ -154,6 +157,7 @@ def test_without_a_file_the_text_is_that_of_the_standard_library():
         ({"steps": 2**31}, "--steps=2147483648: "),
         ({"beta": 0.0}, "--beta=0.0: "),
         ({"learning_rate": 0.0}, "--learning_rate=0: "),
+        ({"b1": 1.0}, "--b1=1.0: "),
         ({"clip_norm": float("nan")}, "--clip_norm=nan: "),
         ({"weight_decay": -1.0}, "--weight_decay=-1.0: "),
         ({"validation_fraction": 1.0}, "--validation_fraction=1.0: "),
