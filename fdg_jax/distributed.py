@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import ipaddress
 import json
 import os
 import socket
@@ -65,8 +66,9 @@ def initialize(
 
     Raises:
       ValueError: arguments that do not fit together; a port that is taken; a coordinator that
-        cannot be reached; a process that does not come; processes with different numbers of
-        devices.
+        cannot be reached; a process that does not come; on CPUs of several machines, a machine
+        whose own name stands for an address of its own alone; processes with different numbers
+        of devices.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is None for value in given) and any(value is not None for value in given):
@@ -86,6 +88,8 @@ def initialize(
         own_host = _call(process_id, num_processes, coordinator, seconds)
     transfers = _cpu_alone()
     if transfers:
+        if _living is not None and _living.apart():
+            _check_name(socket.gethostname())
         _set_transfers(own_host)
     left = max(seconds - (time.monotonic() - begin), 1.0)
     with _deadline(
@@ -237,6 +241,19 @@ def _cpu_alone() -> bool:
         return bool(chosen.split(",")[0] == "cpu")
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not plugins and importlib.util.find_spec("libtpu") is None
+
+
+def _check_name(name: str) -> None:
+    """Whether other machines can reach this one by what its own name stands for."""
+    try:
+        found = socket.gethostbyname(name)
+    except OSError:
+        found = "nothing"
+    if found == "nothing" or ipaddress.ip_address(found).is_loopback:
+        raise ValueError(
+            f"the name of this machine, {name}, stands for {found}, where other machines do not "
+            "reach it, and JAX's collectives on CPUs go by the name; give its address in /etc/hosts"
+        )
 
 
 def _set_transfers(host: str) -> None:

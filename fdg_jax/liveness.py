@@ -1,16 +1,18 @@
 """Which processes of a run live: each holds a connection to process 0, and its end breaks it.
 
 JAX's own service tells of a lost process when its heartbeats stay away, and where process 0 is lost
-aborts the others without its number. The kernel tells at once: it closes what the dead had open.
+aborts the others without its number. The kernel tells at once: it closes what the dead had open. Of
+a machine that is lost whole, it tells when nothing answers its probes.
 
 What travels, a line each: "hello OWN COUNT" to process 0; "here" from it when all have come, or
-"no REASON"; later "bye N", "failed N" or, from process 0 to the others, "lost N".
+"no REASON"; later "bye N", "failed N" or, from process 0 to the others, "lost N", "silent N".
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -26,6 +28,9 @@ CONNECT_SECONDS = 5.0  # one attempt
 HELLO_SECONDS = 2.0
 POLL_SECONDS = 0.1
 SILENT_SECONDS = 5.0
+# Of a silent connection, in seconds: the first probe, those after it, and how many may be lost;
+# together less than JAX takes, which would not say who.
+PROBES = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
 # A process that failed has told the others; they may have something to say of their own first.
 GRACE = 0.5
 
@@ -45,17 +50,23 @@ class Liveness:
         self._links = links
         self._leaving = False
         for number, link in links.items():
+            _probe(link)
             threading.Thread(target=self._follow, args=(number, link), daemon=True).start()
         atexit.register(self._exit)
 
     def _follow(self, number: int, link: socket.socket) -> None:
         """Hears what the process at the other end says; ends this one when that one is lost."""
-        with contextlib.suppress(OSError):
-            while said := re.fullmatch(r"(bye|failed|lost) (\d+)", _line(link)):
+        word = "lost"
+        try:
+            while said := re.fullmatch(r"(bye|failed|lost|silent) (\d+)", _line(link)):
                 if said[1] == "bye":
                     return
                 self._end(said[1], int(said[2]))
-        self._end("lost", number)
+        except ConnectionError:  # it ended before it took all that was sent
+            pass
+        except OSError:  # the probes
+            word = "silent"
+        self._end(word, number)
 
     def _end(self, word: str, number: int) -> None:
         if self._leaving:
@@ -67,13 +78,23 @@ class Liveness:
             if self._leaving:
                 return
             how = "failed; its own lines say why"
-        else:
+        elif word == "lost":
             how = "ended without a word: it was killed, or crashed"
+        else:
+            how = "does not answer: its machine stopped, or the network broke"
         # In one piece, and at once: where process 0 is lost, JAX is about to abort this one.
         text = f"error: process {number} of {self._count} {how} (this is process {self._own})\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
         os._exit(LOST)
+
+    def apart(self) -> bool:
+        """Whether a process at the other end of a connection is on another machine."""
+        return any(
+            link.getpeername()[0] != link.getsockname()[0]
+            and not ipaddress.ip_address(link.getpeername()[0]).is_loopback
+            for link in self._links.values()
+        )
 
     def leave(self, failed: bool) -> None:
         """Tells the others that this process is about to end; later calls say nothing.
@@ -241,6 +262,13 @@ def _closed(link: socket.socket) -> bool:
         return False
     except OSError:
         return True
+
+
+def _probe(link: socket.socket) -> None:
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in PROBES.items():
+        if hasattr(socket, name):  # not on every system, whose own values are hours
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _tell(links: dict[int, socket.socket], line: str) -> None:

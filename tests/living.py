@@ -17,6 +17,7 @@ from fdg_jax import liveness
 
 def main() -> None:
     own, count, coordinator, deed = sys.argv[1:]
+    liveness.PROBES = dict.fromkeys(liveness.PROBES, 1)
     living, _ = liveness.roll_call(int(own), int(count), coordinator, 60)
     print("here", flush=True)
     if deed == "leave":

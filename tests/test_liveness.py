@@ -2,6 +2,8 @@
 
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -135,3 +137,48 @@ def test_the_end_of_one_ends_all_others_by_name(number, deed, why):
                 rf"error: process {number} of 3 {why} \(this is process \d\)", last
             ), path.read_text()
         assert time.monotonic() - begin < 30
+
+
+# A network of its own, with nothing but a loopback, which is taken away once both are there.
+CABLE = """
+ip link set lo up
+for i in 0 1; do {python} -u -m tests.living $i 2 127.0.0.1:7000 stay >{folder}/$i 2>&1 & done
+until grep -qs here {folder}/0 && grep -qs here {folder}/1; do sleep 0.1; done
+ip link set lo down
+wait
+"""
+
+
+def test_a_machine_that_does_not_answer_is_named(tmp_path):
+    # All in it ends with it.
+    alone = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
+    try:
+        subprocess.run([*alone, "ip", "link", "set", "lo", "up"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("wants a network of its own: unshare and ip")
+    subprocess.run(
+        [*alone, "sh", "-c", CABLE.format(python=sys.executable, folder=tmp_path)],
+        check=True,
+        timeout=processes.SECONDS,
+        cwd=processes.ROOT,
+        env=processes.environment(),
+    )
+    for own in (0, 1):
+        assert (tmp_path / str(own)).read_text().splitlines()[-1] == (
+            f"error: process {1 - own} of 2 does not answer: its machine stopped, or the network "
+            f"broke (this is process {own})"
+        )
+
+
+@pytest.mark.parametrize("found", ["127.0.1.1", "nothing"])
+def test_a_name_that_other_machines_cannot_use_is_refused(monkeypatch, found):
+    def look_up(name: str) -> str:
+        if found == "nothing":
+            raise socket.gaierror(-2, "Name or service not known")
+        return found
+
+    monkeypatch.setattr(socket, "gethostbyname", look_up)
+    with pytest.raises(ValueError, match=f"^the name of this machine, here, stands for {found}, "):
+        distributed._check_name("here")
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.1")
+    distributed._check_name("here")
