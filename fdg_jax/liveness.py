@@ -90,11 +90,7 @@ class Liveness:
 
     def apart(self) -> bool:
         """Whether a process at the other end of a connection is on another machine."""
-        return any(
-            link.getpeername()[0] != link.getsockname()[0]
-            and not ipaddress.ip_address(link.getpeername()[0]).is_loopback
-            for link in self._links.values()
-        )
+        return any(map(_far, self._links.values()))
 
     def leave(self, failed: bool) -> None:
         """Tells the others that this process is about to end; later calls say nothing.
@@ -262,6 +258,14 @@ def _closed(link: socket.socket) -> bool:
         return False
     except OSError:
         return True
+
+
+def _far(link: socket.socket) -> bool:
+    try:
+        theirs = link.getpeername()[0]
+    except OSError:  # it has ended already; the thread that follows it says so
+        return False
+    return theirs != link.getsockname()[0] and not ipaddress.ip_address(theirs).is_loopback
 
 
 def _probe(link: socket.socket) -> None:

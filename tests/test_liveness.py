@@ -182,3 +182,23 @@ def test_a_name_that_other_machines_cannot_use_is_refused(monkeypatch, found):
         distributed._check_name("here")
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.1")
     distributed._check_name("here")
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "far"),
+    [("10.0.0.1", "10.0.0.2", True), ("10.0.0.1", "10.0.0.1", False), ("::1", "::1", False)],
+)
+def test_whether_a_process_is_on_another_machine(own, theirs, far):
+    class Link:
+        def getsockname(self):
+            return own, 1
+
+        def getpeername(self):
+            return theirs, 2
+
+    assert liveness._far(Link()) == far
+
+
+def test_a_connection_that_has_ended_is_not_far():
+    with socket.socket() as link:
+        assert not liveness._far(link)
