@@ -3,10 +3,11 @@
     python -m experiments.benchmark --flagfile=experiments/flags/benchmark_cpu.cfg --workdir=DIR
 
 Contenders: backprop (one jitted step on one device), backprop_one_core (the same, in a process held
-to one core), backprop_xla (all derivatives left to JAX and XLA), data_parallel (the same on K
-devices), the methods of experiments.cifar on K devices, each stage on its own, fdg_recompute and
-fdg_recompute_stale (FDG with another choice of gradient), engine_k1 (the engine, network uncut),
-one_device_k<K> (FDG with all stages on one device), backprop_torch (the same network in PyTorch).
+to one core), backprop_xla (all derivatives left to JAX and XLA), backprop_untuned (so, and freed
+memory not kept, in its own process), data_parallel (one jitted step on K devices), the methods of
+experiments.cifar on K devices, each stage on its own, fdg_recompute and fdg_recompute_stale (FDG
+with another choice of gradient), engine_k1 (the engine, network uncut), one_device_k<K> (FDG with
+all stages on one device), backprop_torch (the same network in PyTorch).
 
 In each round every contender has one turn, and so has every stage of FDG alone; the order moves on
 by one from round to round. Writes benchmark.json, benchmark.md and benchmark.png.
@@ -27,10 +28,10 @@ from absl import flags
 
 from experiments import bars, command, contender, fields, held, machine, setup, tables, workdir
 from experiments.alone import Alone, turn
+from experiments.child import OneCore, Untuned
 from experiments.config import DTYPES
 from experiments.contender import Contender, Piped
 from experiments.errors import UsageError
-from experiments.one_core import OneCore
 from experiments.other_process import LeftOut
 from experiments.screen import Screen
 from experiments.torch_row import Torch
@@ -193,6 +194,8 @@ def make(name: str, work: Workload) -> Contender:
         return Torch(name, work)
     if name == "backprop_one_core":
         return OneCore(name, work.settings)
+    if name == "backprop_untuned":
+        return Untuned(name, work.settings)
     return contender.make(name, work)
 
 

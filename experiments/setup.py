@@ -20,6 +20,7 @@ from experiments.config import Config, blame
 from experiments.errors import UsageError
 from experiments.memory import memory
 from experiments.places import places, shared_cuts, without_images
+from fdg_jax.allocator import keep_freed_memory
 from fdg_jax.layer import Layer
 from fdg_jax.partition import units_of
 from fdg_jax.placement import stage_meshes
@@ -48,12 +49,14 @@ class Setup:
     times: measured.Times | None  # what the split into stages follows from, where it is time
 
 
-def prepare_jax(num_stages: int, devices_per_stage: int = 1) -> None:
+def prepare_jax(num_stages: int, devices_per_stage: int = 1, *, keep_memory: bool = True) -> None:
     """Asks JAX for one CPU device per stage, up to the cores, and for a cache of what it compiles.
 
     More virtual devices than cores would only make them wait for one another; who asks for several
-    a stage gets them.
+    a stage gets them. Memory that a step frees is kept for the next one, unless told otherwise.
     """
+    if keep_memory:
+        keep_freed_memory()
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(data.cache.directory() / "compiled"))
         # Initial weights are drawn by very many programs of a few milliseconds each.

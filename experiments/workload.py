@@ -39,7 +39,7 @@ PIPED = {
     "fdg_saving": Method("fdg"),
 }
 del PIPED["backprop"]  # is the plain loop here
-OTHER_PROCESSES = ("backprop_one_core", "backprop_torch")
+OTHER_PROCESSES = ("backprop_one_core", "backprop_untuned", "backprop_torch")
 NAMES = ("backprop", "backprop_xla", "engine_k1", "data_parallel", *PIPED, *OTHER_PROCESSES)
 ALLOWED = f"{', '.join(NAMES)}, one_device_k<K>"
 DEFAULT = ("backprop", "engine_k1", "data_parallel", "gpipe", "one_f_one_b", "ddg", "fdg")

@@ -27,3 +27,11 @@ def test_operations_have_one_thread_where_every_core_has_a_device(
     monkeypatch.setenv("XLA_FLAGS", given)
     setup.prepare_jax(stages)
     assert setup.os.environ["XLA_FLAGS"] == expected
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_kept_unless_told_otherwise(monkeypatch, keep):
+    called = []
+    monkeypatch.setattr(setup, "keep_freed_memory", lambda: called.append(True))
+    setup.prepare_jax(1, keep_memory=keep)
+    assert called == [True] * keep
