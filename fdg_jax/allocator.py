@@ -25,8 +25,9 @@ def keep_freed_memory() -> bool:
     C library gives so large a block back to the system when it is freed, and the next run gets
     pages that the kernel has to clear and map again, one fault for every 4 KiB: a tenth of a step's
     processor time, and more (``BENCHMARKS.md``). Kept memory costs no faults. The price: the
-    process stays as large as it once was. Other devices have allocators of their own, and gain
-    nothing.
+    process stays as large as it once was, and its threads share one arena, which costs a step of
+    very small programs some tenths of a millisecond. Other devices have allocators of their own,
+    and gain nothing.
 
     Call it before JAX starts its threads, that is before anything touches a device. It holds for
     the whole process, so the library never calls it by itself; the experiments do.
