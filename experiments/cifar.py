@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from absl import flags
 
-from experiments import cluster, command, config, fields, methods, training, writers
+from experiments import cluster, command, config, fields, methods, remedies, training, writers
 from experiments.config import Config
 from experiments.errors import UsageError
 
 HELP = {
+    **remedies.help_texts(config.OPTIMIZERS),
     "workdir": "Folder for config.json, metrics.jsonl, summary.json, curves.png and checkpoints.",
     "dataset": "fashion_mnist_small, cifar10, cifar100, tfds:NAME, or folder:PATH with "
     "train/<class>/* and test/<class>/* (PNG, JPEG).",
@@ -51,13 +52,12 @@ HELP = {
     "microbatches": "Parts of a mini-batch in gpipe and one_f_one_b.",
     "accumulate": "Backwards per update in adl (default 2) and pipedream_2bw (default K).",
     "reduction": f"What adl applies of the accumulated gradients: one of {config.REDUCTIONS}.",
-    "learning_rate": "Initial learning rate.",
     "lr_schedule": f"One of {config.LR_SCHEDULES}.",
     "lr_milestones": "Epochs after which the rate is multiplied by lr_decay, with "
     "lr_schedule=milestones.",
     "lr_decay": "Factor at each milestone.",
-    "momentum": "Of SGD.",
-    "weight_decay": "On every parameter.",
+    "momentum": "Of SGD and Muon, and of Adam beside Muon.",
+    "weight_decay": "On every parameter; with muon decoupled from the gradient.",
     "batch_size": "Images a mini-batch.",
     "epochs": "Passes over the train split.",
     "steps": "Mini-batches in all; overrides epochs unless 0.",

@@ -9,11 +9,12 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from experiments import methods, writers
+from experiments import methods, remedies, writers
 from experiments.errors import UsageError
 from fdg_jax.pipeline import GRADIENTS
 
 LR_SCHEDULES = ("milestones", "cosine", "constant")
+OPTIMIZERS = ("sgd", "muon")
 ORDERS = ("forward_first", "backward_first")
 REDUCTIONS = ("mean", "sum")
 UNROLL = ("auto", "yes", "no")
@@ -36,7 +37,7 @@ FREE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(remedies.Remedies):
     """The settings of one training run; each field is the flag of that name."""
 
     workdir: str
@@ -62,6 +63,7 @@ class Config:
     microbatches: int = 4
     accumulate: int | None = None
     reduction: str = "mean"
+    optimizer: str = "sgd"
     learning_rate: float = 0.1
     lr_schedule: str = "milestones"
     lr_milestones: tuple[float, ...] = (150.0, 225.0, 275.0)
@@ -116,6 +118,7 @@ class Config:
             self._bound(name, 0)
         for name in ("checkpoint_every_steps", "timeline", "profile"):
             self._bound(name, 0)
+        remedies.check(self, OPTIMIZERS)
         writers.check(self.writers)
         if self.checkpoint_every_minutes < 0:
             raise UsageError(

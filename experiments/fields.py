@@ -13,6 +13,7 @@ DEFINE: Mapping[str, Callable[..., Any]] = {
     "str | None": flags.DEFINE_string,
     "int": flags.DEFINE_integer,
     "int | None": flags.DEFINE_integer,
+    "float | None": flags.DEFINE_float,
     "float": flags.DEFINE_float,
     "bool": flags.DEFINE_bool,
     "tuple[str, ...]": flags.DEFINE_list,

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import fdg_jax as fdg
-from experiments import command, curves, methods, setup, text, workdir
+from experiments import command, curves, methods, remedies, setup, text, workdir
 from experiments.errors import Failed, UsageError
 from experiments.lm_config import Settings, define_flags, from_flags
 from experiments.memory import memory
@@ -34,22 +34,25 @@ from experiments.screen import Screen, stage_table
 from experiments.training import params_sha256
 from experiments.transformer import kernels, transformer
 from fdg_jax.fault import StageError
-from fdg_jax.schedule import LEGEND
+from fdg_jax.schedule import LEGEND, Schedule
 
 
-def optimizer(settings: Settings, stage: int) -> optax.GradientTransformation:
-    """A stage's own: clipped by its share of the norm, AdamW, then shrunk."""
-    period = methods.schedule(settings).period
+def optimizer(settings: Settings, schedule: Schedule, stage: int) -> optax.GradientTransformation:
+    """A stage's own: clipped by its share of the norm, AdamW or Muon, then shrunk."""
+    period, num_stages = schedule.period, schedule.num_stages
     total, warmup = math.ceil(settings.steps / period), settings.warmup_steps // period
-    rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup, total)
-    num_stages = methods.num_stages(settings)
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm / math.sqrt(num_stages)),
-        optax.adamw(
-            rate, b1=settings.b1, b2=0.95, weight_decay=settings.weight_decay, mask=kernels
-        ),
-        fdg.fdg_shrink(methods.beta(settings), hops=num_stages - 1 - stage),
+    own = remedies.Stage(
+        optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup, total),
+        (schedule, stage),
+        period,
+        settings.b1,
+        settings.weight_decay,
+        mask=kernels,
+        exclude="logits",
+        clip_norm=settings.clip_norm / math.sqrt(num_stages),
     )
+    shrink = fdg.fdg_shrink(methods.beta(settings), hops=num_stages - 1 - stage)
+    return optax.chain(remedies.optimizer(settings, own), shrink)
 
 
 def make(settings: Settings, vocabulary: int) -> tuple[fdg.Pipeline, fdg.Partition]:
@@ -76,11 +79,12 @@ def make(settings: Settings, vocabulary: int) -> tuple[fdg.Pipeline, fdg.Partiti
             f"of --method={settings.method}; choose a multiple"
         )
     stages = fdg.partition(layers, num_stages, example)
+    schedule = methods.schedule(settings)
     pipe = fdg.Pipeline(
         stages,
         setup.loss_fn,
-        lambda k: optimizer(settings, k),
-        methods.schedule(settings),
+        lambda k: optimizer(settings, schedule, k),
+        schedule,
         devices=devices,
         gradient=methods.gradient(settings),
         max_ahead=settings.max_ahead,
@@ -248,7 +252,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "stages": len(stages),
         "balance": stages.balance,
         "staleness": [row["staleness"] for row in table],
-        "params_sha256": params_sha256(pipe.params(state)),
+        "params_sha256": params_sha256(pipe.true_params(state)),
     }
     title = f"transformer on {source.name}: {settings.method}, K = {len(stages)}"
     out.write_bytes("curves.png", curves.draw(out.metrics(), title))

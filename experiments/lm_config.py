@@ -7,12 +7,14 @@ import math
 
 from absl import flags
 
-from experiments import fields, methods
+from experiments import fields, methods, remedies
 from experiments.config import ORDERS, REDUCTIONS, blame
 from experiments.errors import UsageError
 from fdg_jax.pipeline import GRADIENTS
 
+OPTIMIZERS = ("adamw", "muon")
 HELP = {
+    **remedies.help_texts(OPTIMIZERS),
     "workdir": "Folder for config.json, metrics.jsonl, summary.json and curves.png.",
     "text": "A file of any bytes; without it the documentation of the standard library is taken.",
     "validation_fraction": "Share of the text, at its end, that is held out.",
@@ -30,7 +32,7 @@ HELP = {
     "reduction": f"What adl applies of the accumulated gradients: one of {REDUCTIONS}.",
     "learning_rate": "After the warm-up; it then falls to 0 along a cosine.",
     "warmup_steps": "Steps in which the rate rises from 0, fewer than --steps.",
-    "b1": "Decay of AdamW's first moment, in [0, 1); a late gradient may want less inertia.",
+    "b1": "Decay of AdamW's first moment, and Muon's momentum, in [0, 1).",
     "weight_decay": "Of the matrices of dense layers.",
     "clip_norm": "The gradient's norm at most; a stage takes its share, clip_norm / sqrt(K).",
     "batch_size": "Sequences a mini-batch.",
@@ -44,7 +46,7 @@ HELP = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(remedies.Remedies):
     """The settings of one run; each field is the flag of that name."""
 
     workdir: str
@@ -62,6 +64,7 @@ class Settings:
     microbatches: int = 4
     accumulate: int | None = None
     reduction: str = "mean"
+    optimizer: str = "adamw"
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     b1: float = 0.9
@@ -92,7 +95,7 @@ class Settings:
                 )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("seed", "warmup_steps") else 1
+            least = 0 if field.name in ("seed", "warmup_steps", "rate_anneal_steps") else 1
             if type(value) is int and not least <= value < 2**31:
                 raise UsageError(
                     f"--{field.name}={value}: must lie in {least}..{2**31 - 1}; choose such a "
@@ -100,6 +103,7 @@ class Settings:
                 )
             if type(value) is float and not (0 <= value < math.inf):
                 raise UsageError(f"--{field.name}={value}: must be finite, and 0 or more")
+        remedies.check(self, OPTIMIZERS)
         for name in ("learning_rate", "clip_norm"):
             if getattr(self, name) == 0:
                 raise UsageError(f"--{name}=0: must be above 0; try {getattr(Settings, name):g}")

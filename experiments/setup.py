@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import fdg_jax as fdg
-from experiments import data, measured, methods
+from experiments import data, measured, methods, remedies
 from experiments.config import Config, blame
 from experiments.errors import UsageError
 from experiments.memory import memory
@@ -146,7 +146,7 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
     pipe = fdg.Pipeline(
         stages,
         loss_fn,
-        lambda k: optimizer(config, rate, hops=num_stages - 1 - k),
+        lambda k: optimizer(config, rate, schedule, k),
         schedule,
         devices=devices,
         gradient=methods.gradient(config),
@@ -248,13 +248,22 @@ def learning_rate(config: Config, per_epoch: float, total: float) -> optax.Sched
     return optax.piecewise_constant_schedule(config.learning_rate, boundaries)
 
 
-def optimizer(config: Config, rate: optax.Schedule, hops: int) -> optax.GradientTransformation:
-    """A stage's optimizer: shrinking, weight decay on everything, SGD with momentum."""
-    return optax.chain(
-        fdg.fdg_shrink(methods.beta(config), hops),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(rate, momentum=config.momentum or None),
+def optimizer(
+    config: Config, rate: optax.Schedule, schedule: fdg.schedule.Schedule, stage: int
+) -> optax.GradientTransformation:
+    """A stage's optimizer: shrinking, then SGD or Muon as --remedy says."""
+    own = remedies.Stage(
+        rate,
+        (schedule, stage),
+        schedule.period,
+        config.momentum,
+        config.weight_decay,
+        exclude="dense",  # the last layer
     )
+    shrink = fdg.fdg_shrink(methods.beta(config), hops=schedule.num_stages - 1 - stage)
+    # Muon and Adam cancel a factor before them.
+    parts = (shrink, remedies.optimizer(config, own))
+    return optax.chain(*(parts if config.optimizer == "sgd" else reversed(parts)))
 
 
 def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:

@@ -213,7 +213,7 @@ def run(config: Config) -> dict[str, Any]:
 
     # --- Results.
     left_out = pipe.left_out(state)
-    params = [distributed.fetch(tree, last.replicated) for tree in pipe.params(state)]
+    params = [distributed.fetch(tree, last.replicated) for tree in pipe.true_params(state)]
     if not writes:
         distributed.gather(np.int32(run.total_steps))  # until the results are written
         return workdir.read_json(config.workdir, "summary.json")

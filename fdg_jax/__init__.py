@@ -1,11 +1,22 @@
 """Fully decoupled training with delayed gradients (FDG) in JAX."""
 
-from fdg_jax import models, preset, schedule, simulate
+from fdg_jax import models, optim, preset, schedule, simulate
 from fdg_jax.adapter import from_fn, from_linen, from_nnx
 from fdg_jax.layer import Layer, chain, repeat
+from fdg_jax.optim import (
+    delayed_sgd,
+    error_feedback,
+    fdg_shrink,
+    predict_weights,
+    recipes,
+    scale_by_basis_rotation,
+    scale_by_spike_compensation,
+    staleness_rate,
+    stretched_momentum,
+    true_params,
+)
 from fdg_jax.partition import Partition, partition
 from fdg_jax.pipeline import Pipeline, PipelineState
-from fdg_jax.shrink import fdg_shrink
 from fdg_jax.version import __version__
 
 __all__ = [
@@ -15,14 +26,24 @@ __all__ = [
     "PipelineState",
     "__version__",
     "chain",
+    "delayed_sgd",
+    "error_feedback",
     "fdg_shrink",
     "from_fn",
     "from_linen",
     "from_nnx",
     "models",
+    "optim",
     "partition",
+    "predict_weights",
     "preset",
+    "recipes",
     "repeat",
+    "scale_by_basis_rotation",
+    "scale_by_spike_compensation",
     "schedule",
     "simulate",
+    "staleness_rate",
+    "stretched_momentum",
+    "true_params",
 ]

@@ -19,6 +19,7 @@ import optax
 
 from fdg_jax.layer import PyTree, chain
 from fdg_jax.layout import difference, join, separate
+from fdg_jax.optim import without_prediction
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.stage import Stage
 from fdg_jax.state import PipelineState, StageState
@@ -35,7 +36,8 @@ def convert(
 
     From then on the trajectory differs from that of a run that never changed K. The drain applies
     the last gradients before batches that would have met the weights without them, and delays,
-    staleness and shrinking are those of the other K. Dropout's noise does not change with K: it
+    staleness and shrinking are those of the other K, and weight prediction begins anew from the
+    true weights. Dropout's noise does not change with K: it
     follows from the micro-batch and from where a layer stands in the whole network.
 
     Args:
@@ -76,7 +78,11 @@ def convert(
     _check(_abstract(source, _arrays(state)), _abstract(target, template))
     state, _ = source.drain(state)
     source.check()
-    parts = _parts(source, jax.device_get(_arrays(state)))
+    arrays = []
+    for params, model_state, opt_state in jax.device_get(_arrays(state)):
+        params, opt_state = without_prediction(params, opt_state)
+        arrays.append((params, model_state, opt_state))
+    parts = _parts(source, arrays)
     shared = {name: _same(name, values) for name, values in parts.shared.items()}
     version = _same("version", [s.version for s in state.stages])
     # Micro-batches are counted as if all batches had been divided as they are from now on.
@@ -87,8 +93,8 @@ def convert(
         joined = {name: join(stage.layer, trees[mine]) for name, trees in parts.layers.items()}
         slots, structure = _slots(stage, opt_state)
         whole = jax.tree.unflatten(structure, [(joined | shared)[name] for name in slots])
-        arrays = joined["params"], joined["model_state"], whole, state.key, number, target.record()
-        fresh = StageState.fresh(*_own(stage, arrays))
+        own = joined["params"], joined["model_state"], whole, state.key, number, target.record()
+        fresh = StageState.fresh(*_own(stage, own))
         made.append(fresh._replace(version=version, base=version))
     return PipelineState(state.tick, state.tick, state.key, tuple(made))
 

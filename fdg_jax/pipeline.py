@@ -217,7 +217,7 @@ class Pipeline:
         return tick.state(tick.batch, tick.batch), tick.metrics
 
     def predict(self, state: PipelineState, x: PyTree) -> PyTree:
-        """Outputs in evaluation mode, through the stages where they are.
+        """Outputs in evaluation mode at the true weights, through the stages where they are.
 
         Args:
           state: any state; it is not consumed.
@@ -230,19 +230,34 @@ class Pipeline:
           ValueError: the batch does not divide over a stage's devices.
         """
         for stage, own in zip(self.stages, state.stages, strict=True):
-            x = stage.evaluate(own.params, own.model_state, send(x, stage))
+            x = stage.evaluate(own.params, own.opt_state, own.model_state, send(x, stage))
         return x
 
     def params(self, state: PipelineState) -> list[PyTree]:
-        """The parameters of each stage, where they are.
+        """The parameters of each stage, where they are, as its next forward uses them.
 
         Args:
           state: any state; it is not consumed.
 
         Returns:
-          K pytrees, valid until the next step.
+          K pytrees, valid until the next step; predictions of the weights where the optimizer
+          makes them such (`fdg_jax.predict_weights`).
         """
         return [stage.params for stage in state.stages]
+
+    def true_params(self, state: PipelineState) -> list[PyTree]:
+        """The weights of each stage, to evaluate and to keep: `params` without prediction.
+
+        Args:
+          state: any state; it is not consumed.
+
+        Returns:
+          K pytrees, on the stages' devices, valid until the next step.
+        """
+        return [
+            stage.true_params(own.params, own.opt_state)[0]
+            for stage, own in zip(self.stages, state.stages, strict=True)
+        ]
 
     def left_out(self, state: PipelineState) -> list[int]:
         """How many micro-batches each stage did not learn from, since they were not finite.

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fdg_jax import elsewhere, fault
 from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key, output_of
+from fdg_jax.optim import true_params
 from fdg_jax.placement import BATCH_AXIS, absent, put, spread
 from fdg_jax.residual import Residuals, Stash, split_inexact
 
@@ -81,6 +82,7 @@ class Stage:
         self.backward_update_own = program(self._backward_update_own, 2, own)
         self.train = program(self._train, 4, (*own, "model_state"))
         self.evaluate = program(self._evaluate, None)
+        self.true_params = program(self._true_params, -1)
         self.split = program(self._split, None, (), "count")
         self.average = jax.jit(lambda trees: jax.tree.map(lambda *v: sum(v) / len(v), *trees))
 
@@ -309,7 +311,13 @@ class Stage:
             record = fault.leave_out(record, ok, number, fault.LEFT_OUT)
         return new, new_state, new_opt, metrics, of_inputs, number + 1, record
 
-    def _evaluate(self, params: PyTree, model_state: PyTree, inputs: PyTree) -> PyTree:
+    def _true_params(self, params: PyTree, opt_state: optax.OptState) -> tuple[PyTree]:
+        return (self._whole(true_params(params, opt_state)),)
+
+    def _evaluate(
+        self, params: PyTree, opt_state: optax.OptState, model_state: PyTree, inputs: PyTree
+    ) -> PyTree:
+        (params,) = self._true_params(params, opt_state)
         y, _ = self.layer.apply(params, model_state, inputs, train=False, key=None)
         return self._over_batch(y)
 

@@ -1,0 +1,198 @@
+"""What a run does about late gradients: the flags of both programs, and a stage's optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Protocol
+
+import optax
+
+import fdg_jax as fdg
+from experiments.errors import UsageError
+from fdg_jax.optim import Staleness, recipes
+
+REMEDIES = ("none", "prediction", "spike", "error_feedback", "recipe")
+# Those that say nothing of a momentum buffer, and so suit every optimizer.
+_ANY = tuple(name for name in REMEDIES if name != "spike")
+
+HELP = {
+    "learning_rate": "Initial learning rate.",
+    "optimizer": "Of every stage: {optimizers}. Muon takes the kernels of hidden layers, Adam the "
+    "rest.",
+    "adam_learning_rate": "With muon: the initial rate of what Adam takes; learning_rate unless "
+    "given.",
+    "remedy": f"What is done about late gradients, one of {', '.join(REMEDIES)}. prediction: "
+    "forwards at predicted weights; spike: spike compensation (sgd); error_feedback: the last "
+    "correction is taken back and a new one made; recipe: fdg_jax.recipes, what was measured to "
+    "be best. See docs/guides/closing_the_gap.md; --beta shrinks beside all of them.",
+    "prediction_horizon": "How far prediction and error_feedback look ahead, as a multiple of a "
+    "stage's staleness.",
+    "momentum_stretch": "By how much a stage's momentum grows with its staleness, 0: not at all; "
+    "the remedy's own unless given, which is 0 but for recipe.",
+    "rate_anneal_steps": "Steps in which the rate of a late stage grows from its share, 1 / "
+    "staleness, to all of it; 0: it begins with all.",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Remedies:
+    """The settings of a remedy that every program has; each field is the flag of that name."""
+
+    adam_learning_rate: float | None = None
+    remedy: str = "none"
+    prediction_horizon: float = 1.0
+    momentum_stretch: float | None = None
+    rate_anneal_steps: int = 0
+
+
+class Settings(Protocol):
+    """The settings that a stage's optimizer is made from; every program's own have them."""
+
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def adam_learning_rate(self) -> float | None: ...
+    @property
+    def remedy(self) -> str: ...
+    @property
+    def prediction_horizon(self) -> float: ...
+    @property
+    def momentum_stretch(self) -> float | None: ...
+    @property
+    def rate_anneal_steps(self) -> int: ...
+
+
+def check(settings: Settings, optimizers: tuple[str, ...]) -> None:
+    """Raises `UsageError` for the first of them that is not allowed."""
+    if settings.optimizer not in optimizers:
+        raise UsageError(
+            f"--optimizer={settings.optimizer}: no such choice; allowed are {', '.join(optimizers)}"
+        )
+    allowed = REMEDIES if settings.optimizer == "sgd" else _ANY
+    if settings.remedy not in allowed:
+        raise UsageError(
+            f"--remedy={settings.remedy}: no such choice with --optimizer={settings.optimizer}; "
+            f"allowed are {', '.join(allowed)}"
+        )
+    for name in ("prediction_horizon", "momentum_stretch"):
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f"--{name}={value:g}: must be finite, and 0 or more; 1 is usual")
+    if settings.adam_learning_rate is not None and not 0 < settings.adam_learning_rate < math.inf:
+        raise UsageError(
+            f"--adam_learning_rate={settings.adam_learning_rate:g}: must be finite and above 0"
+        )
+    if not 0 <= settings.rate_anneal_steps < 2**31:
+        raise UsageError(
+            f"--rate_anneal_steps={settings.rate_anneal_steps}: must lie in 0..{2**31 - 1}; 0 "
+            "anneals nothing"
+        )
+
+
+def help_texts(optimizers: tuple[str, ...]) -> dict[str, str]:
+    """What each flag is for."""
+    named = ", ".join(optimizers)
+    return {name: text.replace("{optimizers}", named) for name, text in HELP.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a stage's optimizer is made from, beside the settings.
+
+    Attributes:
+      rate: the learning rate of each of its updates, without remedy.
+      staleness: how late its gradients are.
+      period: steps in an update.
+      momentum: of SGD and Muon, and the decay of Adam's first moment.
+      weight_decay: L2 in SGD, else decoupled.
+      mask: which parameters decay; None: all.
+      exclude: a regular expression for the kernels that Muon leaves to Adam.
+      clip_norm: of the stage's gradient, or None.
+    """
+
+    rate: optax.Schedule
+    staleness: Staleness
+    period: int
+    momentum: float
+    weight_decay: float
+    mask: Any = None
+    exclude: str = ""
+    clip_norm: float | None = None
+
+
+def optimizer(settings: Settings, stage: Stage) -> optax.GradientTransformation:
+    """A stage's optimizer, whole but for shrinking."""
+    late = fdg.optim.updates_late(stage.staleness)
+    anneal = settings.rate_anneal_steps / stage.period or None
+    if settings.optimizer == "sgd":
+        return _sgd(settings, stage, late, anneal)
+    return _adaptive(settings, stage, late, anneal)
+
+
+def _sgd(
+    settings: Settings, stage: Stage, late: float, anneal: float | None
+) -> optax.GradientTransformation:
+    horizon, stretch = settings.prediction_horizon, settings.momentum_stretch
+    rate: Any = stage.rate if anneal is None else fdg.staleness_rate(stage.rate, late, anneal)
+    clip = [] if stage.clip_norm is None else [optax.clip_by_global_norm(stage.clip_norm)]
+    if settings.remedy == "recipe":
+        own: dict[str, Any] = {} if stretch is None else {"stretch": stretch}
+        return optax.chain(
+            *clip,
+            recipes.sgd(rate, late, stage.momentum, stage.weight_decay, horizon=horizon, **own),
+        )
+    if settings.remedy == "prediction":
+        linear = fdg.delayed_sgd(
+            rate, stage.momentum, late, stretch or 0.0, horizon, False, stage.weight_decay
+        )
+        return optax.chain(*clip, linear)
+    momentum, factor = fdg.stretched_momentum(stage.momentum, late, stretch or 0.0)
+    if settings.remedy == "spike":
+        steps = [
+            fdg.scale_by_spike_compensation(momentum, late),
+            optax.scale_by_learning_rate(lambda count: factor * rate(count)),
+        ]
+    else:
+        scaled = rate if factor == 1 else lambda count: factor * rate(count)
+        steps = [optax.sgd(scaled, momentum=momentum or None)]
+    if settings.remedy == "error_feedback":
+        steps.append(fdg.error_feedback(horizon * late))
+    return optax.chain(*clip, optax.add_decayed_weights(stage.weight_decay), *steps)
+
+
+def _adaptive(
+    settings: Settings, stage: Stage, late: float, anneal: float | None
+) -> optax.GradientTransformation:
+    """AdamW and Muon, each with and without prediction."""
+    stretch = settings.momentum_stretch or 0.0
+    momentum = fdg.stretched_momentum(stage.momentum, late, stretch).momentum
+    predicts = settings.remedy in ("prediction", "recipe")
+    common: dict[str, Any] = {
+        "weight_decay": stage.weight_decay,
+        "mask": stage.mask,
+        "horizon": settings.prediction_horizon if predicts else None,
+        "anneal_steps": anneal,
+        "clip_norm": stage.clip_norm,
+    }
+    if settings.optimizer == "adamw":
+        found = recipes.adamw(stage.rate, late, momentum, **common)
+    else:
+        adam_rate = None
+        if settings.adam_learning_rate is not None:
+            share = settings.adam_learning_rate / settings.learning_rate
+            adam_rate = lambda count: share * stage.rate(count)  # noqa: E731
+        found = recipes.muon(
+            stage.rate,
+            late,
+            momentum,
+            exclude=stage.exclude,
+            adam_learning_rate=adam_rate,
+            **common,
+        )
+    if settings.remedy == "error_feedback":
+        feedback = fdg.error_feedback(settings.prediction_horizon * late)
+        found = optax.chain(found, feedback)
+    return found

@@ -1,0 +1,61 @@
+"""What an optimizer does about late gradients: optax transformations, each useful alone.
+
+    fdg_shrink                             first in a chain
+    scale_by_spike_compensation            in the place of optax.trace
+    scale_by_basis_rotation                in the place of optax.scale_by_adam
+    staleness_rate, stretched_momentum     rates and numbers
+    error_feedback                         last in a chain
+    predict_weights                        around a whole optimizer
+    delayed_sgd                            SGD with prediction, stretched momentum, compensation
+    recipes                                whole optimizers, tuned
+
+Imports nothing of the rest of the library.
+"""
+
+from fdg_jax.optim import recipes
+from fdg_jax.optim.error_feedback import ErrorFeedbackState, error_feedback
+from fdg_jax.optim.momentum import (
+    Stretched,
+    delayed_sgd,
+    scale_by_spike_compensation,
+    stretched_momentum,
+)
+from fdg_jax.optim.muon import muon_dimension_numbers
+from fdg_jax.optim.prediction import (
+    DelayedSGDState,
+    Displacement,
+    PredictionState,
+    adam_displacement,
+    predict_weights,
+    true_params,
+    without_prediction,
+)
+from fdg_jax.optim.rate import staleness_rate
+from fdg_jax.optim.rotation import BasisRotationState, scale_by_basis_rotation
+from fdg_jax.optim.shrink import ShrinkState, fdg_shrink
+from fdg_jax.optim.staleness import Staleness, updates_late
+
+__all__ = [
+    "BasisRotationState",
+    "DelayedSGDState",
+    "Displacement",
+    "ErrorFeedbackState",
+    "PredictionState",
+    "ShrinkState",
+    "Staleness",
+    "Stretched",
+    "adam_displacement",
+    "delayed_sgd",
+    "error_feedback",
+    "fdg_shrink",
+    "muon_dimension_numbers",
+    "predict_weights",
+    "recipes",
+    "scale_by_basis_rotation",
+    "scale_by_spike_compensation",
+    "staleness_rate",
+    "stretched_momentum",
+    "true_params",
+    "updates_late",
+    "without_prediction",
+]

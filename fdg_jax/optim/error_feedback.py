@@ -1,0 +1,77 @@
+"""Error feedback: takes back the last correction, and makes a new one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fdg_jax.optim.staleness import Staleness, updates_late
+
+
+class ErrorFeedbackState(NamedTuple):
+    """State of `error_feedback`.
+
+    Attributes:
+      last: the last update before it.
+    """
+
+    last: optax.Updates
+
+
+def error_feedback(staleness: Staleness) -> optax.GradientTransformation:
+    r"""Steps as far as the late gradient has missed, and takes the last such step back.
+
+    .. math::
+        x \leftarrow x + (1 + d) \, u_t - d \, u_{t-1}
+
+    At the *end* of a chain, after the learning rate. It is
+    ``predict_weights(optimizer, d, "last_update")`` seen from the other iterate: x is that one's p,
+    to rounding, as long as u does not depend on the parameters (decoupled decay does; it acts on x
+    here, and on w there). Here x is what is evaluated and saved; `true_params` knows nothing of it.
+    Memory: one buffer of the parameters' size.
+
+    Args:
+      staleness: d, updates between forward and use of a gradient, >= 0, or ``(schedule, k)``.
+
+    Returns:
+      A transformation. With staleness 0 it leaves the updates as they are.
+
+    Raises:
+      ValueError: the staleness is no number >= 0.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> optimizer = optax.chain(optax.sgd(0.1), error_feedback(staleness=1))
+      >>> params, state = jnp.zeros(()), optimizer.init(jnp.zeros(()))
+      >>> for gradient in (1.0, 0.0):
+      ...     updates, state = optimizer.update(jnp.asarray(gradient), state)
+      ...     print(round(float(updates), 6))
+      -0.2
+      0.1
+
+    References:
+      `arXiv 2606.30634 <https://arxiv.org/abs/2606.30634>`_, 2026, for d = 1; its extension to d
+      and the equality are this project's.
+    """
+    late = updates_late(staleness)
+
+    def init(params: optax.Params) -> ErrorFeedbackState:
+        return ErrorFeedbackState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(
+        updates: optax.Updates, state: ErrorFeedbackState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ErrorFeedbackState]:
+        del params
+        new = ErrorFeedbackState(updates)
+        if late:
+            updates = jax.tree.map(
+                lambda u, old: u + jnp.asarray(late, u.dtype) * (u - old.astype(u.dtype)),
+                updates,
+                state.last,
+            )
+        return updates, new
+
+    return optax.GradientTransformation(init, update)

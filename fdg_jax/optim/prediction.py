@@ -1,0 +1,337 @@
+r"""Weight prediction: forwards at the weights that a gradient will meet when it comes back.
+
+A gradient that is applied d updates after its forward should be taken where the weights will be by
+then. The papers keep two versions, :math:`w` and its prediction :math:`p = w + \varphi(s)`, where
+the displacement :math:`\varphi` follows from the optimizer's state s. Here the parameters *are* p,
+and w is what is worked out:
+
+.. math::
+    w = p - \varphi(s), \qquad (u, s') = \mathrm{inner}(g, s, w), \qquad
+    p' = p + u + \varphi(s') - \varphi(s)
+
+which gives the same p and w, and needs nothing but an optax transformation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fdg_jax.optim.staleness import Staleness, number, updates_late
+
+# (state of the optimizer, true weights, updates ahead) -> what to add to the true weights
+Displacement = Callable[[optax.OptState, optax.Params, float], optax.Updates]
+
+
+class PredictionState(NamedTuple):
+    """State of `predict_weights`.
+
+    Attributes:
+      inner: state of the optimizer.
+      displacement: predicted minus true weights.
+    """
+
+    inner: optax.OptState
+    displacement: optax.Updates
+
+
+class DelayedSGDState(NamedTuple):
+    """State of `delayed_sgd`; predicted minus true weights is ``-ahead * trace``.
+
+    Attributes:
+      count: updates made so far, int32.
+      trace: the momentum buffer.
+      ahead: rate of the next update times the updates ahead.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # optax's name for it
+    trace: optax.Updates
+    ahead: jax.Array
+
+
+def predict_weights(
+    optimizer: optax.GradientTransformation,
+    staleness: Staleness,
+    displacement: Literal["last_update", "momentum"] | Displacement = "last_update",
+    horizon: float = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Makes the parameters a prediction of the weights that the gradient will meet.
+
+    .. math::
+        p = w + \varphi_{hd}(s), \qquad w' = w + u, \qquad p' = p + u + \varphi(s') - \varphi(s)
+
+    The optimizer sees the true weights w, so weight decay acts on them. Its displacement
+    :math:`\varphi_n`, n = horizon * staleness updates ahead, is one of
+
+    - ``"last_update"``: :math:`n u`, the last update n times. For any optimizer.
+    - ``"momentum"``: what n updates with a gradient of zero would do, at the rates of these coming
+      updates. For SGD with momentum m that is :math:`-\eta v (m - m^{n+1}) / (1 - m)`, and with L2
+      decay before it the decay of these updates as well. It runs the optimizer n times; n that is
+      not whole takes a part of the last one.
+    - a function ``f(opt_state, true_params, n)`` that returns it, such as `adam_displacement`.
+
+    It wraps the *whole* optimizer of a stage, clipping, shrinking and decay included: what is
+    chained after it would change the updates and not the prediction. It helps where updates go on
+    in one direction: with momentum of 0.9 and more, and most with stretched momentum
+    (`stretched_momentum`) or Muon. `fdg_shrink` and clipping act on the gradient and combine with
+    it. Memory: one buffer of the parameters' size; `delayed_sgd` needs none. Evaluate and export
+    at `true_params`; `fdg_jax.Pipeline.predict` does.
+
+    Args:
+      optimizer: any optax transformation whose result is added to the parameters.
+      staleness: updates between forward and use of a gradient, >= 0, or ``(schedule, k)``.
+      displacement: as above.
+      horizon: how far ahead, as a multiple of the staleness, >= 0. Dimensionless.
+
+    Returns:
+      A transformation for the stage. With staleness 0 it is the optimizer, bit for bit.
+
+    Raises:
+      ValueError: an argument is none of what it may be.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> optimizer = predict_weights(optax.sgd(0.1), staleness=2)
+      >>> params = jnp.ones(())
+      >>> updates, state = optimizer.update(jnp.ones(()), optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(round(float(params), 6), round(float(true_params(params, state)), 6))
+      0.7 0.9
+
+    References:
+      Chen et al., `SpecTrain <https://arxiv.org/abs/1809.02839>`_, 2018; Kosson et al.,
+      `Pipelined Backpropagation at Scale <https://arxiv.org/abs/2003.11666>`_, 2020 (linear weight
+      prediction). ``"momentum"`` is the prediction of FTPipe, Eliad et al., USENIX ATC 2021. That
+      the parameters are the prediction is this project's form of it.
+    """
+    steps = updates_late(staleness) * number(
+        "horizon", horizon, 0, math.inf, "1 looks as far ahead as the gradient is late"
+    )
+    inner = optax.with_extra_args_support(optimizer)
+    ahead = _displacement(displacement, inner)
+
+    def init(params: optax.Params) -> PredictionState:
+        return PredictionState(inner.init(params), jax.tree.map(jnp.zeros_like, params))
+
+    def update(
+        updates: optax.Updates,
+        state: PredictionState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PredictionState]:
+        if not steps:
+            updates, new = inner.update(updates, state.inner, params, **extra_args)
+            return updates, PredictionState(new, state.displacement)
+        if params is None:
+            raise ValueError(optax.NO_PARAMS_MSG)
+        before = state.displacement
+        w = jax.tree.map(jnp.subtract, params, before)
+        updates, new = inner.update(updates, state.inner, w, **extra_args)
+        after = ahead(updates, new, w, steps)
+        after = jax.tree.map(lambda a, b: a.astype(b.dtype), after, before)
+        updates = jax.tree.map(lambda u, a, b: u + (a - b).astype(u.dtype), updates, after, before)
+        return updates, PredictionState(new, after)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _displacement(
+    named: Any, inner: optax.GradientTransformationExtraArgs
+) -> Callable[[optax.Updates, optax.OptState, optax.Params, float], optax.Updates]:
+    """The displacement after an update, from it, the state that it left and the weights before."""
+
+    def last(u: optax.Updates, state: optax.OptState, w: optax.Params, n: float) -> optax.Updates:
+        del state, w
+        return jax.tree.map(lambda leaf: jnp.asarray(n, leaf.dtype) * leaf, u)
+
+    def coast(u: optax.Updates, state: optax.OptState, w: optax.Params, n: float) -> optax.Updates:
+        start = optax.apply_updates(w, u)
+        zero = jax.tree.map(jnp.zeros_like, u)
+
+        def one(carry: Any, share: float = 1.0) -> Any:
+            at, state = carry
+            step, state = inner.update(zero, state, at)
+            step = jax.tree.map(lambda s: jnp.asarray(share, s.dtype) * s, step)
+            return optax.apply_updates(at, step), state
+
+        whole = math.floor(n)
+        carry = jax.lax.fori_loop(0, whole, lambda _, c: one(c), (start, state))
+        if n > whole:
+            carry = one(carry, n - whole)
+        return jax.tree.map(jnp.subtract, carry[0], start)
+
+    def own(u: optax.Updates, state: optax.OptState, w: optax.Params, n: float) -> optax.Updates:
+        return named(state, optax.apply_updates(w, u), n)
+
+    if named == "last_update":
+        return last
+    if named == "momentum":
+        return coast
+    if not callable(named):
+        raise ValueError(
+            f"displacement={named!r}: allowed are 'last_update', 'momentum', and a function of "
+            "(opt_state, true_params, updates ahead)"
+        )
+    return own
+
+
+def adam_displacement(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+) -> Displacement:
+    r"""The displacement of Adam and AdamW whose second moment stands still.
+
+    .. math::
+        p \leftarrow (1 - \eta_i \lambda) p - \frac{\eta_i}{1 - b_1^{t+i}}
+        \frac{b_1^i m}{\sqrt{v / (1 - b_2^{t+i})} + \epsilon}, \qquad i = 1 .. n
+
+    after t updates, from p = w. ``predict_weights(..., "momentum")`` differs in that the second
+    moment falls along with the first. The arguments are those of `optax.adamw`, whose state this
+    reads.
+
+    Args:
+      learning_rate: a number, or a schedule of the stage's updates.
+      b1, b2, eps: of the optimizer. Dimensionless.
+      weight_decay: decoupled; 0 for Adam.
+      mask: which parameters decay, as `optax.adamw` takes it.
+
+    Returns:
+      A displacement for `predict_weights`; a part of an update counts as that part of its rate.
+
+    Example:
+      >>> import optax
+      >>> inner = optax.adamw(1e-3, b1=0.95, weight_decay=0.1)
+      >>> ahead = adam_displacement(1e-3, b1=0.95, weight_decay=0.1)
+      >>> optimizer = predict_weights(inner, staleness=6, displacement=ahead)
+
+    References:
+      Eliad et al., FTPipe, USENIX ATC 2021, its weight prediction for Adam.
+    """
+
+    def ahead(state: optax.OptState, params: optax.Params, n: float) -> optax.Updates:
+        adam = next(s for s in _states(state, optax.ScaleByAdamState))
+        decays = mask(params) if callable(mask) else mask
+        if decays is None:
+            decays = jax.tree.map(lambda _: True, params)
+        p = params
+        for i in range(1, math.ceil(n) + 1):
+            t = adam.count + i
+            rate = learning_rate(t - 1) if callable(learning_rate) else learning_rate
+            rate = rate * min(1.0, n - i + 1)
+            first = b1**i / (1 - b1**t)
+            second = 1 - b2**t
+
+            def one(p: Any, m: Any, v: Any, decay: bool, r: Any, first: Any, second: Any) -> Any:
+                kept = p - r * weight_decay * p if decay else p
+                return kept - (r * first * m / (jnp.sqrt(v / second) + eps)).astype(p.dtype)
+
+            p = jax.tree.map(
+                lambda *leaf, r=rate, a=first, b=second, one=one: one(*leaf, r, a, b),
+                p,
+                adam.mu,
+                adam.nu,
+                decays,
+            )
+        return jax.tree.map(jnp.subtract, p, params)
+
+    return ahead
+
+
+def true_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
+    r"""The weights themselves, of parameters that are a prediction: :math:`w = p - \varphi(s)`.
+
+    For evaluation, export, and wherever a trained model is looked at. Where a rate has ended at
+    zero the two coincide.
+
+    Args:
+      params: parameters that were trained with the optimizer whose state this is.
+      opt_state: its state; one that predicts nothing leaves the parameters as they are.
+
+    Returns:
+      A pytree like ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from fdg_jax import delayed_sgd
+      >>> optimizer = delayed_sgd(0.1, 0.9, staleness=2, stretch=0, spike=False)
+      >>> params = jnp.ones(())
+      >>> updates, state = optimizer.update(jnp.ones(()), optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(round(float(params), 6), round(float(true_params(params, state)), 6))
+      0.7 0.9
+
+    References:
+      Compare `optax.contrib.schedule_free_eval_params`.
+    """
+    for state in _states(opt_state, (PredictionState, DelayedSGDState)):
+        params = _minus(_ahead_of(state), params)
+    return params
+
+
+def without_prediction(
+    params: optax.Params, opt_state: optax.OptState
+) -> tuple[optax.Params, optax.OptState]:
+    """The true weights, and a state from which the prediction begins anew.
+
+    For a change of K or of the schedule: both change how far a stage looks ahead.
+
+    Args:
+      params: as in `true_params`.
+      opt_state: as in `true_params`.
+
+    Returns:
+      True weights, and the state with a displacement of zero; moments and counts stay.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> optimizer = predict_weights(optax.sgd(0.1), staleness=2)
+      >>> state = optimizer.init(jnp.ones(()))._replace(displacement=jnp.full((), 0.5))
+      >>> params, state = without_prediction(jnp.ones(()), state)
+      >>> float(params), float(state.displacement)
+      (0.5, 0.0)
+    """
+
+    def begin(state: Any) -> Any:
+        if isinstance(state, PredictionState):
+            return state._replace(displacement=jax.tree.map(jnp.zeros_like, state.displacement))
+        if isinstance(state, DelayedSGDState):
+            return state._replace(ahead=jnp.zeros_like(state.ahead))
+        return state
+
+    predicts = (PredictionState, DelayedSGDState)
+    anew = jax.tree.map(begin, opt_state, is_leaf=lambda node: isinstance(node, predicts))
+    return true_params(params, opt_state), anew
+
+
+def _states(opt_state: optax.OptState, kind: Any) -> list[Any]:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
+
+
+def _ahead_of(state: PredictionState | DelayedSGDState) -> optax.Updates:
+    if isinstance(state, PredictionState):
+        return state.displacement
+    return jax.tree.map(lambda v: -(state.ahead * v).astype(v.dtype), state.trace)
+
+
+def _minus(displacement: optax.Updates, params: optax.Params) -> optax.Params:
+    """Of parameters that another optimizer of a partition has, nothing is taken away."""
+
+    def masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return jax.tree.map(
+        lambda phi, p: p if masked(phi) else p - phi.astype(p.dtype),
+        displacement,
+        params,
+        is_leaf=masked,
+    )

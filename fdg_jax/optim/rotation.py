@@ -1,0 +1,168 @@
+"""Adam in a rotated basis, where the curvature of a matrix is nearly diagonal."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fdg_jax.optim.staleness import number
+
+
+class BasisRotationState(NamedTuple):
+    """State of `scale_by_basis_rotation`; a field that a leaf has no use for is a scalar zero.
+
+    Attributes:
+      count: updates made so far, int32.
+      mu: first moments, not rotated.
+      nu: second moments, in the rotated basis.
+      left, right: averages of G G' and G' G of every matrix.
+      left_basis, right_basis: their eigenvectors, about, in columns.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # optax's name for it
+    mu: optax.Updates
+    nu: optax.Updates
+    left: optax.Updates
+    right: optax.Updates
+    left_basis: optax.Updates
+    right_basis: optax.Updates
+
+
+def scale_by_basis_rotation(
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    every: int = 10,
+    sides: Literal["one", "both"] = "one",
+) -> optax.GradientTransformation:
+    r"""Adam in the eigenbasis of each matrix's gradients, with a first moment that is not rotated.
+
+    .. math::
+        L &\leftarrow b_2 L + (1 - b_2) G G^\top, \qquad Q_L \approx \mathrm{eigenvectors}(L) \\
+        M &\leftarrow b_1 M + (1 - b_1) G, \qquad
+        V \leftarrow b_2 V + (1 - b_2) (Q_L^\top G Q_R)^{2} \\
+        U &= Q_L \, \frac{\hat{Q_L^\top M Q_R}}{\sqrt{\hat V} + \epsilon} \, Q_R^\top
+
+    with R, :math:`Q_R` of :math:`G^\top G` likewise, and hats for Adam's bias corrections. The
+    basis is found by `jnp.linalg.eigh` at the first update, and moved by one power iteration and a
+    QR decomposition every ``every`` updates. In it a late gradient does the harm of its own
+    direction alone, where in the basis of the weights one sharp direction spoils all.
+
+    In the place of `optax.scale_by_adam`, before decay and rate. The last two axes of an array are
+    its matrix, those before them (the blocks that `fdg_jax.repeat` stacks, a convolution's window)
+    are many matrices; arrays of fewer than two axes get Adam. It takes the gradients of
+    ``gradient="stale"``. Memory: Adam's, and twice m x m for a matrix of m x n, m <= n; with
+    ``sides="both"`` twice n x n as well.
+
+    Args:
+      b1, b2: decay of the first and of the other moments, in [0, 1).
+      eps: added to the denominator, > 0.
+      every: updates between two moves of the basis, >= 1.
+      sides: "one" rotates the shorter side of a matrix alone, "both" all.
+
+    Returns:
+      A transformation.
+
+    Raises:
+      ValueError: a number outside its bounds, or another word for ``sides``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> optimizer = optax.chain(scale_by_basis_rotation(b1=0.98), optax.scale(-0.004))
+      >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+      >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+      >>> print(updates["bias"])
+      [-0.004 -0.004 -0.004]
+
+    References:
+      `Basis rotation for asynchronous pipelines, arXiv 2602.03515
+      <https://arxiv.org/abs/2602.03515>`_, 2026; Vyas et al., `SOAP
+      <https://arxiv.org/abs/2409.11321>`_, 2024, whose first moment is rotated with the basis.
+    """
+    number("b1", b1, 0, 1, "0.9 is usual, 0.98 where gradients are late")
+    number("b2", b2, 0, 1, "0.95 is usual")
+    number("eps", eps, 0, 1, "1e-8 is usual")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every}: must be a number of updates >= 1; 10 is usual")
+    if sides not in ("one", "both"):
+        raise ValueError(f"sides={sides!r}: allowed are 'one' and 'both'")
+
+    def rotated(leaf: jax.Array) -> tuple[bool, bool]:
+        """Whether a leaf is rotated from the left, and from the right."""
+        if leaf.ndim < 2:
+            return False, False
+        rows, columns = leaf.shape[-2:]
+        return sides == "both" or rows <= columns, sides == "both" or rows > columns
+
+    def square(side: int, leaf: jax.Array) -> jax.Array:
+        if not rotated(leaf)[side]:
+            return jnp.zeros((), leaf.dtype)
+        size = leaf.shape[side - 2]
+        return jnp.zeros((*leaf.shape[:-2], size, size), leaf.dtype)
+
+    def init(params: optax.Params) -> BasisRotationState:
+        squares = [jax.tree.map(lambda p, s=s: square(s, p), params) for s in (0, 1, 0, 1)]
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return BasisRotationState(jnp.zeros((), jnp.int32), zeros, zeros, *squares)
+
+    def update(
+        updates: optax.Updates, state: BasisRotationState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, BasisRotationState]:
+        del params
+        count = optax.safe_increment(state.count)
+        correct = [1 - jnp.asarray(b, jnp.result_type(float)) ** count for b in (b1, b2)]
+
+        def one(g: jax.Array, mu: jax.Array, nu: jax.Array, *squares: jax.Array) -> Any:
+            averages, bases = list(squares[:2]), list(squares[2:])
+            for side, turned in enumerate(rotated(g)):
+                if not turned:
+                    continue
+                gram = g @ g.mT if side == 0 else g.mT @ g
+                averages[side] = b2 * averages[side] + (1 - b2) * gram
+                move = jax.lax.cond(
+                    state.count == 0,
+                    lambda a, q, v: (jnp.flip(jnp.linalg.eigh(a)[1], -1), v),
+                    lambda a, q, v, axis=side - 2: _power_iteration(a, q, v, axis),
+                    *(averages[side], bases[side], nu),
+                )
+                due = state.count % every == 0
+                bases[side] = jnp.where(due, move[0], bases[side])
+                nu = jnp.where(due, move[1], nu)
+            mu = b1 * mu + (1 - b1) * g
+            nu = b2 * nu + (1 - b2) * jnp.square(_turn(g, bases, rotated(g), back=False))
+            moved = _turn(mu, bases, rotated(g), back=False) / correct[0].astype(g.dtype)
+            step = moved / (jnp.sqrt(nu / correct[1].astype(g.dtype)) + eps)
+            return _turn(step, bases, rotated(g), back=True), mu, nu, *averages, *bases
+
+        rows = jax.tree.map(one, updates, *state[1:])
+        structure = jax.tree.structure(updates)
+        found = jax.tree.transpose(structure, jax.tree.structure((0,) * 7), rows)
+        return found[0], BasisRotationState(count, *found[1:])
+
+    return optax.GradientTransformation(init, update)
+
+
+def _power_iteration(
+    average: jax.Array, basis: jax.Array, nu: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """The basis one step nearer to the eigenvectors, largest first; second moments in its order."""
+    size = jnp.einsum("...ij,...ik,...kj->...j", basis, average, basis)
+    order = jnp.argsort(-size, axis=-1)
+    basis = jnp.take_along_axis(basis, order[..., None, :], -1)
+    along = order[..., :, None] if axis == -2 else order[..., None, :]
+    nu = jnp.take_along_axis(nu, along, axis)
+    return jnp.linalg.qr(average @ basis)[0], nu
+
+
+def _turn(
+    matrix: jax.Array, bases: list[jax.Array], sides: tuple[bool, bool], *, back: bool
+) -> jax.Array:
+    """Into the rotated basis, or back."""
+    if sides[0]:
+        matrix = (bases[0] if back else bases[0].mT) @ matrix
+    if sides[1]:
+        matrix = matrix @ (bases[1].mT if back else bases[1])
+    return matrix

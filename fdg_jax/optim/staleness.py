@@ -1,0 +1,64 @@
+"""How many updates late a stage's gradient is: a number, or counted from its schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+
+
+class Schedule(Protocol):
+    """What is asked of a schedule; `fdg_jax.schedule.Schedule` has it."""
+
+    def mean_staleness(self, k: int) -> float: ...
+
+
+# A number of updates, or a schedule and one of its stages.
+Staleness = float | tuple[Schedule, int]
+
+
+def updates_late(staleness: Staleness) -> float:
+    """The staleness as a number of updates.
+
+    Args:
+      staleness: updates of the stage between a batch's forward and the use of its gradient, a
+        number >= 0; or ``(schedule, k)``, which stands for the mean over the batches that stage k
+        has in that schedule.
+
+    Returns:
+      A number of updates >= 0; not a whole one where gradients of different age are summed.
+
+    Raises:
+      ValueError: it is neither.
+
+    Example:
+      >>> from fdg_jax import schedule
+      >>> updates_late(3), updates_late((schedule.fdg(4), 0))
+      (3.0, 6.0)
+    """
+    if isinstance(staleness, tuple):
+        schedule, k = staleness
+        return float(schedule.mean_staleness(k))
+    try:
+        late = float(staleness) if np.ndim(staleness) == 0 else math.nan
+    except (TypeError, ValueError):
+        late = math.nan
+    if not 0 <= late < math.inf:
+        raise ValueError(
+            f"staleness={staleness}: must be a number of updates >= 0, or (schedule, stage); "
+            "2 * (K - 1 - k) is stage k's in FDG"
+        )
+    return late
+
+
+def number(name: str, value: float, least: float, most: float, remedy: str) -> float:
+    """``value`` where it is a number with least <= value < most; else a `ValueError` says so."""
+    try:
+        known = float(value) if np.ndim(value) == 0 else math.nan
+    except (TypeError, ValueError):
+        known = math.nan
+    if not least <= known < most:
+        bounds = f"at least {least:g}" + (f" and below {most:g}" if most < math.inf else "")
+        raise ValueError(f"{name}={value}: must be a number, {bounds}; {remedy}")
+    return known
