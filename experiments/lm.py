@@ -161,7 +161,7 @@ def run(settings: Settings) -> dict[str, Any]:
     described = {
         "experiment": "lm",
         **dataclasses.asdict(settings),
-        "text": source.name,
+        "text_name": source.name,
         "text_sha256": source.sha256,
         "train_bytes": len(source.train),
         "validation_bytes": len(source.validation),

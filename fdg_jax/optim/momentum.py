@@ -189,7 +189,7 @@ def delayed_sgd(
     ) -> tuple[optax.Updates, DelayedSGDState]:
         if decay:
             if params is None:
-                raise ValueError(f"weight_decay={weight_decay}: needs update(grads, state, params)")
+                raise ValueError("params: weight decay needs update(grads, state, params)")
             w = params
             if steps:
                 w = jax.tree.map(lambda p, v: p + _cast(state.ahead, v) * v, params, state.trace)

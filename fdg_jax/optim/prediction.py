@@ -128,7 +128,7 @@ def predict_weights(
             updates, new = inner.update(updates, state.inner, params, **extra_args)
             return updates, PredictionState(new, state.displacement)
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("params: prediction needs update(grads, state, params)")
         before = state.displacement
         w = jax.tree.map(jnp.subtract, params, before)
         updates, new = inner.update(updates, state.inner, w, **extra_args)

@@ -27,10 +27,14 @@ def sgd(
     stretch: float = 1.0,
     horizon: float = 1.0,
     spike: bool = True,
+    anneal_steps: float | None = None,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
     late = updates_late(staleness)
-    inner = delayed_sgd(learning_rate, momentum, late, stretch, horizon, spike, weight_decay)
+    rate = learning_rate
+    if anneal_steps is not None:
+        rate = staleness_rate(rate, late, anneal_steps)
+    inner = delayed_sgd(rate, momentum, late, stretch, horizon, spike, weight_decay)
     return _clipped(inner, clip_norm)
 
 

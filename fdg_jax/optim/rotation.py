@@ -137,9 +137,10 @@ def scale_by_basis_rotation(
             step = moved / (jnp.sqrt(nu / correct[1].astype(g.dtype)) + eps)
             return _turn(step, bases, rotated(g), back=True), mu, nu, *averages, *bases
 
-        rows = jax.tree.map(one, updates, *state[1:])
-        structure = jax.tree.structure(updates)
-        found = jax.tree.transpose(structure, jax.tree.structure((0,) * 7), rows)
+        leaves, structure = jax.tree.flatten(updates)
+        fields = [jax.tree.leaves(field) for field in state[1:]]
+        rows = [one(*row) for row in zip(leaves, *fields, strict=True)]
+        found = [jax.tree.unflatten(structure, [row[i] for row in rows]) for i in range(7)]
         return found[0], BasisRotationState(count, *found[1:])
 
     return optax.GradientTransformation(init, update)

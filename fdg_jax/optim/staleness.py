@@ -40,10 +40,7 @@ def updates_late(staleness: Staleness) -> float:
     if isinstance(staleness, tuple):
         schedule, k = staleness
         return float(schedule.mean_staleness(k))
-    try:
-        late = float(staleness) if np.ndim(staleness) == 0 else math.nan
-    except (TypeError, ValueError):
-        late = math.nan
+    late = _known(staleness)
     if not 0 <= late < math.inf:
         raise ValueError(
             f"staleness={staleness}: must be a number of updates >= 0, or (schedule, stage); "
@@ -54,11 +51,18 @@ def updates_late(staleness: Staleness) -> float:
 
 def number(name: str, value: float, least: float, most: float, remedy: str) -> float:
     """``value`` where it is a number with least <= value < most; else a `ValueError` says so."""
-    try:
-        known = float(value) if np.ndim(value) == 0 else math.nan
-    except (TypeError, ValueError):
-        known = math.nan
+    known = _known(value)
     if not least <= known < most:
         bounds = f"at least {least:g}" + (f" and below {most:g}" if most < math.inf else "")
         raise ValueError(f"{name}={value}: must be a number, {bounds}; {remedy}")
     return known
+
+
+def _known(value: object) -> float:
+    """The number that a value is, or NaN."""
+    if isinstance(value, str) or np.ndim(value) != 0:  # type: ignore[arg-type]
+        return math.nan
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan

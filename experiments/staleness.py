@@ -1,0 +1,184 @@
+"""Measures what staleness costs: how many more steps every row of a study needs to the same loss.
+
+    python -m experiments.staleness --study=experiments/flags/staleness_text.toml --workdir=runs/s
+
+A study is a TOML file with rows of flags of experiments.cifar or experiments.lm (see
+experiments/study.py). What is not there yet is trained; started again, it goes on where it was
+interrupted. --jobs=2 trains two runs at a time, each on a core of its own: for accuracy, not for
+times. Leaves results.json, table.md, staleness.png and the runs.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import math
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import flags
+
+from experiments import command, measured, overhead, study, workdir
+from experiments.errors import UsageError
+from experiments.study import Run, Study
+
+FLAGS = flags.FLAGS
+STDERR_LINES = 8
+FILES = ("results.json", "table.md", "staleness.png")
+
+Found = dict[tuple[str, int], dict[str, Any]]
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """The flags of the program."""
+    flags.DEFINE_string("study", "", "The TOML file with the rows.", flag_values=values)
+    flags.DEFINE_string("workdir", "", "Folder for results and runs.", flag_values=values)
+    text = "Runs at a time, each on a core of its own; 1: one, on all cores."
+    flags.DEFINE_integer("jobs", 1, text, flag_values=values)
+    text = "Flags for all rows, after those of the study, such as --dataset=folder:DIR."
+    flags.DEFINE_multi_string("extra", [], text, flag_values=values)
+    text = "Of the baseline's steps, after which its loss is the one to reach."
+    flags.DEFINE_float("fraction", 0.5, text, flag_values=values)
+    text = "Only write results, table and picture anew."
+    flags.DEFINE_bool("report_only", False, text, flag_values=values)
+
+
+def report(folder: pathlib.Path, of: Study, found: Found, fraction: float) -> None:
+    """results.json, table.md and staleness.png, each whole."""
+    rows = overhead.rows(of, found, fraction)
+    machines: list[dict[str, Any]] = []
+    for run in found.values():
+        names = ("versions", "device_kind", "machine", "cores", "devices")
+        machine = {name: run["config"].get(name) for name in names}
+        if machine not in machines:
+            machines.append(machine)
+    results = {"study": of.text, "fraction": fraction, "machines": machines, "rows": rows}
+    contents = (
+        (json.dumps(results, indent=1) + "\n").encode(),
+        overhead.table(of, rows, fraction).encode(),
+        overhead.draw(of, rows, fraction),
+    )
+    for name, content in zip(FILES, contents, strict=True):
+        temporary = folder / f".{name}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, folder / name)
+
+
+class Workers:
+    """Trains runs in processes of their own, some at a time.
+
+    Args:
+      jobs: how many; if more than one, each has a core of its own.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self._cores = queue.SimpleQueue[int | None]()
+        for core in sorted(os.sched_getaffinity(0))[:jobs]:
+            self._cores.put(core if jobs > 1 else None)
+        self._running: set[subprocess.Popen[str]] = set()
+        self.pool = concurrent.futures.ThreadPoolExecutor(jobs)
+
+    def train(self, run: Run) -> tuple[int, str, float]:
+        """Exit status, stderr and seconds of a run."""
+        # A program without checkpoints begins again, also where it was interrupted before.
+        again = [] if hasattr(run.settings, "resume") else ["--overwrite"]
+        core = self._cores.get()
+        if core is not None:
+            os.sched_setaffinity(0, {core})  # of this thread, and of what it starts
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [*run.command, *again], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        self._running.add(process)
+        errors = process.communicate()[1]
+        self._running.discard(process)
+        self._cores.put(core)
+        return process.returncode, errors, time.monotonic() - began
+
+    def stop(self) -> None:
+        """Starts no run more, and ends those that are under way: none outlives the study."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self._running):
+            process.terminate()
+
+
+def go(of: Study, folder: pathlib.Path, jobs: int, fraction: float, only: bool) -> int:
+    """Does what is missing, and writes the results after every run; returns the exit status.
+
+    Raises:
+      UsageError: a row is not allowed, or a folder holds a run with other settings.
+    """
+    runs = of.runs(str(folder))
+    found: Found = {}
+    missing = []
+    for run in runs:
+        there = study.finished(run)
+        if there is None:
+            missing.append(run)
+        else:
+            found[run.row.name, run.seed] = there
+    print(f"{len(found)} runs are there, {len(missing)} to do", flush=True)
+    if only and not found:
+        raise UsageError(f"--workdir={folder}: holds no finished run; leave --report_only out")
+    failed = []
+    if missing and not only:
+        folder.mkdir(parents=True, exist_ok=True)
+        began, workers = time.monotonic(), Workers(jobs)
+        try:
+            waiting = {workers.pool.submit(workers.train, run): run for run in missing}
+            for count, done in enumerate(concurrent.futures.as_completed(waiting), 1):
+                run, (status, errors, seconds) = waiting[done], done.result()
+                there = study.finished(run) if status == 0 else None
+                left = len(missing) - count
+                minutes = math.ceil(left * (time.monotonic() - began) / count / 60)
+                head = f"{count}/{len(missing)}  {overhead.describe(run.row, run.seed)}  "
+                if there is None:
+                    failed.append(run.settings.workdir)
+                    tail = "\n".join("    " + s for s in errors.splitlines()[-STDERR_LINES:])
+                    print(f"{head}FAILED with status {status}:\n{tail}", flush=True)
+                    continue
+                found[run.row.name, run.seed] = there
+                report(folder, of, found, fraction)
+                last = overhead.curve(there["metrics"], of.metric)[-1][1]
+                more = f"  about {minutes} min left" if left else ""
+                print(f"{head}{of.metric} {last:.4f}  {seconds:.0f} s{more}", flush=True)
+        finally:
+            workers.stop()
+    if found:
+        report(folder, of, found, fraction)
+        print((folder / "table.md").read_text(), end="")
+    if failed:
+        print(f"{len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def main() -> None:
+    for name in ("study", "workdir"):
+        if not FLAGS[name].value:
+            raise UsageError(f"--{name}: is missing; see --help")
+    if not 0 < FLAGS.fraction <= 1:
+        raise UsageError(f"--fraction={FLAGS.fraction}: must lie in (0, 1]; 0.5 is usual")
+    cores = measured.cores()
+    if not 1 <= FLAGS.jobs <= cores:
+        raise UsageError(
+            f"--jobs={FLAGS.jobs}: must lie in 1..{cores}, the cores that there are; each run has "
+            "one of its own"
+        )
+    found = study.read(FLAGS.study)
+    found = study.with_flags(found, FLAGS.extra)
+    workdir.check(FLAGS.workdir, overwrite=True)
+    # A run must not outlive the study that started it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    folder = pathlib.Path(FLAGS.workdir).expanduser()
+    sys.exit(go(found, folder, FLAGS.jobs, FLAGS.fraction, FLAGS.report_only))
+
+
+if __name__ == "__main__":
+    define_flags()
+    command.run(main)

@@ -1,0 +1,77 @@
+"""Every remedy on the pipeline against the oracle, in float64."""
+
+import jax
+import optax
+import pytest
+
+import fdg_jax as fdg
+from fdg_jax import optim
+from tests import networks
+
+SCHEDULES = {
+    "fdg": fdg.schedule.fdg,
+    "fdg backward first": lambda k: fdg.schedule.fdg(k, "backward_first"),
+    "ddg": fdg.schedule.ddg,
+    "pipedream": fdg.schedule.pipedream,
+    "pipedream_2bw": fdg.schedule.pipedream_2bw,
+    "adl": lambda k: fdg.schedule.adl(k, accumulate=2),
+    "adl sum": lambda k: fdg.schedule.adl(k, accumulate=3, reduction="sum"),
+}
+
+
+def rate(count):
+    return 0.05 / (1 + 0.05 * count)
+
+
+def remedies(late: float) -> list[optax.GradientTransformation]:
+    """All of them, for a stage with this staleness."""
+    sgd = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9))
+    adamw = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1)
+    ahead = optim.adam_displacement(rate, b1=0.9, b2=0.95, weight_decay=0.1)
+    rotated = fdg.scale_by_basis_rotation(eps=1e-3, every=4)
+    return [
+        fdg.delayed_sgd(rate, 0.9, late, weight_decay=5e-4),
+        fdg.predict_weights(sgd, late, "last_update", horizon=0.5),
+        fdg.predict_weights(sgd, late, "momentum"),
+        fdg.predict_weights(adamw, late, "last_update"),
+        fdg.predict_weights(adamw, late, ahead),
+        optax.chain(fdg.scale_by_spike_compensation(0.9, late), optax.scale(-0.02)),
+        optax.chain(adamw, fdg.error_feedback(late)),
+        optax.sgd(fdg.staleness_rate(0.05, late, 20), momentum=0.9),
+        optax.chain(rotated, optax.scale(-0.02)),
+        fdg.recipes.muon(rate, late),
+    ]
+
+
+def optimizer(schedule: fdg.schedule.Schedule):
+    """Gives every array of a stage another remedy, so that one run meets them all."""
+
+    def of_stage(k: int) -> optax.GradientTransformation:
+        # One update more than there is: no remedy rests, not even in the last stage.
+        parts = remedies(schedule.mean_staleness(k) + 1)
+
+        def labels(params):
+            leaves, structure = jax.tree.flatten(params)
+            return jax.tree.unflatten(
+                structure, [(i + 3 * k) % len(parts) for i in range(len(leaves))]
+            )
+
+        whole = optax.partition(dict(enumerate(parts)), labels)
+        # One program for the oracle as well, which dispatches operation by operation.
+        return optax.GradientTransformation(whole.init, jax.jit(whole.update))
+
+    return of_stage
+
+
+@pytest.mark.parametrize("gradient", ["stale", "recompute_stale", "recompute"])
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_remedies_equal_the_oracle(name, num_stages, gradient):
+    data = networks.batches(20)
+    stages = fdg.partition(networks.network(), num_stages, data[0][0], cost=[1] * 7)
+    schedule = SCHEDULES[name](num_stages)
+    pipe, state = networks.assert_equals_oracle(
+        stages, optimizer(schedule), schedule, data, gradient=gradient
+    )
+    moved = networks.difference(pipe.params(state), pipe.true_params(state))
+    assert 1e-4 < moved < 1

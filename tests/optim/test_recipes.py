@@ -1,0 +1,104 @@
+"""The tuned optimizers: what they are made of, and what they are without staleness."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fdg_jax as fdg
+from fdg_jax import optim, recipes
+from tests.optim.recursion import rate
+
+CLIP = optax.clip_by_global_norm(0.5)
+MASK = {"kernel": True, "bias": False}
+MUON = {
+    "beta": 0.95,
+    "weight_decay": 0.1,
+    "weight_decay_mask": MASK,
+    "adam_b1": 0.95,
+    "adam_b2": 0.95,
+    "adam_weight_decay": 0.1,
+    "muon_weight_dimension_numbers": optim.muon_dimension_numbers(),
+}
+
+
+def trained(optimizer: optax.GradientTransformation, steps: int = 8):
+    params = {"kernel": jnp.sin(jnp.arange(12.0)).reshape(3, 4), "bias": jnp.ones(4)}
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, t):
+        gradient = jax.tree.map(lambda p: jnp.cos(3 * p + t), params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for t in range(steps):
+        params, state = step(params, state, t)
+    return params
+
+
+PLAIN = {
+    "sgd": (
+        lambda late, **own: recipes.sgd(rate, late, weight_decay=5e-4, clip_norm=0.5, **own),
+        optax.chain(CLIP, optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9)),
+    ),
+    "adamw": (
+        lambda late, **own: recipes.adamw(rate, late, mask=MASK, clip_norm=0.5, **own),
+        optax.chain(CLIP, optax.adamw(rate, b2=0.95, weight_decay=0.1, mask=MASK)),
+    ),
+    "muon": (
+        lambda late, **own: recipes.muon(
+            rate, late, weight_decay=0.1, mask=MASK, clip_norm=0.5, **own
+        ),
+        optax.chain(CLIP, optax.contrib.muon(rate, **MUON)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_without_staleness_a_recipe_is_the_plain_optimizer_bit_for_bit(name):
+    recipe, plain = PLAIN[name]
+    jax.tree.map(np.testing.assert_array_equal, trained(recipe(0)), trained(plain))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_a_recipe_does_about_staleness(name):
+    recipe, plain = PLAIN[name]
+    if name == "sgd":
+        want = optax.chain(CLIP, fdg.delayed_sgd(rate, 0.9, 4, stretch=1.0, weight_decay=5e-4))
+    else:
+        want = fdg.predict_weights(plain, 4, "last_update")
+    jax.tree.map(np.testing.assert_array_equal, trained(recipe(4)), trained(want))
+    assert not np.allclose(trained(recipe(4))["bias"], trained(plain)["bias"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_recipe_without_horizon_needs_no_buffer(name):
+    recipe, plain = PLAIN[name]
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    bare, whole = recipe(4, horizon=None).init(params), plain.init(params)
+    assert jax.tree.structure(bare) == jax.tree.structure(whole)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_rate_of_a_recipe_can_begin_lower(name):
+    recipe, _ = PLAIN[name]
+    annealed = trained(recipe(4, anneal_steps=100), steps=1)
+    at_once = trained(recipe(4), steps=1)
+    start = trained(recipe(4), steps=0)
+    share = 4.0 if name == "adamw" else 2.0  # its whole staleness, and its root
+    for key, value in start.items():
+        np.testing.assert_allclose(
+            (at_once[key] - value) / (annealed[key] - value), share, rtol=1e-6
+        )
+
+
+def test_muon_takes_kernels_and_adam_the_rest_at_its_own_rate():
+    slow = trained(recipes.muon(0.1, 0, adam_learning_rate=0.01), steps=1)
+    fast = trained(recipes.muon(0.1, 0), steps=1)
+    start = trained(recipes.muon(0.1, 0), steps=0)
+    np.testing.assert_array_equal(slow["kernel"], fast["kernel"])
+    np.testing.assert_allclose(
+        10 * (slow["bias"] - start["bias"]), fast["bias"] - start["bias"], rtol=1e-6
+    )
