@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from experiments import methods, paper
 from experiments.config import FREE, Config
 from experiments.errors import UsageError
+from experiments.remedies import REMEDIES
 
 # Okabe and Ito's colours, told apart by the colour-blind, and three more; what is most often
 # compared has the most different ones.
@@ -48,6 +49,7 @@ class Record:
     folder: str
     method: str
     stages: int
+    remedy: str
     beta: float
     seed: int
     split: str
@@ -77,6 +79,7 @@ class Record:
             folder,
             config["method"],
             config["num_stages"],
+            config.get("remedy", "none"),  # a run may be older than the flag
             config["beta"],
             config["seed"],
             split,
@@ -147,17 +150,20 @@ def describe(config: Config) -> str:
     """A run, for one line on screen."""
     beta = f"  beta={config.beta:g}" if methods.METHODS[config.method].shrinks else ""
     held = "  (choosing beta)" if pathlib.Path(config.workdir).name.startswith("choose_") else ""
-    return f"{config.method}  K={config.num_stages}{beta}  seed={config.seed}{held}"
+    remedy = f"  remedy={config.remedy}" if config.remedy != "none" else ""
+    return f"{config.method}  K={config.num_stages}{remedy}{beta}  seed={config.seed}{held}"
 
 
 def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Over the seeds of each method, K and beta: mean, sample standard deviation, curve."""
-    groups: dict[tuple[bool, str, int, float], list[Record]] = {}
+    """Over the seeds of each method, K, remedy and beta: mean, standard deviation, curve."""
+    groups: dict[tuple[bool, str, int, str, float], list[Record]] = {}
     for r in records:
-        groups.setdefault((r.choosing, r.method, r.stages, r.beta), []).append(r)
+        groups.setdefault((r.choosing, r.method, r.stages, r.remedy, r.beta), []).append(r)
     found = []
     order = list(methods.METHODS)
-    for key in sorted(groups, key=lambda g: (g[0], order.index(g[1]), g[2], -g[3])):
+    for key in sorted(
+        groups, key=lambda g: (g[0], order.index(g[1]), g[2], REMEDIES.index(g[3]), -g[4])
+    ):
         group = sorted(groups[key], key=lambda r: r.seed)
         errors = [r.error for r in group]
         curve = []
@@ -174,7 +180,7 @@ def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
             )
         found.append(
             {
-                **dict(zip(("choosing", "method", "stages", "beta"), key, strict=True)),
+                **dict(zip(("choosing", "method", "stages", "remedy", "beta"), key, strict=True)),
                 "split": group[0].split,
                 "seeds": [r.seed for r in group],
                 "n": len(group),
@@ -197,7 +203,7 @@ def draw(groups: Sequence[dict[str, Any]], x: str, title: str) -> bytes:
     figure = Figure(figsize=(1 + 6.6 * len(stages), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
-    betas = sorted({g["beta"] for g in groups}, reverse=True)
+    variants = sorted({(REMEDIES.index(g["remedy"]), -g["beta"]) for g in groups})
     for panel, k in zip(panels, stages, strict=True):
         shown = [g for g in groups if g["curve"] and g["stages"] in (k, 1)]
         for g in shown:
@@ -208,7 +214,9 @@ def draw(groups: Sequence[dict[str, Any]], x: str, title: str) -> bytes:
                 at,
                 mean,
                 color=colour,
-                linestyle=DASHES[betas.index(g["beta"]) % len(DASHES)],
+                linestyle=DASHES[
+                    variants.index((REMEDIES.index(g["remedy"]), -g["beta"])) % len(DASHES)
+                ],
                 marker=MARKERS[list(COLOURS).index(g["method"])],
                 linewidth=1.6,
                 markersize=4,
@@ -242,7 +250,7 @@ def _label(panel: Any, groups: Sequence[dict[str, Any]], x: str) -> None:
         beta = f", beta {g['beta']:g}" if methods.METHODS[g["method"]].shrinks else ""
         tie = {"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "relpos": (0, 0.5)}
         panel.annotate(
-            f"{g['method']}{beta}: {100 * last['mean']:.2f}",
+            f"{paper.label(g)}{beta}: {100 * last['mean']:.2f}",
             (last[x], 100 * last["mean"]),
             xytext=(1.05, height - excess),
             textcoords="axes fraction",

@@ -22,18 +22,28 @@ from typing import Any
 from absl import flags
 
 import fdg_jax as fdg
-from experiments import bands, cifar, command, data, methods, paper, workdir
+from experiments import bands, cifar, command, data, methods, paper, remedies, workdir
 from experiments.bands import Record
 from experiments.config import Config, blame
 from experiments.errors import UsageError
 from fdg_jax.partition import units_of
 
 # Flags of a run that the lists below stand for.
-LISTED = {"method": "methods", "num_stages": "stages", "beta": "betas", "seed": "seeds"}
+LISTED = {
+    "method": "methods",
+    "num_stages": "stages",
+    "remedy": "remedies",
+    "beta": "betas",
+    "seed": "seeds",
+}
 # The lists: default and meaning.
 LISTS: dict[str, tuple[list[str], str]] = {
     "methods": (["backprop", "fdg"], f"Of {', '.join(methods.METHODS)}."),
     "stages": (["2"], "K; backprop runs once, with K=1, whatever stands here."),
+    "remedies": (
+        ["none"],
+        f"Of {', '.join(remedies.REMEDIES)}; methods without staleness run once.",
+    ),
     "betas": (["1"], "Shrinking factors of the methods that shrink."),
     "seeds": (["0", "1", "2"], "The first of all combinations comes first, then the second."),
     "choose_seeds": ([], "Seeds for --choose_beta; none stands for the first of --seeds."),
@@ -51,6 +61,7 @@ class Series:
     common: Config
     methods: tuple[str, ...]
     stages: tuple[int, ...]
+    remedies: tuple[str, ...]
     betas: tuple[float, ...]
     seeds: tuple[int, ...]
     choose_seeds: tuple[int, ...] = ()
@@ -65,8 +76,9 @@ class Series:
         for seed in seeds:
             for method in self.methods:
                 for k in (1,) if method == "backprop" else self.stages:
-                    for beta in betas if methods.METHODS[method].shrinks else (1.0,):
-                        found.append(self._config(method, k, beta, seed))
+                    for remedy in self.remedies if methods.METHODS[method].late else ("none",):
+                        for beta in betas if methods.METHODS[method].shrinks else (1.0,):
+                            found.append(self._config(method, k, remedy, beta, seed))
         return found
 
     def choosing(self) -> list[Config]:
@@ -93,13 +105,18 @@ class Series:
         return [
             config
             for config in self.configs(betas, self.seeds)
-            if config.beta in (1.0, best.get(f"{config.method}_k{config.num_stages}"))
+            if config.beta
+            in (1.0, best.get(paper.key(config.method, config.num_stages, config.remedy)))
         ]
 
-    def _config(self, method: str, k: int, beta: float, seed: int) -> Config:
+    def _config(self, method: str, k: int, remedy: str, beta: float, seed: int) -> Config:
+        mended = f"_{remedy}" if remedy != "none" else ""
         shrunk = f"_beta{beta:g}" if methods.METHODS[method].shrinks else ""
-        folder = str(pathlib.Path(self.common.workdir) / f"{method}_k{k}{shrunk}_seed{seed}")
+        folder = str(
+            pathlib.Path(self.common.workdir) / f"{method}_k{k}{mended}{shrunk}_seed{seed}"
+        )
         values: dict[str, Any] = {"method": method, "num_stages": k, "beta": beta, "seed": seed}
+        values["remedy"] = remedy
         return dataclasses.replace(self.common, **values, workdir=folder, overwrite=False)
 
 
@@ -239,12 +256,13 @@ def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Series:
         cifar.from_flags(parsed),
         names,
         stages=numbers("stages", int, 1, math.inf),
+        remedies=tuple(dict.fromkeys(given["remedies"])),
         betas=numbers("betas", float, sys.float_info.min, 1),
         seeds=numbers("seeds", int, 0, math.inf),
         choose_seeds=numbers("choose_seeds", int, 0, math.inf),
         **{name: given[name] for name in OPTIONS},
     )
-    for name in ("methods", "stages", "betas", "seeds"):
+    for name in ("methods", "stages", "remedies", "betas", "seeds"):
         if not getattr(series, name):
             raise UsageError(f"--{name}=: give at least one")
     for name in ("choose_validation_size", "limit_minutes"):

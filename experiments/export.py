@@ -3,23 +3,26 @@
     python -m experiments.export --workdir=runs/a --output=model.safetensors
 
 The run may be finished, stopped, or at work. What is written is its parameters and batch statistics
-as they are in a checkpoint; gradients that were in flight then are not applied. The network is
+as they are in a checkpoint, the true weights where a remedy predicts; gradients that were in flight
+then are not applied. The network is
 written as one, however it was cut. experiments.model_file.load reads it again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
 import sys
 from typing import Any
 
+import optax
 from absl import flags
 
 import fdg_jax as fdg
-from experiments import command, model_file, resume
-from experiments.config import check_experiment
+from experiments import command, methods, model_file, remedies, resume, setup
+from experiments.config import Config, check_experiment
 from experiments.errors import UsageError
 from experiments.training import params_sha256
 from fdg_jax import manifest, weights
@@ -181,7 +184,16 @@ def read(run: dict[str, Any], folder: pathlib.Path) -> tuple[fdg.Partition, weig
     """The stages of a run, and what a checkpoint has of them."""
     layers, example = model_file.layers(run), model_file.example(run, 1)
     stages = fdg.partition(layers, len(run["cuts"]) + 1, example, cost=run["cuts"])
-    return stages, weights.read(folder, stages, example)
+    if not remedies.predicts(run.get("remedy", "none")):
+        return stages, weights.read(folder, stages, example)
+    known = {field.name for field in dataclasses.fields(Config)}
+    config = Config(**{name: value for name, value in run.items() if name in known})
+    schedule, rate = methods.schedule(config), optax.constant_schedule(config.learning_rate)
+
+    def optimizer(k: int) -> optax.GradientTransformation:
+        return setup.optimizer(config, rate, schedule, k)
+
+    return stages, weights.read(folder, stages, example, optimizer)
 
 
 def main() -> None:

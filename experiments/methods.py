@@ -39,26 +39,28 @@ class Method:
       gradient: the choice that belongs to the method; None leaves it to --gradient.
       shrinks: whether --beta applies.
       one_stage: whether the devices share one stage instead of having one each.
+      late: whether gradients are, so that a remedy of staleness has something to mend.
     """
 
     schedule: str
     gradient: str | None = None
     shrinks: bool = False
     one_stage: bool = False
+    late: bool = True
 
 
 METHODS = {
-    "backprop": Method("backprop"),
+    "backprop": Method("backprop", late=False),
     "fdg": Method("fdg", shrinks=True),
     "ddg": Method("ddg"),
     "pipedream": Method("pipedream"),
     "pipedream_2bw": Method("pipedream_2bw"),
-    "gpipe": Method("gpipe"),
-    "one_f_one_b": Method("one_f_one_b"),
+    "gpipe": Method("gpipe", late=False),
+    "one_f_one_b": Method("one_f_one_b", late=False),
     "adl": Method("adl"),
     "fr": Method("ddg", gradient="recompute"),
     "dsp": Method("fdg", gradient="recompute"),
-    "data_parallel": Method("backprop", one_stage=True),
+    "data_parallel": Method("backprop", one_stage=True, late=False),
 }
 
 

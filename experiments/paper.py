@@ -49,19 +49,30 @@ _paper("cifar10", "wrn28_10", backprop=[4.01], fdg=[4.13], best=[(3.85, 0.7)])
 _paper("cifar100", "wrn28_10", backprop=[19.6], fdg=[20.28], best=[(19.08, 0.6)])
 
 
+def key(method: str, stages: int, remedy: str) -> str:
+    """What beta is chosen for."""
+    return f"{method}_k{stages}" + (f"_{remedy}" if remedy != "none" else "")
+
+
+def label(group: dict[str, Any]) -> str:
+    """A method with its remedy."""
+    return group["method"] + (f" + {group['remedy']}" if group["remedy"] != "none" else "")
+
+
 def choose(wanted: Sequence[Config], records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """For every method and K whose runs of choosing are complete: the beta of least mean error."""
+    """For every method, K and remedy whose runs of choosing are complete: the best mean's beta."""
     found = {}
-    for key in dict.fromkeys((c.method, c.num_stages) for c in wanted):
-        configs = [c for c in wanted if (c.method, c.num_stages) == key]
+    keys = [key(c.method, c.num_stages, c.remedy) for c in wanted]
+    for name in dict.fromkeys(keys):
+        configs = [c for c, own in zip(wanted, keys, strict=True) if own == name]
         errors: dict[float, list[float]] = {c.beta: [] for c in configs}
         for record in records:
-            if record.choosing and (record.method, record.stages) == key:
+            if record.choosing and key(record.method, record.stages, record.remedy) == name:
                 errors[record.beta].append(record.error)
         if sum(map(len, errors.values())) < len(configs):
             continue
         means = {beta: statistics.fmean(values) for beta, values in errors.items()}
-        found[f"{key[0]}_k{key[1]}"] = {
+        found[name] = {
             # Of equals the one that shrinks least.
             "best": min(means, key=lambda beta: (means[beta], -beta)),
             "validation_size": configs[0].validation_size,
@@ -126,13 +137,13 @@ def _grid(
 ) -> list[str]:
     """Rows method and beta; columns K, once for the error, the seconds and the paper's figure."""
     stages = sorted({g["stages"] for g in groups})
-    rows: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
+    rows: dict[tuple[str, str, float], dict[int, dict[str, Any]]] = {}
     for g in groups:
-        rows.setdefault((g["method"], g["beta"]), {})[g["stages"]] = g
-    columns: list[list[str]] = [["method", *(m for m, _ in rows)]]
-    shrinks = [methods.METHODS[m].shrinks for m, _ in rows]
+        rows.setdefault((g["method"], label(g), g["beta"]), {})[g["stages"]] = g
+    columns: list[list[str]] = [["method", *(name for _, name, _ in rows)]]
+    shrinks = [methods.METHODS[m].shrinks for m, _, _ in rows]
     columns.append(
-        ["beta", *(f"{b:g}" if s else "" for (_, b), s in zip(rows, shrinks, strict=True))]
+        ["beta", *(f"{b:g}" if s else "" for (_, _, b), s in zip(rows, shrinks, strict=True))]
     )
     for k in stages:
         columns.append(
@@ -143,8 +154,8 @@ def _grid(
         columns.append([f"seconds, K={k}", *times])
     for k in stages if with_paper and not common["validation_size"] else []:
         figures = [
-            figure(common["dataset"], common["model"], m, k, b) if k in row else ""
-            for (m, b), row in rows.items()
+            figure(common["dataset"], common["model"], name, k, b) if k in row else ""
+            for (_, name, b), row in rows.items()
         ]
         if any(figures):
             columns.append([f"paper, %, K={k}", *figures])
@@ -156,5 +167,6 @@ def _error(group: dict[str, Any] | None, chosen: set[tuple[str, float]]) -> str:
     if group is None:
         return ""
     spread = "" if group["sd_error"] is None else f" ± {100 * group['sd_error']:.2f}"
-    mark = " \\*" if (f"{group['method']}_k{group['stages']}", group["beta"]) in chosen else ""
+    name = key(group["method"], group["stages"], group["remedy"])
+    mark = " \\*" if (name, group["beta"]) in chosen else ""
     return f"{100 * group['mean_error']:.2f}{spread} (n={group['n']}){mark}"

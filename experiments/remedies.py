@@ -92,6 +92,11 @@ def check(settings: Settings, optimizers: tuple[str, ...]) -> None:
         )
 
 
+def predicts(remedy: str) -> bool:
+    """Whether a run's parameters are a prediction, and its true weights something else."""
+    return remedy in ("prediction", "recipe")
+
+
 def help_texts(optimizers: tuple[str, ...]) -> dict[str, str]:
     """What each flag is for."""
     named = ", ".join(optimizers)
@@ -140,9 +145,15 @@ def _sgd(
     clip = [] if stage.clip_norm is None else [optax.clip_by_global_norm(stage.clip_norm)]
     if settings.remedy == "recipe":
         own: dict[str, Any] = {} if stretch is None else {"stretch": stretch}
-        return optax.chain(
-            *clip,
-            recipes.sgd(rate, late, stage.momentum, stage.weight_decay, horizon=horizon, **own),
+        return recipes.sgd(
+            stage.rate,
+            late,
+            stage.momentum,
+            stage.weight_decay,
+            horizon=horizon,
+            anneal_steps=anneal,
+            clip_norm=stage.clip_norm,
+            **own,
         )
     if settings.remedy == "prediction":
         linear = fdg.delayed_sgd(
@@ -169,11 +180,10 @@ def _adaptive(
     """AdamW and Muon, each with and without prediction."""
     stretch = settings.momentum_stretch or 0.0
     momentum = fdg.stretched_momentum(stage.momentum, late, stretch).momentum
-    predicts = settings.remedy in ("prediction", "recipe")
     common: dict[str, Any] = {
         "weight_decay": stage.weight_decay,
         "mask": stage.mask,
-        "horizon": settings.prediction_horizon if predicts else None,
+        "horizon": settings.prediction_horizon if predicts(settings.remedy) else None,
         "anneal_steps": anneal,
         "clip_norm": stage.clip_norm,
     }

@@ -33,7 +33,7 @@ def define_flags() -> None:
 def comparison(shown: Sequence[Run]) -> str:
     """The table over the runs; the swatches are the legend of the plots."""
     heads = ["run", "method", "K", "error", "best", "time", "images/s", "x the first"]
-    heads += ["staleness", "stages busy", "all at once", "beta", "seed", "state"]
+    heads += ["staleness", "stages busy", "all at once", "remedy", "beta", "seed", "state"]
     first = shown[0].images_per_second
     rows = []
     for run in shown:
@@ -51,6 +51,7 @@ def comparison(shown: Sequence[Run]) -> str:
                 ", ".join(map(str, run.staleness)),
                 percent(measured["utilisation"]) if measured else "-",
                 percent(measured["at_once"][-1:]) if measured else "-",
+                run.config.get("remedy", "none"),
                 f"{run.config['beta']:g}",
                 str(run.config["seed"]),
                 "finished" if run.summary is not None else "unfinished",

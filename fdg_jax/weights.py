@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from fdg_jax import manifest, stored
 from fdg_jax.layer import Layer, PyTree, chain
+from fdg_jax.optim import true_params
 from fdg_jax.stored import ARRAYS
 
 
@@ -26,15 +28,21 @@ class Weights(NamedTuple):
     model_state: list[PyTree]
 
 
-def read(folder: str | os.PathLike[str], stages: Sequence[Layer], example: PyTree) -> Weights:
+def read(
+    folder: str | os.PathLike[str],
+    stages: Sequence[Layer],
+    example: PyTree,
+    optimizer: Callable[[int], optax.GradientTransformation] | None = None,
+) -> Weights:
     """The weights in a checkpoint, as they are: what is in flight is left out, not applied.
-
-    Nothing is computed, and no optimizer state read.
 
     Args:
       folder: one checkpoint, such as ``checkpoints/step-000000500``.
       stages: the layers of the pipeline that saved it, cut as they were.
       example: an input with its batch axis; only shapes and dtypes are looked at.
+      optimizer: ``optimizer(k)`` of that pipeline, where it predicts weights
+        (`fdg_jax.predict_weights`, `fdg_jax.delayed_sgd`): its state is read as well, and the
+        params are the true ones. None: no optimizer state is read.
 
     Returns:
       `Weights`.
@@ -71,10 +79,15 @@ def read(folder: str | os.PathLike[str], stages: Sequence[Layer], example: PyTre
         )
     manifest.check(body, body.get("step", -1), len(stages))
     templates = jax.eval_shape(chain(stages).init, jax.random.key(0), example)
+    names: tuple[str, ...] = Weights._fields
+    if optimizer is not None:
+        names = (*names, "opt_state")
+        states = [jax.eval_shape(optimizer(k).init, own) for k, own in enumerate(templates[0])]
+        templates = (*templates, states)
     expected: list[dict[str, jax.ShapeDtypeStruct]] = [{} for _ in stages]
     for k, own in enumerate(expected):
         signatures = dict(body["sections"][k])
-        for name, template in zip(Weights._fields, templates, strict=True):
+        for name, template in zip(names, templates, strict=True):
             what = f"{folder}: stage {k}, {name}"
             manifest.fit(what, signatures.get(name, []), template[k], exact=True)
             leaves = jax.tree.leaves(template[k])
@@ -82,10 +95,14 @@ def read(folder: str | os.PathLike[str], stages: Sequence[Layer], example: PyTre
     manifest.verify(folder, body)
     found = [stored.read(folder / ARRAYS / stored.entry(k), own) for k, own in enumerate(expected)]
     parts: list[list[PyTree]] = []
-    for name, template in zip(Weights._fields, templates, strict=True):
+    for name, template in zip(names, templates, strict=True):
         parts.append([])
         for k, tree in enumerate(template):
             count = len(jax.tree.leaves(tree))
             arrays = [np.asarray(found[k][stored.leaf(name, i)]) for i in range(count)]
             parts[-1].append(jax.tree.unflatten(jax.tree.structure(tree), arrays))
+    if optimizer is not None:
+        pairs = zip(parts[0], parts.pop(), strict=True)
+        # Compiled, so that they have the bits that `Pipeline.true_params` gives.
+        parts[0] = [jax.device_get(jax.jit(true_params)(*pair)) for pair in pairs]
     return Weights(*parts)

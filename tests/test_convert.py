@@ -281,3 +281,35 @@ def test_stages_that_have_not_made_the_same_number_of_updates_are_refused():
     state = state._replace(stages=(first, last._replace(opt_state=later)))
     with pytest.raises(ValueError, match=r"state: opt_state.*count is 0, 1 in its stages after"):
         convert(pipe, state, pipe, X)
+
+
+def test_weight_prediction_begins_anew_from_the_true_weights():
+    def pipe(k):
+        schedule = fdg.schedule.fdg(k)
+
+        def optimizer(stage):
+            late = schedule.staleness(stage)
+            labels = lambda p: jax.tree.map(lambda leaf: "ab"[leaf.ndim % 2], p)  # noqa: E731
+            return optax.partition(
+                {
+                    "a": fdg.delayed_sgd(0.05, 0.9, late),
+                    "b": fdg.predict_weights(optax.adam(0.05), late),
+                },
+                labels,
+            )
+
+        return make(schedule, optimizer)
+
+    source, target = pipe(3), pipe(2)
+    state, _ = source.drain(train(source, start(source), DATA))
+    weights, params = (jax.device_get(find(state)) for find in (source.true_params, source.params))
+    assert networks.difference(weights, params) > 1e-3
+    moved = convert(source, state, target, X)
+    for found in (target.params(moved), target.true_params(moved)):
+        joined = [jax.tree.leaves(tree) for tree in (found, weights)]
+        assert len(joined[0]) > 4
+        flat = [np.concatenate([np.ravel(leaf) for leaf in leaves]) for leaves in joined]
+        np.testing.assert_array_equal(np.sort(flat[0]), np.sort(flat[1]))
+    # Momentum and moments went along: training goes on.
+    state, _ = target.drain(train(target, moved, networks.batches(4)))
+    assert networks.difference(target.true_params(state), target.params(state)) > 1e-6

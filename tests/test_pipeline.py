@@ -367,3 +367,25 @@ def test_training_makes_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         networks.run(make(2, fdg.schedule.backprop(2)), networks.batches(3))
+
+
+def test_predictions_are_made_with_the_true_weights():
+    data, schedule = networks.batches(9), fdg.schedule.fdg(3)
+    stages = fdg.partition(networks.network(), 3, data[0][0], cost=[1] * 7)
+    pipe = fdg.Pipeline(
+        stages, networks.loss_fn, lambda k: fdg.delayed_sgd(0.1, 0.9, (schedule, k)), schedule
+    )
+    state = pipe.init(jax.random.key(7), data[0][0])
+    for batch in data:
+        state, _ = pipe.step(state, batch)
+    x = data[0][0]
+    for weights, same in ((pipe.true_params(state), True), (pipe.params(state), False)):
+        y = x
+        for k, stage in enumerate(pipe.stages):
+            own = jax.device_get((weights[k], state.stages[k].model_state))
+            y, _ = stage.layer.apply(*own, y, train=False, key=None)
+        found = np.asarray(pipe.predict(state, x))
+        assert (np.abs(found - np.asarray(y)).max() < 1e-12) == same
+    plain = make(3)
+    state = plain.init(jax.random.key(7), x)
+    assert networks.difference(plain.true_params(state), plain.params(state)) == 0

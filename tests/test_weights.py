@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fdg_jax as fdg
@@ -46,6 +47,28 @@ def test_they_are_those_of_the_state(saved):
         expected = [getattr(stage, name) for stage in state.stages]
         assert all(isinstance(v, np.ndarray) for v in jax.tree.leaves(getattr(found, name)))
         jax.tree.map(np.testing.assert_array_equal, getattr(found, name), expected)
+
+
+def test_where_the_optimizer_predicts_they_are_the_true_ones(tmp_path):
+    schedule = fdg.schedule.fdg(4)
+
+    def optimizer(k):
+        late = fdg.delayed_sgd(0.1, 0.9, (schedule, k))
+        labels = lambda p: jax.tree.map(lambda leaf: "ab"[leaf.ndim % 2], p)  # noqa: E731
+        return optax.partition(
+            {"a": late, "b": fdg.predict_weights(optax.adam(0.1), (schedule, k))}, labels
+        )
+
+    pipe = fdg.Pipeline(cut(2, 3, 5), networks.loss_fn, optimizer, schedule)
+    state = pipe.init(jax.random.key(7), X)
+    for batch in networks.batches(9):
+        state, _ = pipe.step(state, batch)
+    with Checkpointer(tmp_path, pipe) as checkpoints:
+        checkpoints.save(state, 9)
+    folder = manifest.folder(tmp_path, 9)
+    found = weights.read(folder, cut(2, 3, 5), X, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, found.params, pipe.true_params(state))
+    assert networks.difference(found.params, weights.read(folder, cut(2, 3, 5), X).params) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def sgd(
     staleness: Staleness,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
-    stretch: float = 1.0,
+    stretch: float = 2.0,
     horizon: float = 1.0,
     spike: bool = True,
     anneal_steps: float | None = None,
@@ -82,7 +82,7 @@ def muon(
         adam_b2=0.95,
         adam_weight_decay=weight_decay,
         adam_learning_rate=rates[1],
-        muon_weight_dimension_numbers=muon_dimension_numbers(exclude),
+        muon_weight_dimension_numbers=muon_dimension_numbers(exclude=exclude),
     )
     return _predicted(_clipped(inner, clip_norm), late, horizon)
 

@@ -86,6 +86,23 @@ def test_order_names_and_what_is_passed_on(tmp_path):
     assert not any(a.startswith(("--data_dir", "--accumulate")) for a in command)
 
 
+def test_remedies_are_compared_where_there_is_staleness(tmp_path):
+    errors = {"none": 0.3, "recipe": 0.2}
+    fake = Fake(lambda config: errors[config.remedy])
+    lists = ["--methods=backprop,gpipe,fdg", "--remedies=none,recipe", "--seeds=0"]
+    assert compare.run(parse(*lists, f"--workdir={tmp_path}"), fake) == 0
+    folders = ["backprop_k1", "gpipe_k2", "fdg_k2_beta1", "fdg_k2_recipe_beta1"]
+    assert fake.folders == [f"{name}_seed0" for name in folders]
+    assert "--remedy=recipe" in fake.commands[3]
+    text = (tmp_path / "table.md").read_text()
+    assert "| fdg | 1 |  | 30.00 (n=1) |" in text
+    assert "| fdg + recipe | 1 |  | 20.00 (n=1) |" in text
+    with pytest.raises(UsageError, match="--remedy=all: no such choice"):
+        parse("--remedies=all", f"--workdir={tmp_path}")
+    with pytest.raises(UsageError, match="--remedy: is set for each run; give --remedies"):
+        parse("--remedy=recipe", f"--workdir={tmp_path}")
+
+
 def test_what_is_there_is_not_run_again_and_what_was_interrupted_is(tmp_path, capsys):
     series = parse("--methods=backprop,fdg", "--seeds=0,1", f"--workdir={tmp_path}")
     configs = series.configs(series.betas, series.seeds)

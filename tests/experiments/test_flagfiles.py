@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 
 import fdg_jax as fdg
-from experiments import cifar
+from experiments import cifar, study
 from fdg_jax.partition import units_of
 
 FOLDER = pathlib.Path(cifar.__file__).parent / "flags"
@@ -36,6 +36,15 @@ def test_results_repeat_on_other_machines(path):
     """The default splits by measured time, and so would a flagfile that does not say how."""
     (line,) = [x for x in path.read_text().splitlines() if x.startswith("--partition=")]
     assert line != "--partition=time"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_study(path):
+    found = study.read(str(path))
+    for run in found.runs("somewhere"):
+        assert run.settings.workdir.startswith("somewhere/")
+    assert path.stem in path.read_text()
+    assert len({row.folder for row in found.rows}) == len(found.rows)
 
 
 def test_every_setting_has_help():

@@ -16,7 +16,7 @@ import pytest
 from absl import flags
 
 import fdg_jax as fdg
-from experiments import lm, lm_config, setup, text
+from experiments import lm, lm_config, methods, setup, text
 from experiments.errors import UsageError
 from experiments.lm_config import Settings
 from experiments.transformer import kernels, transformer
@@ -106,7 +106,8 @@ def test_a_stage_clips_by_its_share_and_shrinks_what_adamw_gives():
     )
     for stage in (0, 3):
         want = jax.tree.map(lambda u, k=stage: 0.5 ** (3 - k) * u, second_update(plain))
-        assert networks.difference(second_update(lm.optimizer(settings, stage)), want) < 1e-12
+        own = lm.optimizer(settings, methods.schedule(settings), stage)
+        assert networks.difference(second_update(own), want) < 1e-12
     decayed = [path for path, is_one in jax.tree.leaves_with_path(kernels(params)) if is_one]
     assert len(decayed) == 5  # qkv, projection, expand, contract, logits
     assert all("kernel" in jax.tree_util.keystr(path) for path in decayed)
@@ -158,6 +159,10 @@ def test_without_a_file_the_text_is_that_of_the_standard_library():
         ({"beta": 0.0}, "--beta=0.0: "),
         ({"learning_rate": 0.0}, "--learning_rate=0: "),
         ({"b1": 1.0}, "--b1=1.0: "),
+        ({"optimizer": "sgd"}, "--optimizer=sgd: no such choice; allowed are adamw, muon"),
+        ({"remedy": "spike"}, "--remedy=spike: no such choice with --optimizer=adamw; allowed"),
+        ({"prediction_horizon": -1.0}, "--prediction_horizon=-1"),
+        ({"rate_anneal_steps": -1}, "--rate_anneal_steps=-1: "),
         ({"clip_norm": float("nan")}, "--clip_norm=nan: "),
         ({"weight_decay": -1.0}, "--weight_decay=-1.0: "),
         ({"validation_fraction": 1.0}, "--validation_fraction=1.0: "),

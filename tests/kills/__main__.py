@@ -11,6 +11,7 @@ parameters, and metrics.jsonl, must be those of the undisturbed run, but for tim
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import pathlib
 import random
@@ -27,6 +28,7 @@ from tests.kills.plan import SETTINGS, Setting, plan
 from tests.kills.run import make_images, torment
 
 FLAGS = flags.FLAGS
+SETTING = [field.name for field in dataclasses.fields(Setting)]
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
@@ -34,17 +36,19 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     mains = ("start", "fill", "steady", "evaluation", "drain", "end")
     saves = ("copies", "arrays", "manifest", "rename", "removing")
     lines = [
-        f"| method | gradient | K | kills | {' | '.join(mains)} | in a save | "
+        f"| method | gradient | remedy | K | kills | {' | '.join(mains)} | in a save | "
         "back into the fill | runs equal |",
-        "| --- | --- " + "| ---: " * (len(mains) + 5) + "|",
+        "| --- | --- | --- " + "| ---: " * (len(mains) + 5) + "|",
     ]
     for result in results:
         kills = result["kills"]
         phases = [sum(k["main"] == name for k in kills) for name in mains]
         during = sum(k["save"] != "none" for k in kills)
         equal = sum(not found for found in result["differences"])
-        cells = [result["method"], result["gradient"], result["num_stages"], len(kills), *phases]
-        fill = Setting(result["method"], result["gradient"], result["num_stages"]).fill
+        setting = Setting(**{name: result[name] for name in SETTING})
+        remedy = "" if setting.remedy == "none" else f"{setting.optimizer}, {setting.remedy}"
+        cells = [setting.method, setting.gradient, remedy, setting.num_stages, len(kills), *phases]
+        fill = setting.fill
         back = sum(0 < k["newest"] < fill for k in kills)
         cells += [during, back, f"{equal} of {len(result['differences'])}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")

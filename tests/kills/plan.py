@@ -42,10 +42,13 @@ class Setting:
     method: str
     gradient: str
     num_stages: int
+    optimizer: str = "sgd"
+    remedy: str = "none"
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.gradient}-{self.num_stages}"
+        remedy = "" if self.remedy == "none" else f"-{self.optimizer}-{self.remedy}"
+        return f"{self.method}-{self.gradient}-{self.num_stages}{remedy}"
 
     @property
     def fill(self) -> int:
@@ -69,6 +72,9 @@ class Setting:
             f"--gradient={self.gradient}",
             f"--num_stages={k}",
             f"--partition={('flops', '2', '2,3', '1,2,3')[k - 1]}",
+            f"--optimizer={self.optimizer}",
+            f"--remedy={self.remedy}",
+            f"--rate_anneal_steps={0 if self.remedy == 'none' else 20}",
             f"--order={('forward_first', 'backward_first')[k % 2]}",
             f"--accumulate={max(k, 2)}",
             "--microbatches=2",
@@ -85,6 +91,15 @@ SETTINGS = [
     Setting(method, GRADIENTS[(i + k) % 3], k)
     for i, method in enumerate(METHODS)
     for k in (1, 2, 3, 4)
+]
+# Every remedy, each with its own state.
+SETTINGS += [
+    Setting("fdg", "stale", 3, "sgd", "prediction"),
+    Setting("fdg", "recompute", 3, "sgd", "spike"),
+    Setting("fdg", "stale", 3, "sgd", "error_feedback"),
+    Setting("fdg", "recompute_stale", 4, "sgd", "recipe"),
+    Setting("adl", "stale", 3, "muon", "recipe"),
+    Setting("fdg", "stale", 4, "muon", "error_feedback"),
 ]
 
 

@@ -66,7 +66,7 @@ def test_without_staleness_a_recipe_is_the_plain_optimizer_bit_for_bit(name):
 def test_what_a_recipe_does_about_staleness(name):
     recipe, plain = PLAIN[name]
     if name == "sgd":
-        want = optax.chain(CLIP, fdg.delayed_sgd(rate, 0.9, 4, stretch=1.0, weight_decay=5e-4))
+        want = optax.chain(CLIP, fdg.delayed_sgd(rate, 0.9, 4, stretch=2.0, weight_decay=5e-4))
     else:
         want = fdg.predict_weights(plain, 4, "last_update")
     jax.tree.map(np.testing.assert_array_equal, trained(recipe(4)), trained(want))
@@ -102,3 +102,9 @@ def test_muon_takes_kernels_and_adam_the_rest_at_its_own_rate():
     np.testing.assert_allclose(
         10 * (slow["bias"] - start["bias"]), fast["bias"] - start["bias"], rtol=1e-6
     )
+
+
+def test_what_muon_is_to_leave_out_goes_to_adam():
+    slow = trained(recipes.muon(0.1, 0, exclude="kernel", adam_learning_rate=0.01), steps=1)
+    plain = trained(optax.nadam(0.01, b1=0.95, b2=0.95), steps=1)
+    np.testing.assert_allclose(slow["kernel"], plain["kernel"], rtol=0, atol=1e-6)
