@@ -16,7 +16,7 @@ title = "A study"
 program = "lm"
 metric = "loss"
 seeds = [0, 1]
-flags = ["--steps=100", "--eval_every_steps=25"]
+flags = ["--steps=100", "--warmup_steps=4", "--eval_every_steps=25"]
 
 [[rows]]
 name = "backprop"
