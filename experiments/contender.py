@@ -157,7 +157,7 @@ class Piped(Contender):
         self.pipe = fdg.Pipeline(
             self.split,
             loss_fn,
-            lambda k: work.optimizer(),
+            lambda k: work.optimizer(name, (schedule, k)),
             schedule,
             devices=devices[: self.devices],
             gradient=choice,

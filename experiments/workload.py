@@ -21,6 +21,7 @@ from experiments.errors import UsageError
 from experiments.measured import cores
 from experiments.methods import METHODS, Method
 from experiments.setup import compute
+from fdg_jax.optim import Staleness, recipes
 from fdg_jax.partition import Cost, units_of
 from fdg_jax.schedule import Schedule
 
@@ -37,6 +38,11 @@ PIPED = {
     "fdg_recompute": Method("fdg", gradient="recompute"),
     "fdg_guarded": Method("fdg"),
     "fdg_saving": Method("fdg"),
+    "fdg_recipe": Method("fdg"),
+    "fdg_adamw": Method("fdg"),
+    "fdg_adamw_recipe": Method("fdg"),
+    "fdg_muon": Method("fdg"),
+    "fdg_muon_recipe": Method("fdg"),
 }
 del PIPED["backprop"]  # is the plain loop here
 OTHER_PROCESSES = ("backprop_one_core", "backprop_untuned", "backprop_torch")
@@ -181,8 +187,17 @@ class Workload:
             costs = tuple(float(cut) for cut in settings.partition.split(","))
         return fdg.partition(self.layers, num_stages, self.example, cost=costs)
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """SGD with momentum and weight decay, made anew for each stage."""
+    def optimizer(self, name: str = "", late: Staleness = 0) -> optax.GradientTransformation:
+        """SGD with momentum and weight decay, or what a contender is named after; one a stage."""
+        recipe = name.endswith("_recipe")
+        if name == "fdg_recipe":
+            return recipes.sgd(LEARNING_RATE, late, MOMENTUM, WEIGHT_DECAY)
+        if name.startswith("fdg_adamw"):
+            return recipes.adamw(LEARNING_RATE, late, horizon=1.0 if recipe else None)
+        if name.startswith("fdg_muon"):
+            return recipes.muon(
+                LEARNING_RATE, late, exclude="dense", horizon=1.0 if recipe else None
+            )
         return optax.chain(
             optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
         )
