@@ -46,6 +46,7 @@ LISTS: dict[str, tuple[list[str], str]] = {
     ),
     "betas": (["1"], "Shrinking factors of the methods that shrink."),
     "seeds": (["0", "1", "2"], "The first of all combinations comes first, then the second."),
+    "reach": ([], "Errors in percent: table.md says after how many seconds each is reached."),
     "choose_seeds": ([], "Seeds for --choose_beta; none stands for the first of --seeds."),
 }
 OPTIONS = ("choose_beta", "choose_validation_size", "limit_minutes", "report_only")
@@ -64,6 +65,7 @@ class Series:
     remedies: tuple[str, ...]
     betas: tuple[float, ...]
     seeds: tuple[int, ...]
+    reach: tuple[float, ...] = ()
     choose_seeds: tuple[int, ...] = ()
     choose_validation_size: int = 0
     choose_beta: bool = False
@@ -248,7 +250,7 @@ def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Series:
         except ValueError:
             values = (math.nan,)
         if not all(least <= v <= most for v in values):
-            bounds = f"{least:g} or more" if most == math.inf else "above 0 and at most 1"
+            bounds = f"{least:g} or more" if most == math.inf else f"above 0 and at most {most:g}"
             raise UsageError(f"--{flag}={','.join(given[flag])}: give numbers, {bounds}")
         return values
 
@@ -259,6 +261,7 @@ def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Series:
         remedies=tuple(dict.fromkeys(given["remedies"])),
         betas=numbers("betas", float, sys.float_info.min, 1),
         seeds=numbers("seeds", int, 0, math.inf),
+        reach=numbers("reach", float, 0, 100),
         choose_seeds=numbers("choose_seeds", int, 0, math.inf),
         **{name: given[name] for name in OPTIONS},
     )

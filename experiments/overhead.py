@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments.study import Row, Study
 
-Curve = list[tuple[int, float]]  # (step, value) of every evaluation
+Curve = Sequence[tuple[float, float]]  # (step, value) of every evaluation
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4B2A")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments import methods
+from experiments.overhead import steps_to
 
 if TYPE_CHECKING:
     from experiments.bands import Record
@@ -115,6 +117,9 @@ def table(
             "",
         ]
         text += _grid(final, common, chosen, f"{split} error, %", with_paper=True)
+    if settings.get("reach") and final:
+        text += ["", "## Training seconds until the mean error is reached", ""]
+        text += _seconds(final, settings["reach"])
     if choice:
         text += ["", "\\* chosen on the validation split, for each method and K by itself."]
     validated = [g for g in groups if g["choosing"]]
@@ -125,6 +130,21 @@ def table(
     if not any(model == common["model"] for _, model in PAPER):
         text += ["", f"The paper has no figures for {common['model']}."]
     return "\n".join(text) + "\n"
+
+
+def _seconds(groups: Sequence[dict[str, Any]], errors: Sequence[float]) -> list[str]:
+    """One row a group; the seconds lie on straight lines between the evaluations."""
+    lines = [
+        "| method | K | beta | " + " | ".join(f"{error:g} %" for error in errors) + " |",
+        "| --- | ---: | ---: |" + " ---: |" * len(errors),
+    ]
+    for g in groups:
+        points = [(p["seconds"], 100 * p["mean"]) for p in g["curve"]]
+        beta = f"{g['beta']:g}" if methods.METHODS[g["method"]].shrinks else ""
+        times = [steps_to(points, error) for error in errors]
+        cells = [f"{t:.0f}" if math.isfinite(t) else "not reached" for t in times]
+        lines.append(f"| {label(g)} | {g['stages']} | {beta} | {' | '.join(cells)} |")
+    return lines
 
 
 def _grid(

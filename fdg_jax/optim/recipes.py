@@ -30,6 +30,40 @@ def sgd(
     anneal_steps: float | None = None,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
+    """SGD for late gradients: `delayed_sgd`, with a rate that grows if ``anneal_steps`` says so.
+
+    The chain of a stage: clipping by its own norm, if any; linear prediction, momentum stretched
+    by 2, spike compensation, L2 decay at the true weights; the rate of `staleness_rate`. Shrinking
+    (`fdg_shrink`) goes before it.
+
+    MEASURED_SGD
+
+    Args:
+      learning_rate: a number, or a schedule of the stage's updates; one to two times that of
+        back-propagation.
+      staleness: updates between forward and use of a gradient, or ``(schedule, k)``.
+      momentum: that of back-propagation, in [0, 1).
+      weight_decay: added to the gradient at the true weights (L2), >= 0.
+      stretch: by how much the time of response grows for every update of delay, >= 0.
+      horizon: how far prediction looks ahead, as a multiple of the staleness, >= 0.
+      spike: whether spike compensation is on.
+      anneal_steps: the stage's updates until the rate is all of it; half of a short run is a good
+        start. None: from the first.
+      clip_norm: the stage's share of the largest norm of a gradient, or None.
+
+    Returns:
+      A transformation for the stage. With staleness 0 it is ``optax.sgd`` with weight decay, bit
+      for bit.
+
+    Raises:
+      ValueError: a number outside its bounds.
+
+    Example:
+      >>> from fdg_jax import recipes, schedule
+      >>> rule = schedule.fdg(4, order="backward_first")
+      >>> def optimizer(k):
+      ...     return recipes.sgd(0.2, (rule, k), weight_decay=5e-4, anneal_steps=750)
+    """
     late = updates_late(staleness)
     rate = learning_rate
     if anneal_steps is not None:
@@ -49,6 +83,35 @@ def adamw(
     anneal_steps: float | None = None,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
+    """AdamW for late gradients: predicted weights, and a rate that grows if asked for.
+
+    The chain of a stage: clipping by its own norm, if any; AdamW; around both, prediction by the
+    last update, ``horizon`` times the staleness ahead. Shrinking goes after it.
+
+    MEASURED_ADAMW
+
+    Args:
+      learning_rate: a number, or a schedule of the stage's updates.
+      staleness: updates between forward and use of a gradient, or ``(schedule, k)``.
+      b1, b2: decay of the moments, in [0, 1).
+      weight_decay: decoupled, at the true weights, >= 0.
+      mask: which parameters decay, as `optax.adamw` takes it.
+      horizon: how far ahead, as a multiple of the staleness; None: no prediction, and no buffer.
+      anneal_steps: the stage's updates until the rate is all of it (`staleness_rate`), or None.
+      clip_norm: the stage's share of the largest norm of a gradient, or None.
+
+    Returns:
+      A transformation for the stage. With staleness 0 it is ``optax.adamw``, bit for bit.
+
+    Raises:
+      ValueError: a number outside its bounds.
+
+    Example:
+      >>> from fdg_jax import recipes, schedule
+      >>> rule = schedule.fdg(4, order="backward_first")
+      >>> def optimizer(k):
+      ...     return recipes.adamw(1e-3, (rule, k), b1=0.95)
+    """
     late = updates_late(staleness)
     rate = learning_rate
     if anneal_steps is not None:
@@ -69,6 +132,41 @@ def muon(
     anneal_steps: float | None = None,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
+    """Muon for late gradients: predicted weights, and a rate that grows if asked for.
+
+    The chain of a stage: clipping by its own norm, if any; ``optax.contrib.muon`` for kernels
+    (`muon_dimension_numbers`) and its Nesterov Adam for the rest; around both, prediction by the
+    last update, ``horizon`` times the staleness ahead. Shrinking goes after it.
+
+    MEASURED_MUON
+
+    Args:
+      learning_rate: of the kernels; a number, or a schedule of the stage's updates.
+      staleness: updates between forward and use of a gradient, or ``(schedule, k)``.
+      momentum: of Muon, and the decay of Adam's first moment, in [0, 1).
+      weight_decay: decoupled, at the true weights, >= 0.
+      mask: which parameters decay, as `optax.adamw` takes it.
+      exclude: a regular expression; the kernels whose paths it finds are Adam's, too: the last
+        layer, mostly.
+      adam_learning_rate: of what Adam has; None: ``learning_rate``. A tenth to a fifth of it is a
+        good start.
+      horizon: how far ahead, as a multiple of the staleness; None: no prediction, and no buffer.
+      anneal_steps: the stage's updates until both rates are all of them (`staleness_rate` with
+        power 0.5), or None.
+      clip_norm: the stage's share of the largest norm of a gradient, or None.
+
+    Returns:
+      A transformation for the stage. With staleness 0 it is ``optax.contrib.muon``, bit for bit.
+
+    Raises:
+      ValueError: a number outside its bounds.
+
+    Example:
+      >>> from fdg_jax import recipes, schedule
+      >>> rule = schedule.fdg(4, order="backward_first")
+      >>> def optimizer(k):
+      ...     return recipes.muon(0.02, (rule, k), adam_learning_rate=2e-3, exclude="logits")
+    """
     late = updates_late(staleness)
     rates = [learning_rate, adam_learning_rate]
     if anneal_steps is not None:

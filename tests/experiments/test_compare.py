@@ -97,6 +97,13 @@ def test_remedies_are_compared_where_there_is_staleness(tmp_path):
     text = (tmp_path / "table.md").read_text()
     assert "| fdg | 1 |  | 30.00 (n=1) |" in text
     assert "| fdg + recipe | 1 |  | 20.00 (n=1) |" in text
+    # Evaluated after 5 and 10 seconds: 40 and 30 %, with the recipe 30 and 20 %.
+    compare.run(parse(*lists, f"--workdir={tmp_path}", "--reach=35,30,10"), fake)
+    text = (tmp_path / "table.md").read_text()
+    assert "| fdg | 2 | 1 | 8 | 10 | not reached |" in text
+    assert "| fdg + recipe | 2 | 1 | 5 | 5 | not reached |" in text
+    with pytest.raises(UsageError, match="--reach=soon: give numbers, above 0 and at most 100"):
+        parse("--reach=soon", f"--workdir={tmp_path}")
     with pytest.raises(UsageError, match="--remedy=all: no such choice"):
         parse("--remedies=all", f"--workdir={tmp_path}")
     with pytest.raises(UsageError, match="--remedy: is set for each run; give --remedies"):
