@@ -6,9 +6,9 @@ The text is a file (--text), or the documentation of Python's standard library a
 Its end is held out; the loss on it, in nats per byte, is the result. Every setting is a flag; a
 flag that the chosen method does not use is checked but ignored.
 
-Each stage has an AdamW of its own, after clipping by the stage's own gradient norm; --beta shrinks
-what AdamW gives, since a factor before it would cancel. There are no checkpoints: what is stopped
-begins again, with --overwrite.
+Each stage has an AdamW or Muon of its own, after clipping by the stage's own gradient norm; --beta
+shrinks what it gives, since a factor before it would cancel. There are no checkpoints: what is
+stopped begins again, with --overwrite.
 """
 
 from __future__ import annotations
@@ -41,18 +41,19 @@ def optimizer(settings: Settings, schedule: Schedule, stage: int) -> optax.Gradi
     """A stage's own: clipped by its share of the norm, AdamW or Muon, then shrunk."""
     period, num_stages = schedule.period, schedule.num_stages
     total, warmup = math.ceil(settings.steps / period), settings.warmup_steps // period
-    own = remedies.Stage(
+    own = remedies.StageSettings(
         optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup, total),
         (schedule, stage),
         period,
         settings.b1,
         settings.weight_decay,
+        methods.beta(settings),
+        hops=num_stages - 1 - stage,
         mask=kernels,
         exclude="logits",
         clip_norm=settings.clip_norm / math.sqrt(num_stages),
     )
-    shrink = fdg.fdg_shrink(methods.beta(settings), hops=num_stages - 1 - stage)
-    return optax.chain(remedies.optimizer(settings, own), shrink)
+    return remedies.optimizer(settings, own)
 
 
 def make(settings: Settings, vocabulary: int) -> tuple[fdg.Pipeline, fdg.Partition]:

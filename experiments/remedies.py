@@ -22,16 +22,17 @@ HELP = {
     "rest.",
     "adam_learning_rate": "With muon: the initial rate of what Adam takes; learning_rate unless "
     "given.",
-    "remedy": f"What is done about late gradients, one of {', '.join(REMEDIES)}. prediction: "
-    "forwards at predicted weights; spike: spike compensation (sgd); error_feedback: the last "
-    "correction is taken back and a new one made; recipe: fdg_jax.recipes, what was measured to "
-    "be best. See docs/guides/closing_the_gap.md; --beta shrinks beside all of them.",
-    "prediction_horizon": "How far prediction and error_feedback look ahead, as a multiple of a "
-    "stage's staleness.",
-    "momentum_stretch": "By how much a stage's momentum grows with its staleness, 0: not at all; "
-    "the remedy's own unless given, which is 0 but for recipe.",
-    "rate_anneal_steps": "Steps in which the rate of a late stage grows from its share, 1 / "
-    "staleness, to all of it; 0: it begins with all.",
+    "remedy": f"What is done about late gradients, one of {', '.join(REMEDIES)}. none: nothing, "
+    "whatever the flags below say; prediction: forwards at predicted weights; spike: spike "
+    "compensation (sgd); error_feedback: see fdg_jax.error_feedback; recipe: fdg_jax.recipes, "
+    "which is prediction for adamw and muon, and for sgd stretched momentum and spike compensation "
+    "as well. See docs/guides/closing_the_gap.md; --beta shrinks beside all of them.",
+    "prediction_horizon": "How far prediction, error_feedback and recipe look ahead, as a multiple "
+    "of a stage's staleness.",
+    "momentum_stretch": "By how much a stage's momentum grows with its staleness, 0: not at all. "
+    "Unless given it is 0, and 2 in the recipe of sgd.",
+    "rate_anneal_steps": "Steps in which the rate of a stage grows from 1 / staleness of it, with "
+    "muon from 1 / sqrt(staleness), to the full one; 0: it begins with that.",
 }
 
 
@@ -104,7 +105,7 @@ def help_texts(optimizers: tuple[str, ...]) -> dict[str, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class StageSettings:
     """What a stage's optimizer is made from, beside the settings.
 
     Attributes:
@@ -114,6 +115,7 @@ class Stage:
       momentum: of SGD and Muon, and the decay of Adam's first moment.
       weight_decay: L2 in SGD, else decoupled.
       mask: which parameters decay; None: all.
+      beta, hops: of the shrinking: before SGD, after AdamW and Muon, which would cancel it.
       exclude: a regular expression for the kernels that Muon leaves to Adam.
       clip_norm: of the stage's gradient, or None.
     """
@@ -123,24 +125,33 @@ class Stage:
     period: int
     momentum: float
     weight_decay: float
+    beta: float
+    hops: int
     mask: Any = None
     exclude: str = ""
     clip_norm: float | None = None
 
 
-def optimizer(settings: Settings, stage: Stage) -> optax.GradientTransformation:
-    """A stage's optimizer, whole but for shrinking."""
+def optimizer(settings: Settings, stage: StageSettings) -> optax.GradientTransformation:
+    """A stage's optimizer."""
     late = fdg.optim.updates_late(stage.staleness)
-    anneal = settings.rate_anneal_steps / stage.period or None
+    stretch, anneal = settings.momentum_stretch, settings.rate_anneal_steps / stage.period or None
+    if settings.remedy == "none":
+        stretch, anneal = None, None
     if settings.optimizer == "sgd":
-        return _sgd(settings, stage, late, anneal)
-    return _adaptive(settings, stage, late, anneal)
+        shrink = fdg.fdg_shrink(stage.beta, stage.hops)
+        return optax.chain(shrink, _sgd(settings, stage, late, stretch, anneal))
+    return _adaptive(settings, stage, late, stretch or 0.0, anneal)
 
 
 def _sgd(
-    settings: Settings, stage: Stage, late: float, anneal: float | None
+    settings: Settings,
+    stage: StageSettings,
+    late: float,
+    stretch: float | None,
+    anneal: float | None,
 ) -> optax.GradientTransformation:
-    horizon, stretch = settings.prediction_horizon, settings.momentum_stretch
+    horizon = settings.prediction_horizon
     rate: Any = stage.rate if anneal is None else fdg.staleness_rate(stage.rate, late, anneal)
     clip = [] if stage.clip_norm is None else [optax.clip_by_global_norm(stage.clip_norm)]
     if settings.remedy == "recipe":
@@ -175,10 +186,9 @@ def _sgd(
 
 
 def _adaptive(
-    settings: Settings, stage: Stage, late: float, anneal: float | None
+    settings: Settings, stage: StageSettings, late: float, stretch: float, anneal: float | None
 ) -> optax.GradientTransformation:
     """AdamW and Muon, each with and without prediction."""
-    stretch = settings.momentum_stretch or 0.0
     momentum = fdg.stretched_momentum(stage.momentum, late, stretch).momentum
     common: dict[str, Any] = {
         "weight_decay": stage.weight_decay,
@@ -186,6 +196,7 @@ def _adaptive(
         "horizon": settings.prediction_horizon if predicts(settings.remedy) else None,
         "anneal_steps": anneal,
         "clip_norm": stage.clip_norm,
+        "scale": stage.beta**stage.hops,
     }
     if settings.optimizer == "adamw":
         found = recipes.adamw(stage.rate, late, momentum, **common)

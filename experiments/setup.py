@@ -251,19 +251,18 @@ def learning_rate(config: Config, per_epoch: float, total: float) -> optax.Sched
 def optimizer(
     config: Config, rate: optax.Schedule, schedule: fdg.schedule.Schedule, stage: int
 ) -> optax.GradientTransformation:
-    """A stage's optimizer: shrinking, then SGD or Muon as --remedy says."""
-    own = remedies.Stage(
+    """A stage's optimizer: SGD or Muon, shrunk, as --remedy says."""
+    own = remedies.StageSettings(
         rate,
         (schedule, stage),
         schedule.period,
         config.momentum,
         config.weight_decay,
+        methods.beta(config),
+        hops=schedule.num_stages - 1 - stage,
         exclude="dense",  # the last layer
     )
-    shrink = fdg.fdg_shrink(methods.beta(config), hops=schedule.num_stages - 1 - stage)
-    # Muon and Adam cancel a factor before them.
-    parts = (shrink, remedies.optimizer(config, own))
-    return optax.chain(*(parts if config.optimizer == "sgd" else reversed(parts)))
+    return remedies.optimizer(config, own)
 
 
 def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Error feedback: takes back the last correction, and makes a new one."""
+"""Error feedback: corrects every update by how much it differs from the one before."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class ErrorFeedbackState(NamedTuple):
 
 
 def error_feedback(staleness: Staleness) -> optax.GradientTransformation:
-    r"""Steps as far as the late gradient has missed, and takes the last such step back.
+    r"""Adds d times the current update and subtracts d times the previous one.
 
     .. math::
         x \leftarrow x + (1 + d) \, u_t - d \, u_{t-1}
 
-    At the *end* of a chain, after the learning rate. It is
-    ``predict_weights(optimizer, d, "last_update")`` seen from the other iterate: x is that one's p,
-    to rounding, as long as u does not depend on the parameters (decoupled decay does; it acts on x
-    here, and on w there). Here x is what is evaluated and saved; `true_params` knows nothing of it.
-    Memory: one buffer of the parameters' size.
+    At the *end* of a chain, after the learning rate. Its parameters x are the predicted weights p
+    of ``predict_weights(optimizer, d, "last_update")``, to rounding, as long as u does not depend
+    on the parameters; decoupled weight decay does, and acts on p here and on w there. Here p is
+    what is evaluated and saved; `true_params` knows nothing of it. It helps where prediction does.
+    Shrinking and clipping go before it. Memory: one buffer of the parameters' size.
 
     Args:
       staleness: d, updates between forward and use of a gradient, >= 0, or ``(schedule, k)``.
@@ -65,13 +65,13 @@ def error_feedback(staleness: Staleness) -> optax.GradientTransformation:
         updates: optax.Updates, state: ErrorFeedbackState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ErrorFeedbackState]:
         del params
-        new = ErrorFeedbackState(updates)
+        last = jax.tree.map(lambda u, old: u.astype(old.dtype), updates, state.last)
         if late:
             updates = jax.tree.map(
                 lambda u, old: u + jnp.asarray(late, u.dtype) * (u - old.astype(u.dtype)),
                 updates,
                 state.last,
             )
-        return updates, new
+        return updates, ErrorFeedbackState(last)
 
     return optax.GradientTransformation(init, update)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fdg_jax.optim.prediction import DelayedSGDState
-from fdg_jax.optim.staleness import Staleness, number, updates_late
+from fdg_jax.optim.prediction import DelayedSGDState, true_params
+from fdg_jax.optim.staleness import Staleness, checked_number, updates_late
 
 
 class Stretched(NamedTuple):
@@ -33,8 +33,8 @@ def stretched_momentum(momentum: float, staleness: Staleness, stretch: float = 0
 
     A gradient moves the weights by :math:`\eta / (1 - m)` in the end, as without, but over a time
     that grows with the delay. Alone it does little; with prediction it raises the largest stable
-    rate: on a quadratic, at d = 6 and :math:`\eta / (1 - m)` kept, from 0.028 (m = 0.9) to 0.064
-    (m = 0.98). Memory: none.
+    rate: on a quadratic, at d = 6 and :math:`\eta / (1 - m)` kept, from 0.0286 (m = 0.9) to 0.0669
+    (m = 0.98). Shrinking and clipping act on the gradient before it. Memory: none.
 
     Args:
       momentum: m, that of back-propagation, in [0, 1).
@@ -56,8 +56,8 @@ def stretched_momentum(momentum: float, staleness: Staleness, stretch: float = 0
       Optimization <https://arxiv.org/abs/2505.01099>`_, 2025) raises the momentum of early stages
       for the same reason.
     """
-    m = number("momentum", momentum, 0, 1, "0.9 is usual")
-    c = number("stretch", stretch, 0, math.inf, "0 does not stretch")
+    m = checked_number("momentum", momentum, 0, 1, "0.9 is usual")
+    c = checked_number("stretch", stretch, 0, math.inf, "0 does not stretch")
     late = c * updates_late(staleness)
     if not late:
         return Stretched(m, 1.0)
@@ -77,7 +77,7 @@ def scale_by_spike_compensation(
     missed d steps of its momentum's geometric series; b g makes up for them, and a v goes on where
     the series would be. The total response stays :math:`1 / (1 - m)`. d = 1 is Nesterov's momentum.
     It helps SGD with momentum, alone or with prediction; where gradients are noisy the spike costs
-    what it gains. Memory: the momentum buffer, nothing more.
+    what it gains. Shrinking and clipping go before it. Memory: the momentum buffer, nothing more.
 
     Args:
       momentum: m in [0, 1).
@@ -100,7 +100,7 @@ def scale_by_spike_compensation(
     References:
       Kosson et al., `Pipelined Backpropagation at Scale <https://arxiv.org/abs/2003.11666>`_, 2020.
     """
-    m = number("momentum", momentum, 0, 1, "0.9 is usual")
+    m = checked_number("momentum", momentum, 0, 1, "0.9 is usual")
     late = updates_late(staleness)
 
     def init(params: optax.Params) -> optax.TraceState:
@@ -128,18 +128,19 @@ def delayed_sgd(
     r"""SGD for late gradients: predicted weights, stretched momentum, spike compensation.
 
     .. math::
-        v' &= m_k v + g + \lambda w \\
-        w' &= w - \eta_k (a v' + b g), \qquad a = m_k^d, \quad b = \frac{1 - m_k^d}{1 - m_k} \\
-        p' &= w' - \eta_k^+ h d \, v'
+        g' &= f_k (g + \lambda w), \qquad v' = m_k v + g' \\
+        w' &= w - \eta (a v' + b g'), \qquad a = m_k^d, \quad b = \frac{1 - m_k^d}{1 - m_k} \\
+        p' &= w' - \eta^+ h d \, v'
 
-    with :math:`m_k, \eta_k` of `stretched_momentum`, :math:`\eta_k^+` the rate of the next update,
-    and g, at the end of a batch's way, the gradient at p plus decay in both places. The parameters
-    are p, the linear prediction of the weights h d updates ahead; w is `true_params`. Without
-    ``stretch`` and ``spike`` it is linear weight prediction; with ``horizon=0`` as well it is
-    `optax.sgd`.
+    with the momentum :math:`m_k` and the factor :math:`f_k` of `stretched_momentum`, and
+    :math:`\eta^+` the rate of the next update (of this one, if `optax.inject_hyperparams` has the
+    schedule). The parameters are p, the linear prediction of the weights h d updates ahead; w is
+    `true_params`. Without ``stretch`` and ``spike`` it is linear weight prediction; with
+    ``horizon=0`` as well it is `optax.sgd`.
 
-    It is a whole optimizer: shrinking and clipping go before it, nothing after it. Memory: that of
-    SGD with momentum, since the prediction follows from the momentum buffer.
+    It is a whole optimizer: shrinking and clipping go before it, nothing after it. It helps at
+    every K, and most with `staleness_rate` and a larger rate than plain FDG bears (`recipes.sgd`).
+    Memory: that of SGD with momentum, since the prediction follows from the momentum buffer.
 
     Args:
       learning_rate: a number, or a schedule of the stage's updates; that of back-propagation is
@@ -172,12 +173,11 @@ def delayed_sgd(
     """
     late = updates_late(staleness)
     m, factor = stretched_momentum(momentum, late, stretch)
-    steps = number("horizon", horizon, 0, math.inf, "1 looks as far ahead as it is late") * late
-    decay = number("weight_decay", weight_decay, 0, math.inf, "0 switches it off")
+    steps = checked_number("horizon", horizon, 0, math.inf, "1 is usual") * late
+    decay = checked_number("weight_decay", weight_decay, 0, math.inf, "0 switches it off")
 
     def rate(count: jax.Array) -> jax.Array | float:
-        found = learning_rate(count) if callable(learning_rate) else learning_rate
-        return found * factor if late else found
+        return learning_rate(count) if callable(learning_rate) else learning_rate
 
     def init(params: optax.Params) -> DelayedSGDState:
         trace = jax.tree.map(jnp.zeros_like, params)
@@ -190,10 +190,10 @@ def delayed_sgd(
         if decay:
             if params is None:
                 raise ValueError("params: weight decay needs update(grads, state, params)")
-            w = params
-            if steps:
-                w = jax.tree.map(lambda p, v: p + _cast(state.ahead, v) * v, params, state.trace)
+            w = true_params(params, state) if steps else params
             updates = jax.tree.map(lambda g, p: g + decay * p, updates, w)
+        if factor != 1:
+            updates = jax.tree.map(lambda g: factor * g, updates)
         trace = jax.tree.map(lambda g, v: g + m * v, updates, state.trace)
         updates = _compensated(updates, trace, m, late if spike else 0.0)
         step = -1 * rate(state.count)

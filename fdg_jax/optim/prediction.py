@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fdg_jax.optim.staleness import Staleness, number, updates_late
+from fdg_jax.optim.staleness import Staleness, checked_number, updates_late
 
 # (state of the optimizer, true weights, updates ahead) -> what to add to the true weights
 Displacement = Callable[[optax.OptState, optax.Params, float], optax.Updates]
@@ -75,12 +75,12 @@ def predict_weights(
       not whole takes a part of the last one.
     - a function ``f(opt_state, true_params, n)`` that returns it, such as `adam_displacement`.
 
-    It wraps the *whole* optimizer of a stage, clipping, shrinking and decay included: what is
-    chained after it would change the updates and not the prediction. It helps where updates go on
-    in one direction: with momentum of 0.9 and more, and most with stretched momentum
-    (`stretched_momentum`) or Muon. `fdg_shrink` and clipping act on the gradient and combine with
-    it. Memory: one buffer of the parameters' size; `delayed_sgd` needs none. Evaluate and export
-    at `true_params`; `fdg_jax.Pipeline.predict` does.
+    It goes around the *whole* optimizer of a stage, clipping, shrinking and decay included: what is
+    chained after it would change the updates and not the prediction, and the true weights with it.
+    `optax.MultiSteps` goes outside. It helps where updates go on in one direction: with momentum of
+    0.9 and more, and most with stretched momentum (`stretched_momentum`) or Muon. Memory: one
+    buffer of the parameters' size, also where the staleness is 0; `delayed_sgd` needs none.
+    Evaluate and export at `true_params`; `fdg_jax.Pipeline.predict` does.
 
     Args:
       optimizer: any optax transformation whose result is added to the parameters.
@@ -106,10 +106,11 @@ def predict_weights(
     References:
       Chen et al., `SpecTrain <https://arxiv.org/abs/1809.02839>`_, 2018; Kosson et al.,
       `Pipelined Backpropagation at Scale <https://arxiv.org/abs/2003.11666>`_, 2020 (linear weight
-      prediction). ``"momentum"`` is the prediction of FTPipe, Eliad et al., USENIX ATC 2021. That
-      the parameters are the prediction is this project's form of it.
+      prediction). ``"momentum"`` is FTPipe's msnag, and with decay its aggmsnag without
+      accumulation; Eliad et al., USENIX ATC 2021. That the parameters are the prediction is this
+      project's form of it.
     """
-    steps = updates_late(staleness) * number(
+    steps = updates_late(staleness) * checked_number(
         "horizon", horizon, 0, math.inf, "1 looks as far ahead as the gradient is late"
     )
     inner = optax.with_extra_args_support(optimizer)
@@ -132,7 +133,7 @@ def predict_weights(
         before = state.displacement
         w = jax.tree.map(jnp.subtract, params, before)
         updates, new = inner.update(updates, state.inner, w, **extra_args)
-        after = ahead(updates, new, w, steps)
+        after = ahead(updates, new, w, steps, extra_args)
         after = jax.tree.map(lambda a, b: a.astype(b.dtype), after, before)
         updates = jax.tree.map(lambda u, a, b: u + (a - b).astype(u.dtype), updates, after, before)
         return updates, PredictionState(new, after)
@@ -142,20 +143,25 @@ def predict_weights(
 
 def _displacement(
     named: Any, inner: optax.GradientTransformationExtraArgs
-) -> Callable[[optax.Updates, optax.OptState, optax.Params, float], optax.Updates]:
-    """The displacement after an update, from it, the state that it left and the weights before."""
+) -> Callable[..., optax.Updates]:
+    """The displacement after an update, from it, the state that it left, the weights before it, the
+    updates ahead and the extra arguments."""
 
-    def last(u: optax.Updates, state: optax.OptState, w: optax.Params, n: float) -> optax.Updates:
-        del state, w
+    def last_update(
+        u: optax.Updates, state: optax.OptState, w: optax.Params, n: float, extra_args: Any
+    ) -> optax.Updates:
+        del state, w, extra_args
         return jax.tree.map(lambda leaf: jnp.asarray(n, leaf.dtype) * leaf, u)
 
-    def coast(u: optax.Updates, state: optax.OptState, w: optax.Params, n: float) -> optax.Updates:
+    def without_gradient(
+        u: optax.Updates, state: optax.OptState, w: optax.Params, n: float, extra_args: Any
+    ) -> optax.Updates:
         start = optax.apply_updates(w, u)
         zero = jax.tree.map(jnp.zeros_like, u)
 
         def one(carry: Any, share: float = 1.0) -> Any:
             at, state = carry
-            step, state = inner.update(zero, state, at)
+            step, state = inner.update(zero, state, at, **extra_args)
             step = jax.tree.map(lambda s: jnp.asarray(share, s.dtype) * s, step)
             return optax.apply_updates(at, step), state
 
@@ -165,13 +171,16 @@ def _displacement(
             carry = one(carry, n - whole)
         return jax.tree.map(jnp.subtract, carry[0], start)
 
-    def own(u: optax.Updates, state: optax.OptState, w: optax.Params, n: float) -> optax.Updates:
+    def own(
+        u: optax.Updates, state: optax.OptState, w: optax.Params, n: float, extra_args: Any
+    ) -> optax.Updates:
+        del extra_args
         return named(state, optax.apply_updates(w, u), n)
 
     if named == "last_update":
-        return last
+        return last_update
     if named == "momentum":
-        return coast
+        return without_gradient
     if not callable(named):
         raise ValueError(
             f"displacement={named!r}: allowed are 'last_update', 'momentum', and a function of "
@@ -218,10 +227,15 @@ def adam_displacement(
     """
 
     def ahead(state: optax.OptState, params: optax.Params, n: float) -> optax.Updates:
-        adam = next(s for s in _states(state, optax.ScaleByAdamState))
+        found = _states(state, optax.ScaleByAdamState)
+        if len(found) != 1:
+            raise ValueError(
+                f"displacement: the optimizer's state has {len(found)} states of Adam, not one; "
+                "adam_displacement is for optax.adam and optax.adamw"
+            )
+        (adam,) = found
         decays = mask(params) if callable(mask) else mask
-        if decays is None:
-            decays = jax.tree.map(lambda _: True, params)
+        decays = jax.tree.broadcast(True if decays is None else decays, params)
         p = params
         for i in range(1, math.ceil(n) + 1):
             t = adam.count + i
@@ -249,8 +263,8 @@ def adam_displacement(
 def true_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
     r"""The weights themselves, of parameters that are a prediction: :math:`w = p - \varphi(s)`.
 
-    For evaluation, export, and wherever a trained model is looked at. Where a rate has ended at
-    zero the two coincide.
+    For evaluation, export, and wherever a trained model is looked at. Where the next rate is zero
+    `delayed_sgd` and ``"momentum"`` foretell nothing, and the two coincide.
 
     Args:
       params: parameters that were trained with the optimizer whose state this is.
@@ -282,7 +296,8 @@ def without_prediction(
 ) -> tuple[optax.Params, optax.OptState]:
     """The true weights, and a state from which the prediction begins anew.
 
-    For a change of K or of the schedule: both change how far a stage looks ahead.
+    For a change of K or of the schedule: both change how far a stage looks ahead. A momentum buffer
+    stays as it is; that of `delayed_sgd` means the same whatever its stretch.
 
     Args:
       params: as in `true_params`.
@@ -320,7 +335,7 @@ def _states(opt_state: optax.OptState, kind: Any) -> list[Any]:
 def _ahead_of(state: PredictionState | DelayedSGDState) -> optax.Updates:
     if isinstance(state, PredictionState):
         return state.displacement
-    return jax.tree.map(lambda v: -(state.ahead * v).astype(v.dtype), state.trace)
+    return jax.tree.map(lambda v: -jnp.asarray(state.ahead, v.dtype) * v, state.trace)
 
 
 def _minus(displacement: optax.Updates, params: optax.Params) -> optax.Params:

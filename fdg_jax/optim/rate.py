@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fdg_jax.optim.staleness import Staleness, number, updates_late
+from fdg_jax.optim.staleness import Staleness, checked_number, updates_late
 
 
 def staleness_rate(
@@ -30,7 +30,7 @@ def staleness_rate(
       learning_rate: a number, or a schedule of the stage's updates.
       staleness: d, updates between forward and use of a gradient, >= 0, or ``(schedule, k)``.
       anneal_steps: T > 0, the stage's updates until the rate is what it is without.
-      power: q > 0 at the first update.
+      power: q >= 0, the exponent of the staleness at the first update.
 
     Returns:
       A schedule of the stage's updates; ``learning_rate`` itself where d <= 1.
@@ -48,8 +48,8 @@ def staleness_rate(
     """
     late = updates_late(staleness)
     tiny = math.ulp(0.0)
-    steps = number("anneal_steps", anneal_steps, tiny, math.inf, "a fifth of the run is a start")
-    q = number("power", power, 0, math.inf, "1 divides by the whole staleness")
+    steps = checked_number("anneal_steps", anneal_steps, tiny, math.inf, "half of a run is a start")
+    q = checked_number("power", power, 0, math.inf, "1 divides by the whole staleness")
     if late <= 1 or not q:
         return learning_rate
 

@@ -7,16 +7,19 @@ nothing. With staleness 0 each is the plain optimizer that it is named after.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from fdg_jax.optim.momentum import delayed_sgd
 from fdg_jax.optim.muon import muon_dimension_numbers
 from fdg_jax.optim.prediction import predict_weights
 from fdg_jax.optim.rate import staleness_rate
-from fdg_jax.optim.staleness import Staleness, updates_late
+from fdg_jax.optim.staleness import Staleness, checked_number, updates_late
 
 
 def sgd(
@@ -30,7 +33,7 @@ def sgd(
     anneal_steps: float | None = None,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """SGD for late gradients: `delayed_sgd`, with a rate that grows if ``anneal_steps`` says so.
+    """SGD for late gradients: `delayed_sgd`, and an optional warm-up from 1 / d.
 
     The chain of a stage: clipping by its own norm, if any; linear prediction, momentum stretched
     by 2, spike compensation, L2 decay at the true weights; the rate of `staleness_rate`. Shrinking
@@ -47,8 +50,8 @@ def sgd(
       stretch: by how much the time of response grows for every update of delay, >= 0.
       horizon: how far prediction looks ahead, as a multiple of the staleness, >= 0.
       spike: whether spike compensation is on.
-      anneal_steps: the stage's updates until the rate is all of it; half of a short run is a good
-        start. None: from the first.
+      anneal_steps: the stage's updates until the full rate (`staleness_rate`); half of a short run
+        is a start. None: from the first.
       clip_norm: the stage's share of the largest norm of a gradient, or None.
 
     Returns:
@@ -69,7 +72,7 @@ def sgd(
     if anneal_steps is not None:
         rate = staleness_rate(rate, late, anneal_steps)
     inner = delayed_sgd(rate, momentum, late, stretch, horizon, spike, weight_decay)
-    return _clipped(inner, clip_norm)
+    return _chain(inner, clip_norm)
 
 
 def adamw(
@@ -82,11 +85,12 @@ def adamw(
     horizon: float | None = 1.0,
     anneal_steps: float | None = None,
     clip_norm: float | None = None,
+    scale: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW for late gradients: predicted weights, and a rate that grows if asked for.
+    """AdamW for late gradients: predicted weights, and an optional warm-up from 1 / d.
 
-    The chain of a stage: clipping by its own norm, if any; AdamW; around both, prediction by the
-    last update, ``horizon`` times the staleness ahead. Shrinking goes after it.
+    The chain of a stage: clipping by its own norm, if any; AdamW; ``scale``; around all, prediction
+    by the last update, ``horizon`` times the staleness ahead.
 
     MEASURED_ADAMW
 
@@ -97,8 +101,10 @@ def adamw(
       weight_decay: decoupled, at the true weights, >= 0.
       mask: which parameters decay, as `optax.adamw` takes it.
       horizon: how far ahead, as a multiple of the staleness; None: no prediction, and no buffer.
-      anneal_steps: the stage's updates until the rate is all of it (`staleness_rate`), or None.
+      anneal_steps: the stage's updates until the full rate (`staleness_rate`), or None.
       clip_norm: the stage's share of the largest norm of a gradient, or None.
+      scale: factor on the stage's updates in (0, 1]: shrinking where the optimizer cancels a factor
+        on its gradient, ``beta ** hops``.
 
     Returns:
       A transformation for the stage. With staleness 0 it is ``optax.adamw``, bit for bit.
@@ -113,11 +119,12 @@ def adamw(
       ...     return recipes.adamw(1e-3, (rule, k), b1=0.95)
     """
     late = updates_late(staleness)
+    _check(b1=b1, b2=b2, weight_decay=weight_decay)
     rate = learning_rate
     if anneal_steps is not None:
         rate = staleness_rate(rate, late, anneal_steps)
     inner = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=mask)
-    return _predicted(_clipped(inner, clip_norm), late, horizon)
+    return _predicted(_chain(inner, clip_norm, scale), late, horizon)
 
 
 def muon(
@@ -131,12 +138,13 @@ def muon(
     horizon: float | None = 1.0,
     anneal_steps: float | None = None,
     clip_norm: float | None = None,
+    scale: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Muon for late gradients: predicted weights, and a rate that grows if asked for.
+    """Muon for late gradients: predicted weights, and an optional warm-up from 1 / sqrt(d).
 
     The chain of a stage: clipping by its own norm, if any; ``optax.contrib.muon`` for kernels
-    (`muon_dimension_numbers`) and its Nesterov Adam for the rest; around both, prediction by the
-    last update, ``horizon`` times the staleness ahead. Shrinking goes after it.
+    (`muon_dimension_numbers`) and ``optax.nadamw`` for the rest; ``scale``; around all, prediction
+    by the last update, ``horizon`` times the staleness ahead.
 
     MEASURED_MUON
 
@@ -151,9 +159,11 @@ def muon(
       adam_learning_rate: of what Adam has; None: ``learning_rate``. A tenth to a fifth of it is a
         good start.
       horizon: how far ahead, as a multiple of the staleness; None: no prediction, and no buffer.
-      anneal_steps: the stage's updates until both rates are all of them (`staleness_rate` with
-        power 0.5), or None.
+      anneal_steps: the stage's updates until both full rates (`staleness_rate`, power 0.5), or
+        None.
       clip_norm: the stage's share of the largest norm of a gradient, or None.
+      scale: factor on the stage's updates in (0, 1]: shrinking where the optimizer cancels a factor
+        on its gradient, ``beta ** hops``.
 
     Returns:
       A transformation for the stage. With staleness 0 it is ``optax.contrib.muon``, bit for bit.
@@ -168,27 +178,50 @@ def muon(
       ...     return recipes.muon(0.02, (rule, k), adam_learning_rate=2e-3, exclude="logits")
     """
     late = updates_late(staleness)
-    rates = [learning_rate, adam_learning_rate]
+    _check(momentum=momentum, weight_decay=weight_decay)
+    rates = [learning_rate, learning_rate if adam_learning_rate is None else adam_learning_rate]
     if anneal_steps is not None:
-        rates = [r if r is None else staleness_rate(r, late, anneal_steps, 0.5) for r in rates]
-    inner = optax.contrib.muon(
-        rates[0],
-        beta=momentum,
-        weight_decay=weight_decay,
-        weight_decay_mask=mask,
-        adam_b1=momentum,
-        adam_b2=0.95,
-        adam_weight_decay=weight_decay,
-        adam_learning_rate=rates[1],
-        muon_weight_dimension_numbers=muon_dimension_numbers(exclude=exclude),
+        rates = [staleness_rate(rate, late, anneal_steps, power=0.5) for rate in rates]
+    numbers = muon_dimension_numbers(exclude=exclude)
+    decay = {"weight_decay": weight_decay}
+    inner = optax.partition(
+        {
+            "muon": optax.contrib.muon(
+                rates[0],
+                beta=momentum,
+                weight_decay_mask=mask,
+                muon_weight_dimension_numbers=numbers,
+                **decay,
+            ),
+            # By itself, since the Adam inside of optax's muon takes no mask.
+            "adam": optax.nadamw(rates[1], b1=momentum, b2=0.95, mask=mask, **decay),
+        },
+        lambda params: jax.tree.map(
+            lambda n: "adam" if n is None else "muon",
+            numbers(params),
+            is_leaf=lambda n: n is None or isinstance(n, MuonDimensionNumbers),
+        ),
     )
-    return _predicted(_clipped(inner, clip_norm), late, horizon)
+    return _predicted(_chain(inner, clip_norm, scale), late, horizon)
 
 
-def _clipped(
-    inner: optax.GradientTransformation, norm: float | None
+def _check(**numbers: float) -> None:
+    for name, value in numbers.items():
+        most = math.inf if name == "weight_decay" else 1
+        checked_number(name, value, 0, most, "0.9 is usual" if most == 1 else "0 switches it off")
+
+
+def _chain(
+    inner: optax.GradientTransformation, clip_norm: float | None, scale: float = 1.0
 ) -> optax.GradientTransformation:
-    return inner if norm is None else optax.chain(optax.clip_by_global_norm(norm), inner)
+    parts = [inner]
+    if clip_norm is not None:
+        checked_number("clip_norm", clip_norm, math.ulp(0.0), math.inf, "None does not clip")
+        parts.insert(0, optax.clip_by_global_norm(clip_norm))
+    if scale != 1:
+        checked_number("scale", scale, math.ulp(0.0), 1, "1 does not shrink")
+        parts.append(optax.scale(scale))
+    return optax.chain(*parts) if len(parts) > 1 else inner
 
 
 def _predicted(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import re
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fdg_jax.optim.staleness import number
+from fdg_jax.optim.staleness import checked_number
 
 
 class BasisRotationState(NamedTuple):
@@ -37,6 +40,7 @@ def scale_by_basis_rotation(
     eps: float = 1e-8,
     every: int = 10,
     sides: Literal["one", "both"] = "one",
+    include: str = "",
 ) -> optax.GradientTransformation:
     r"""Adam in the eigenbasis of each matrix's gradients, with a first moment that is not rotated.
 
@@ -53,15 +57,18 @@ def scale_by_basis_rotation(
 
     In the place of `optax.scale_by_adam`, before decay and rate. The last two axes of an array are
     its matrix, those before them (the blocks that `fdg_jax.repeat` stacks, a convolution's window)
-    are many matrices; arrays of fewer than two axes get Adam. It takes the gradients of
-    ``gradient="stale"``. Memory: Adam's, and twice m x m for a matrix of m x n, m <= n; with
-    ``sides="both"`` twice n x n as well.
+    are many matrices; other arrays get Adam. It takes the gradients of ``gradient="stale"``. As
+    with Adam a constant factor before it cancels: `fdg_shrink` goes after it, clipping before it.
+    Memory: Adam's, and twice m x m for a matrix of m x n, m <= n; with ``sides="both"`` twice n x n
+    as well. Averages and bases have single precision at least.
 
     Args:
       b1, b2: decay of the first and of the other moments, in [0, 1).
       eps: added to the denominator, > 0.
       every: updates between two moves of the basis, >= 1.
       sides: "one" rotates the shorter side of a matrix alone, "both" all.
+      include: a regular expression; arrays whose path it finds are rotated, all if it is empty.
+        "kernel" leaves out the biases that `fdg_jax.repeat` stacks, which are no matrices.
 
     Returns:
       A transformation.
@@ -82,31 +89,37 @@ def scale_by_basis_rotation(
       <https://arxiv.org/abs/2602.03515>`_, 2026; Vyas et al., `SOAP
       <https://arxiv.org/abs/2409.11321>`_, 2024, whose first moment is rotated with the basis.
     """
-    number("b1", b1, 0, 1, "0.9 is usual, 0.98 where gradients are late")
-    number("b2", b2, 0, 1, "0.95 is usual")
-    number("eps", eps, 0, 1, "1e-8 is usual")
+    checked_number("b1", b1, 0, 1, "0.9 is usual, 0.98 where gradients are late")
+    checked_number("b2", b2, 0, 1, "0.95 is usual")
+    checked_number("eps", eps, math.ulp(0.0), 1, "1e-8 is usual")
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every={every}: must be a number of updates >= 1; 10 is usual")
     if sides not in ("one", "both"):
         raise ValueError(f"sides={sides!r}: allowed are 'one' and 'both'")
 
-    def rotated(leaf: jax.Array) -> tuple[bool, bool]:
-        """Whether a leaf is rotated from the left, and from the right."""
-        if leaf.ndim < 2:
+    wanted = re.compile(include)
+
+    def rotated(path: jax.tree_util.KeyPath, leaf: jax.Array) -> tuple[bool, bool]:
+        """Whether an array is rotated from the left, and from the right."""
+        if leaf.ndim < 2 or not wanted.search(jax.tree_util.keystr(path)):
             return False, False
         rows, columns = leaf.shape[-2:]
         return sides == "both" or rows <= columns, sides == "both" or rows > columns
 
-    def square(side: int, leaf: jax.Array) -> jax.Array:
-        if not rotated(leaf)[side]:
-            return jnp.zeros((), leaf.dtype)
+    def square(side: int, path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        if not rotated(path, leaf)[side]:
+            return jnp.zeros((), dtype)
         size = leaf.shape[side - 2]
-        return jnp.zeros((*leaf.shape[:-2], size, size), leaf.dtype)
+        return jnp.zeros((*leaf.shape[:-2], size, size), dtype)
 
     def init(params: optax.Params) -> BasisRotationState:
-        squares = [jax.tree.map(lambda p, s=s: square(s, p), params) for s in (0, 1, 0, 1)]
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return BasisRotationState(jnp.zeros((), jnp.int32), zeros, zeros, *squares)
+        squares = [
+            jax.tree_util.tree_map_with_path(functools.partial(square, side), params)
+            for side in (0, 1, 0, 1)
+        ]
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return BasisRotationState(jnp.zeros((), jnp.int32), mu, nu, *squares)
 
     def update(
         updates: optax.Updates, state: BasisRotationState, params: optax.Params | None = None
@@ -115,31 +128,41 @@ def scale_by_basis_rotation(
         count = optax.safe_increment(state.count)
         correct = [1 - jnp.asarray(b, jnp.result_type(float)) ** count for b in (b1, b2)]
 
-        def one(g: jax.Array, mu: jax.Array, nu: jax.Array, *squares: jax.Array) -> Any:
-            averages, bases = list(squares[:2]), list(squares[2:])
-            for side, turned in enumerate(rotated(g)):
-                if not turned:
-                    continue
+        # When the basis moves: not, by a power iteration, or to the first eigenvectors.
+        turn = jnp.where(state.count == 0, 2, jnp.where(state.count % every == 0, 1, 0))
+
+        def one(
+            path: jax.tree_util.KeyPath,
+            gradient: jax.Array,
+            mu: jax.Array,
+            nu: jax.Array,
+            *squares: jax.Array,
+        ) -> Any:
+            averages, bases, sides = list(squares[:2]), list(squares[2:]), rotated(path, gradient)
+            g = gradient.astype(squares[0].dtype)
+            for side in (side for side in (0, 1) if sides[side]):
                 gram = g @ g.mT if side == 0 else g.mT @ g
                 averages[side] = b2 * averages[side] + (1 - b2) * gram
-                move = jax.lax.cond(
-                    state.count == 0,
-                    lambda a, q, v: (jnp.flip(jnp.linalg.eigh(a)[1], -1), v),
-                    lambda a, q, v, axis=side - 2: _power_iteration(a, q, v, axis),
+                bases[side], nu = jax.lax.switch(
+                    turn,
+                    [
+                        lambda a, q, v: (q, v),
+                        functools.partial(_power_iteration, axis=side - 2),
+                        lambda a, q, v: (jnp.flip(jnp.linalg.eigh(a)[1], -1), v),
+                    ],
                     *(averages[side], bases[side], nu),
                 )
-                due = state.count % every == 0
-                bases[side] = jnp.where(due, move[0], bases[side])
-                nu = jnp.where(due, move[1], nu)
-            mu = b1 * mu + (1 - b1) * g
-            nu = b2 * nu + (1 - b2) * jnp.square(_turn(g, bases, rotated(g), back=False))
-            moved = _turn(mu, bases, rotated(g), back=False) / correct[0].astype(g.dtype)
-            step = moved / (jnp.sqrt(nu / correct[1].astype(g.dtype)) + eps)
-            return _turn(step, bases, rotated(g), back=True), mu, nu, *averages, *bases
+            mu = b1 * mu + (1 - b1) * gradient
+            square = jnp.square(_turn(g, bases, sides, back=False))
+            nu = b2 * nu + (1 - b2) * square.astype(nu.dtype)
+            moved = _turn(mu.astype(g.dtype), bases, sides, back=False) / correct[0].astype(g.dtype)
+            step = moved / (jnp.sqrt(nu.astype(g.dtype) / correct[1].astype(g.dtype)) + eps)
+            step = _turn(step, bases, sides, back=True).astype(gradient.dtype)
+            return step, mu, nu, *averages, *bases
 
-        leaves, structure = jax.tree.flatten(updates)
+        paths, structure = jax.tree_util.tree_flatten_with_path(updates)
         fields = [jax.tree.leaves(field) for field in state[1:]]
-        rows = [one(*row) for row in zip(leaves, *fields, strict=True)]
+        rows = [one(*leaf, *row) for leaf, *row in zip(paths, *fields, strict=True)]
         found = [jax.tree.unflatten(structure, [row[i] for row in rows]) for i in range(7)]
         return found[0], BasisRotationState(count, *found[1:])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import jax
 import numpy as np
 
 
@@ -40,7 +41,7 @@ def updates_late(staleness: Staleness) -> float:
     if isinstance(staleness, tuple):
         schedule, k = staleness
         return float(schedule.mean_staleness(k))
-    late = _known(staleness)
+    late = as_float("staleness", staleness)
     if not 0 <= late < math.inf:
         raise ValueError(
             f"staleness={staleness}: must be a number of updates >= 0, or (schedule, stage); "
@@ -49,17 +50,22 @@ def updates_late(staleness: Staleness) -> float:
     return late
 
 
-def number(name: str, value: float, least: float, most: float, remedy: str) -> float:
+def checked_number(name: str, value: float, least: float, most: float, hint: str) -> float:
     """``value`` where it is a number with least <= value < most; else a `ValueError` says so."""
-    known = _known(value)
+    known = as_float(name, value)
     if not least <= known < most:
         bounds = f"at least {least:g}" + (f" and below {most:g}" if most < math.inf else "")
-        raise ValueError(f"{name}={value}: must be a number, {bounds}; {remedy}")
+        raise ValueError(f"{name}={value}: must be a number, {bounds}; {hint}")
     return known
 
 
-def _known(value: object) -> float:
+def as_float(name: str, value: object) -> float:
     """The number that a value is, or NaN."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name}: must be a Python number, which decides what is compiled; name it in "
+            "static_args of optax.inject_hyperparams"
+        )
     if isinstance(value, str) or np.ndim(value) != 0:  # type: ignore[arg-type]
         return math.nan
     try:

@@ -86,8 +86,25 @@ def test_the_last_stage_of_every_remedy_is_the_plain_optimizer(optimizer):
 def test_every_flag_changes_what_it_is_about(remedy, change):
     config = Config("-", num_stages=4, order="backward_first", remedy=remedy)
     before, after = of(config), of(dataclasses.replace(config, **change))
-    unused = "prediction_horizon" in change and remedy in ("none", "spike")
+    unused = remedy == "none" or ("prediction_horizon" in change and remedy == "spike")
     assert np.array_equal(before["bias"], after["bias"]) == unused
+
+
+@pytest.mark.parametrize("remedy", ["none", "prediction", "error_feedback", "recipe"])
+def test_the_true_weights_of_shrunk_muon_move_as_those_of_shrunk_updates(remedy):
+    config = Config(
+        "-", num_stages=4, order="backward_first", optimizer="muon", remedy=remedy, beta=0.5
+    )
+    optimizer = setup.optimizer(config, RATE, RULE, 0)
+    params = {"kernel": jnp.eye(3), "bias": jnp.ones(3)}
+    state = optimizer.init(params)
+    for _ in range(5):
+        updates, state = optimizer.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    true = fdg.true_params(params, state)
+    # Five steps against the gradient, each an eighth of the rate and less.
+    assert 0.85 < float(true["bias"][0]) < 1
+    assert 0.85 < float(true["kernel"][0, 0]) < 1
 
 
 def test_shrinking_comes_before_sgd_and_after_muon():

@@ -14,11 +14,8 @@ CLIP = optax.clip_by_global_norm(0.5)
 MASK = {"kernel": True, "bias": False}
 MUON = {
     "beta": 0.95,
-    "weight_decay": 0.1,
-    "weight_decay_mask": MASK,
     "adam_b1": 0.95,
     "adam_b2": 0.95,
-    "adam_weight_decay": 0.1,
     "muon_weight_dimension_numbers": optim.muon_dimension_numbers(),
 }
 
@@ -48,9 +45,7 @@ PLAIN = {
         optax.chain(CLIP, optax.adamw(rate, b2=0.95, weight_decay=0.1, mask=MASK)),
     ),
     "muon": (
-        lambda late, **own: recipes.muon(
-            rate, late, weight_decay=0.1, mask=MASK, clip_norm=0.5, **own
-        ),
+        lambda late, **own: recipes.muon(rate, late, clip_norm=0.5, **own),
         optax.chain(CLIP, optax.contrib.muon(rate, **MUON)),
     ),
 }
@@ -75,10 +70,57 @@ def test_what_a_recipe_does_about_staleness(name):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_recipe_without_horizon_needs_no_buffer(name):
-    recipe, plain = PLAIN[name]
+    recipe, _ = PLAIN[name]
     params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
-    bare, whole = recipe(4, horizon=None).init(params), plain.init(params)
-    assert jax.tree.structure(bare) == jax.tree.structure(whole)
+    bare, whole = (
+        sum(leaf.size for leaf in jax.tree.leaves(recipe(4, horizon=horizon).init(params)))
+        for horizon in (None, 1.0)
+    )
+    assert whole - bare == 16
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_the_mask_leaves_out_does_not_decay(name):
+    make = recipes.adamw if name == "adamw" else recipes.muon
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4), "token": jnp.ones((3, 4))}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    for mask in ({"kernel": True, "bias": False, "token": False}, optim_mask):
+        optimizer = make(0.1, 0, weight_decay=0.5, mask=mask)
+        updates, _ = optimizer.update(zero, optimizer.init(params), params)
+        np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+        np.testing.assert_array_equal(updates["bias"], 0.0)
+        np.testing.assert_array_equal(updates["token"], 0.0)
+
+
+def optim_mask(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_shrinking_is_foreseen(name):
+    recipe, plain = PLAIN[name]
+    want = fdg.predict_weights(optax.chain(plain, optax.scale(0.125)), 4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13),
+        trained(recipe(4, scale=0.125)),
+        trained(want),
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: recipes.adamw(0.1, 2, b1=1.5), "b1=1.5: must be a number"),
+        (lambda: recipes.adamw(0.1, 2, weight_decay=-1), "weight_decay=-1"),
+        (lambda: recipes.muon(0.1, 2, momentum=1.0), "momentum=1.0"),
+        (lambda: recipes.sgd(0.1, 2, clip_norm=-1), "clip_norm=-1"),
+        (lambda: recipes.muon(0.1, 2, scale=0), "scale=0"),
+        (lambda: recipes.muon(0.1, 2, anneal_steps=0), "anneal_steps=0"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
