@@ -25,12 +25,12 @@ HELP = {
     "remedy": f"What is done about late gradients, one of {', '.join(REMEDIES)}. none: nothing, "
     "whatever the flags below say; prediction: forwards at predicted weights; spike: spike "
     "compensation (sgd); error_feedback: see fdg_jax.error_feedback; recipe: fdg_jax.recipes, "
-    "which is prediction for adamw and muon, and for sgd stretched momentum and spike compensation "
-    "as well. See docs/guides/closing_the_gap.md; --beta shrinks beside all of them.",
+    "which is prediction, for muon with a stretched momentum, for sgd with spike compensation as "
+    "well. See docs/guides/closing_the_gap.md; --beta shrinks beside all of them.",
     "prediction_horizon": "How far prediction, error_feedback and recipe look ahead, as a multiple "
     "of a stage's staleness.",
     "momentum_stretch": "By how much a stage's momentum grows with its staleness, 0: not at all. "
-    "Unless given it is 0, and 2 in the recipe of sgd.",
+    "Unless given it is 0; in the recipe 2 for sgd and 0.3 for muon.",
     "rate_anneal_steps": "Steps in which the rate of a stage grows from 1 / staleness of it, with "
     "muon from 1 / sqrt(staleness), to the full one; 0: it begins with that.",
 }
@@ -141,7 +141,7 @@ def optimizer(settings: Settings, stage: StageSettings) -> optax.GradientTransfo
     if settings.optimizer == "sgd":
         shrink = fdg.fdg_shrink(stage.beta, stage.hops)
         return optax.chain(shrink, _sgd(settings, stage, late, stretch, anneal))
-    return _adaptive(settings, stage, late, stretch or 0.0, anneal)
+    return _adaptive(settings, stage, late, stretch, anneal)
 
 
 def _sgd(
@@ -186,10 +186,13 @@ def _sgd(
 
 
 def _adaptive(
-    settings: Settings, stage: StageSettings, late: float, stretch: float, anneal: float | None
+    settings: Settings,
+    stage: StageSettings,
+    late: float,
+    stretch: float | None,
+    anneal: float | None,
 ) -> optax.GradientTransformation:
     """AdamW and Muon, each with and without prediction."""
-    momentum = fdg.stretched_momentum(stage.momentum, late, stretch).momentum
     common: dict[str, Any] = {
         "weight_decay": stage.weight_decay,
         "mask": stage.mask,
@@ -199,18 +202,21 @@ def _adaptive(
         "scale": stage.beta**stage.hops,
     }
     if settings.optimizer == "adamw":
-        found = recipes.adamw(stage.rate, late, momentum, **common)
+        b1 = fdg.stretched_momentum(stage.momentum, late, stretch or 0.0).momentum
+        found = recipes.adamw(stage.rate, late, b1, **common)
     else:
         adam_rate = None
         if settings.adam_learning_rate is not None:
             share = settings.adam_learning_rate / settings.learning_rate
             adam_rate = lambda count: share * stage.rate(count)  # noqa: E731
+        own = {} if stretch is None and settings.remedy == "recipe" else {"stretch": stretch or 0.0}
         found = recipes.muon(
             stage.rate,
             late,
-            momentum,
+            stage.momentum,
             exclude=stage.exclude,
             adam_learning_rate=adam_rate,
+            **own,
             **common,
         )
     if settings.remedy == "error_feedback":

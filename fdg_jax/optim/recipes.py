@@ -15,7 +15,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from fdg_jax.optim.momentum import delayed_sgd
+from fdg_jax.optim.momentum import delayed_sgd, stretched_momentum
 from fdg_jax.optim.muon import muon_dimension_numbers
 from fdg_jax.optim.prediction import predict_weights
 from fdg_jax.optim.rate import staleness_rate
@@ -130,11 +130,12 @@ def adamw(
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     staleness: Staleness,
-    momentum: float = 0.95,
+    momentum: float = 0.9,
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     exclude: str = "",
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    stretch: float = 0.3,
     horizon: float | None = 1.0,
     anneal_steps: float | None = None,
     clip_norm: float | None = None,
@@ -143,21 +144,24 @@ def muon(
     """Muon for late gradients: predicted weights, and an optional warm-up from 1 / sqrt(d).
 
     The chain of a stage: clipping by its own norm, if any; ``optax.contrib.muon`` for kernels
-    (`muon_dimension_numbers`) and ``optax.nadamw`` for the rest; ``scale``; around all, prediction
-    by the last update, ``horizon`` times the staleness ahead.
+    (`muon_dimension_numbers`) and ``optax.nadamw`` for the rest, both with a stretched momentum;
+    ``scale``; around all, prediction by the last update, ``horizon`` times the staleness ahead.
 
     MEASURED_MUON
 
     Args:
       learning_rate: of the kernels; a number, or a schedule of the stage's updates.
       staleness: updates between forward and use of a gradient, or ``(schedule, k)``.
-      momentum: of Muon, and the decay of Adam's first moment, in [0, 1).
+      momentum: of Muon, and the decay of Adam's first moment, in [0, 1); that of a stage is
+        stretched.
       weight_decay: decoupled, at the true weights, >= 0.
       mask: which parameters decay, as `optax.adamw` takes it.
       exclude: a regular expression; the kernels whose paths it finds are Adam's, too: the last
         layer, mostly.
       adam_learning_rate: of what Adam has; None: ``learning_rate``. A tenth to a fifth of it is a
         good start.
+      stretch: by how much the time of response grows for every update of delay, >= 0. Unlike SGD
+        neither Muon nor Adam moves further with a longer momentum, so the rate stays as it is.
       horizon: how far ahead, as a multiple of the staleness; None: no prediction, and no buffer.
       anneal_steps: the stage's updates until both full rates (`staleness_rate`, power 0.5), or
         None.
@@ -178,7 +182,8 @@ def muon(
       ...     return recipes.muon(0.02, (rule, k), adam_learning_rate=2e-3, exclude="logits")
     """
     late = updates_late(staleness)
-    _check(momentum=momentum, weight_decay=weight_decay)
+    _check(weight_decay=weight_decay)
+    beta = stretched_momentum(momentum, late, stretch).momentum
     rates = [learning_rate, learning_rate if adam_learning_rate is None else adam_learning_rate]
     if anneal_steps is not None:
         rates = [staleness_rate(rate, late, anneal_steps, power=0.5) for rate in rates]
@@ -188,13 +193,13 @@ def muon(
         {
             "muon": optax.contrib.muon(
                 rates[0],
-                beta=momentum,
+                beta=beta,
                 weight_decay_mask=mask,
                 muon_weight_dimension_numbers=numbers,
                 **decay,
             ),
             # By itself, since the Adam inside of optax's muon takes no mask.
-            "adam": optax.nadamw(rates[1], b1=momentum, b2=0.95, mask=mask, **decay),
+            "adam": optax.nadamw(rates[1], b1=beta, b2=0.95, mask=mask, **decay),
         },
         lambda params: jax.tree.map(
             lambda n: "adam" if n is None else "muon",

@@ -13,8 +13,8 @@ from tests.optim.recursion import rate
 CLIP = optax.clip_by_global_norm(0.5)
 MASK = {"kernel": True, "bias": False}
 MUON = {
-    "beta": 0.95,
-    "adam_b1": 0.95,
+    "beta": 0.9,
+    "adam_b1": 0.9,
     "adam_b2": 0.95,
     "muon_weight_dimension_numbers": optim.muon_dimension_numbers(),
 }
@@ -62,6 +62,10 @@ def test_what_a_recipe_does_about_staleness(name):
     recipe, plain = PLAIN[name]
     if name == "sgd":
         want = optax.chain(CLIP, fdg.delayed_sgd(rate, 0.9, 4, stretch=2.0, weight_decay=5e-4))
+    elif name == "muon":
+        m = fdg.stretched_momentum(0.9, 4, 0.3).momentum
+        inner = optax.contrib.muon(rate, **{**MUON, "beta": m, "adam_b1": m})
+        want = fdg.predict_weights(optax.chain(CLIP, inner), 4, "last_update")
     else:
         want = fdg.predict_weights(plain, 4, "last_update")
     jax.tree.map(np.testing.assert_array_equal, trained(recipe(4)), trained(want))
@@ -99,10 +103,11 @@ def optim_mask(params):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_shrinking_is_foreseen(name):
     recipe, plain = PLAIN[name]
+    stretch = {"stretch": 0.0} if name == "muon" else {}
     want = fdg.predict_weights(optax.chain(plain, optax.scale(0.125)), 4)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13),
-        trained(recipe(4, scale=0.125)),
+        trained(recipe(4, scale=0.125, **stretch)),
         trained(want),
     )
 
@@ -148,5 +153,5 @@ def test_muon_takes_kernels_and_adam_the_rest_at_its_own_rate():
 
 def test_what_muon_is_to_leave_out_goes_to_adam():
     slow = trained(recipes.muon(0.1, 0, exclude="kernel", adam_learning_rate=0.01), steps=1)
-    plain = trained(optax.nadam(0.01, b1=0.95, b2=0.95), steps=1)
+    plain = trained(optax.nadam(0.01, b1=0.9, b2=0.95), steps=1)
     np.testing.assert_allclose(slow["kernel"], plain["kernel"], rtol=0, atol=1e-6)
