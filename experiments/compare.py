@@ -78,7 +78,7 @@ class Series:
         for seed in seeds:
             for method in self.methods:
                 for k in (1,) if method == "backprop" else self.stages:
-                    for remedy in self.remedies if methods.METHODS[method].late else ("none",):
+                    for remedy in self.remedies if methods.METHODS[method].stale else ("none",):
                         for beta in betas if methods.METHODS[method].shrinks else (1.0,):
                             found.append(self._config(method, k, remedy, beta, seed))
         return found
@@ -217,8 +217,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     for name, (default, text) in LISTS.items():
         flags.DEFINE_list(name, default, text, flag_values=values)
     text = (
-        "Choose among --betas on images held out of train, for each method and K; then only beta 1 "
-        "and the chosen one are trained on the whole train split and tested."
+        "Choose among --betas on images held out of train, for each method, K and remedy; then "
+        "only beta 1 and the chosen one are trained on the whole train split and tested."
     )
     flags.DEFINE_bool("choose_beta", False, text, flag_values=values)
     text = "Images held out of train for --choose_beta; 0 takes a tenth."
@@ -261,7 +261,7 @@ def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Series:
         remedies=tuple(dict.fromkeys(given["remedies"])),
         betas=numbers("betas", float, sys.float_info.min, 1),
         seeds=numbers("seeds", int, 0, math.inf),
-        reach=numbers("reach", float, 0, 100),
+        reach=numbers("reach", float, sys.float_info.min, 100),
         choose_seeds=numbers("choose_seeds", int, 0, math.inf),
         **{name: given[name] for name in OPTIONS},
     )

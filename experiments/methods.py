@@ -39,28 +39,28 @@ class Method:
       gradient: the choice that belongs to the method; None leaves it to --gradient.
       shrinks: whether --beta applies.
       one_stage: whether the devices share one stage instead of having one each.
-      late: whether gradients are, so that a remedy of staleness has something to mend.
+      stale: whether gradients are, so that a remedy has something to mend.
     """
 
     schedule: str
     gradient: str | None = None
     shrinks: bool = False
     one_stage: bool = False
-    late: bool = True
+    stale: bool = True
 
 
 METHODS = {
-    "backprop": Method("backprop", late=False),
+    "backprop": Method("backprop", stale=False),
     "fdg": Method("fdg", shrinks=True),
     "ddg": Method("ddg"),
     "pipedream": Method("pipedream"),
     "pipedream_2bw": Method("pipedream_2bw"),
-    "gpipe": Method("gpipe", late=False),
-    "one_f_one_b": Method("one_f_one_b", late=False),
+    "gpipe": Method("gpipe", stale=False),
+    "one_f_one_b": Method("one_f_one_b", stale=False),
     "adl": Method("adl"),
     "fr": Method("ddg", gradient="recompute"),
     "dsp": Method("fdg", gradient="recompute"),
-    "data_parallel": Method("backprop", one_stage=True, late=False),
+    "data_parallel": Method("backprop", one_stage=True, stale=False),
 }
 
 

@@ -12,28 +12,31 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments.errors import UsageError
 from experiments.study import Row, Study
 
 Curve = Sequence[tuple[float, float]]  # (step, value) of every evaluation
 
+DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4B2A")
 
 
 def curve(metrics: Sequence[Mapping[str, Any]], metric: str) -> Curve:
-    """Loss or error of every evaluation; those of the training are left out."""
-    return [(m["step"], m[metric]) for m in metrics if m["split"] != "train"]
+    """Loss or error of every evaluation, infinity where it was not finite; none of the training."""
+    values = ((m["step"], m[metric]) for m in metrics if m["split"] != "train")
+    return [(step, math.inf if value is None else value) for step, value in values]
 
 
-def at(points: Curve, step: float) -> float:
+def value_at(points: Curve, step: float) -> float:
     """The value at a step, on straight lines between the evaluations.
 
     Example:
-      >>> at([(10, 4.0), (20, 2.0)], 15)
+      >>> value_at([(10, 4.0), (20, 2.0)], 15)
       3.0
     """
     for (a, low), (b, high) in itertools.pairwise(points):
         if a <= step <= b:
-            return low + (high - low) * (step - a) / (b - a)
+            return high if step == b else low + (high - low) * (step - a) / (b - a)
     return points[0][1] if step < points[0][0] else points[-1][1]
 
 
@@ -48,7 +51,7 @@ def steps_to(points: Curve, target: float) -> float:
         return float(points[0][0])
     for (a, high), (b, low) in itertools.pairwise(points):
         if low <= target:
-            return a + (b - a) * (high - target) / (high - low)
+            return b if math.isinf(high) else a + (b - a) * (high - target) / (high - low)
     return math.inf
 
 
@@ -64,7 +67,10 @@ def rows(
 
     Returns:
       One dict a row that has a finished run. Of each seed's "overhead": steps to the target over
-      the baseline's, of the same seed; None where it was not reached or the baseline is not there.
+      the baseline's, of the same seed; None where it was not reached.
+
+    Raises:
+      UsageError: the target lies before the baseline's first evaluation.
     """
     table = []
     for row in study.rows:
@@ -80,7 +86,12 @@ def rows(
             against = curve(base["metrics"], study.metric)
             gaps.append(curves[s][-1][1] - against[-1][1])
             share = fraction * against[-1][0]
-            ratio = steps_to(curves[s], at(against, share)) / share
+            if share < against[0][0]:
+                raise UsageError(
+                    f"--fraction={fraction:g}: of the {against[-1][0]} steps of {row.baseline!r} "
+                    f"lies before its first evaluation, after {against[0][0]}; choose more"
+                )
+            ratio = steps_to(curves[s], value_at(against, share)) / share
             overheads.append(ratio if math.isfinite(ratio) else None)
         first = found[row.name, seeds[0]]
         table.append(
@@ -91,20 +102,27 @@ def rows(
                 "stages": first["summary"]["stages"],
                 "staleness": first["summary"]["staleness"],
                 "seeds": seeds,
-                "last": [curves[s][-1][1] for s in seeds],
-                "gap": gaps,
+                "last": [finite(curves[s][-1][1]) for s in seeds],
+                "gap": [finite(gap) for gap in gaps],
                 "overhead": overheads,
                 "params_sha256": [found[row.name, s]["summary"]["params_sha256"] for s in seeds],
                 "train_seconds": [found[row.name, s]["summary"]["train_seconds"] for s in seeds],
-                "curves": [curves[s] for s in seeds],
+                "curves": [[(step, finite(v)) for step, v in curves[s]] for s in seeds],
             }
         )
     return table
 
 
-def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
+def finite(value: float) -> float | None:
+    """The value as JSON has it: None where it is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def spread(values: Sequence[float | None], digits: int, factor: float = 1.0) -> str:
     """Mean ± sample standard deviation."""
-    scaled = [factor * v for v in values]
+    scaled = [factor * v for v in values if v is not None]
+    if len(scaled) < len(values):
+        return "not finite"
     text = f"{statistics.fmean(scaled):.{digits}f}"
     return f"{text} ± {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else text
 
@@ -160,19 +178,23 @@ def draw(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> b
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    # A series has one colour in both panels, its rows one dash pattern for each K.
     series = list(dict.fromkeys(row["series"] for row in found))
-    for i, row in enumerate(found):
-        colour = COLOURS[i % len(COLOURS)]
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(series)}
+    for row in found:
+        if any(v is None for points in row["curves"] for _, v in points):
+            continue  # what is not finite has no line
+        colour = colours[row["series"]]
         steps = [step for step, _ in row["curves"][0]]
         values = [[factor * v for _, v in points] for points in row["curves"]]
         together = list(zip(*values, strict=True))
-        own = row["name"] == row["baseline"]
+        others = [r["stages"] for r in found if r["series"] == row["series"]]
         last = f"{factor * statistics.fmean(row['last']):.{2 if factor > 1 else 3}f}"
         left.plot(
             steps,
             [statistics.fmean(v) for v in together],
             color=colour,
-            linestyle="dashed" if own else "solid",
+            linestyle=DASHES[sorted(others).index(row["stages"]) % len(DASHES)],
             linewidth=1.6,
             label=f"{row['name']}: {last}",
         )
@@ -187,19 +209,19 @@ def draw(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> b
     left.set_ylabel("error (%)" if factor > 1 else "loss")
     left.legend(fontsize=8, frameon=False)
     compared = [row for row in found if row["name"] != row["baseline"] and row["overhead"]]
-    for i, name in enumerate(series):
+    for name in series:
         own = sorted((r for r in compared if r["series"] == name), key=lambda r: r["stages"])
         if not own:
             continue
-        colour = COLOURS[(i + 1) % len(COLOURS)]
+        colour = colours[name]
         reached = [
             (r["stages"], [v for v in r["overhead"] if v is not None])
             for r in own
             if any(v is not None for v in r["overhead"])
         ]
         right.plot(
-            [1, *(k for k, _ in reached)],
-            [1, *(statistics.fmean(v) for _, v in reached)],
+            [k for k, _ in reached],
+            [statistics.fmean(v) for _, v in reached],
             color=colour,
             marker="o",
             markersize=5,

@@ -19,6 +19,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -41,7 +42,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("workdir", "", "Folder for results and runs.", flag_values=values)
     text = "Runs at a time, each on a core of its own; 1: one, on all cores."
     flags.DEFINE_integer("jobs", 1, text, flag_values=values)
-    text = "Flags for all rows, after those of the study, such as --dataset=folder:DIR."
+    text = "Flags for all rows, before those of each, such as --dataset=folder:DIR."
     flags.DEFINE_multi_string("extra", [], text, flag_values=values)
     text = "Of the baseline's steps, after which its loss is the one to reach."
     flags.DEFINE_float("fraction", 0.5, text, flag_values=values)
@@ -49,20 +50,20 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_bool("report_only", False, text, flag_values=values)
 
 
-def report(folder: pathlib.Path, of: Study, found: Found, fraction: float) -> None:
+def report(folder: pathlib.Path, plan: Study, found: Found, fraction: float) -> None:
     """results.json, table.md and staleness.png, each whole."""
-    rows = overhead.rows(of, found, fraction)
+    rows = overhead.rows(plan, found, fraction)
     machines: list[dict[str, Any]] = []
     for run in found.values():
         names = ("versions", "device_kind", "machine", "cores", "devices")
         machine = {name: run["config"].get(name) for name in names}
         if machine not in machines:
             machines.append(machine)
-    results = {"study": of.text, "fraction": fraction, "machines": machines, "rows": rows}
+    results = {"study": plan.text, "fraction": fraction, "machines": machines, "rows": rows}
     contents = (
         (json.dumps(results, indent=1) + "\n").encode(),
-        overhead.table(of, rows, fraction).encode(),
-        overhead.draw(of, rows, fraction),
+        overhead.table(plan, rows, fraction).encode(),
+        overhead.draw(plan, rows, fraction),
     )
     for name, content in zip(FILES, contents, strict=True):
         temporary = folder / f".{name}.tmp"
@@ -81,40 +82,60 @@ class Workers:
         self._cores = queue.SimpleQueue[int | None]()
         for core in sorted(os.sched_getaffinity(0))[:jobs]:
             self._cores.put(core if jobs > 1 else None)
+        self._lock, self._stopped = threading.Lock(), False
         self._running: set[subprocess.Popen[str]] = set()
         self.pool = concurrent.futures.ThreadPoolExecutor(jobs)
 
     def train(self, run: Run) -> tuple[int, str, float]:
         """Exit status, stderr and seconds of a run."""
-        # A program without checkpoints begins again, also where it was interrupted before.
-        again = [] if hasattr(run.settings, "resume") else ["--overwrite"]
         core = self._cores.get()
-        if core is not None:
-            os.sched_setaffinity(0, {core})  # of this thread, and of what it starts
-        began = time.monotonic()
-        process = subprocess.Popen(
-            [*run.command, *again], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        self._running.add(process)
-        errors = process.communicate()[1]
-        self._running.discard(process)
-        self._cores.put(core)
+        try:
+            if core is not None:
+                os.sched_setaffinity(0, {core})  # of this thread, and of what it starts
+            began = time.monotonic()
+            process = self._start(run)
+            errors = process.communicate()[1]
+        finally:
+            self._cores.put(core)
+        with self._lock:
+            self._running.discard(process)
         return process.returncode, errors, time.monotonic() - began
 
+    def _start(self, run: Run) -> subprocess.Popen[str]:
+        # A program without checkpoints begins again, also where it was interrupted before.
+        again = [] if hasattr(run.settings, "resume") else ["--overwrite"]
+        with self._lock:
+            if self._stopped:
+                raise concurrent.futures.CancelledError
+            # A session of its own: Ctrl-C is for the study, which asks its runs to stop, once.
+            process = subprocess.Popen(
+                [*run.command, *again],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            self._running.add(process)
+        return process
+
     def stop(self) -> None:
-        """Starts no run more, and ends those that are under way: none outlives the study."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(self._running):
-            process.terminate()
+        """Starts no run more, and waits for those under way to stop: none outlives the study."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+        self.pool.shutdown(cancel_futures=True)
 
 
-def go(of: Study, folder: pathlib.Path, jobs: int, fraction: float, only: bool) -> int:
+def run_study(
+    plan: Study, folder: pathlib.Path, jobs: int, fraction: float, report_only: bool
+) -> int:
     """Does what is missing, and writes the results after every run; returns the exit status.
 
     Raises:
       UsageError: a row is not allowed, or a folder holds a run with other settings.
     """
-    runs = of.runs(str(folder))
+    runs = plan.runs(str(folder))
     found: Found = {}
     missing = []
     for run in runs:
@@ -124,10 +145,10 @@ def go(of: Study, folder: pathlib.Path, jobs: int, fraction: float, only: bool) 
         else:
             found[run.row.name, run.seed] = there
     print(f"{len(found)} runs are there, {len(missing)} to do", flush=True)
-    if only and not found:
+    if report_only and not found:
         raise UsageError(f"--workdir={folder}: holds no finished run; leave --report_only out")
     failed = []
-    if missing and not only:
+    if missing and not report_only:
         folder.mkdir(parents=True, exist_ok=True)
         began, workers = time.monotonic(), Workers(jobs)
         try:
@@ -144,14 +165,14 @@ def go(of: Study, folder: pathlib.Path, jobs: int, fraction: float, only: bool) 
                     print(f"{head}FAILED with status {status}:\n{tail}", flush=True)
                     continue
                 found[run.row.name, run.seed] = there
-                report(folder, of, found, fraction)
-                last = overhead.curve(there["metrics"], of.metric)[-1][1]
+                report(folder, plan, found, fraction)
+                last = overhead.curve(there["metrics"], plan.metric)[-1][1]
                 more = f"  about {minutes} min left" if left else ""
-                print(f"{head}{of.metric} {last:.4f}  {seconds:.0f} s{more}", flush=True)
+                print(f"{head}{plan.metric} {last:.4f}  {seconds:.0f} s{more}", flush=True)
         finally:
             workers.stop()
     if found:
-        report(folder, of, found, fraction)
+        report(folder, plan, found, fraction)
         print((folder / "table.md").read_text(), end="")
     if failed:
         print(f"{len(failed)} failed: {', '.join(failed)}", file=sys.stderr)
@@ -176,7 +197,7 @@ def main() -> None:
     # A run must not outlive the study that started it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = pathlib.Path(FLAGS.workdir).expanduser()
-    sys.exit(go(found, folder, FLAGS.jobs, FLAGS.fraction, FLAGS.report_only))
+    sys.exit(run_study(found, folder, FLAGS.jobs, FLAGS.fraction, FLAGS.report_only))
 
 
 if __name__ == "__main__":

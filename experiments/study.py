@@ -98,12 +98,15 @@ class Study:
         flags.DEFINE_list("flagfile", [], "", flag_values=values)
         program.define_flags(values)
         try:
+            for name in ("seed", "workdir"):
+                if any(re.fullmatch(f"--?{name}(=.*)?", flag) for flag in given[:-2]):
+                    raise UsageError(f"--{name}: the study gives it; leave it out")
             rest = values([self.program, *values.read_flags_from_files(given)])
             if len(rest) > 1:
                 raise UsageError(f"{rest[1]}: not a flag; flags are written --name=value")
             settings = program.from_flags(values)
             settings.check()
-        except (flags.Error, UsageError, OSError) as error:
+        except (flags.Error, UsageError, OSError, UnicodeError) as error:
             raise UsageError(f"--study: row {row.name!r}: {error}") from error
         command = [sys.executable, "-m", f"experiments.{self.program}", *given]
         return Run(row, seed, settings, command)
@@ -129,6 +132,8 @@ def read(path: str) -> Study:
     seeds = found["seeds"]
     if not seeds or not all(type(s) is int and s >= 0 for s in seeds):
         _refuse(path, f"seeds={seeds}", "give at least one whole number, 0 or more")
+    if len(set(seeds)) < len(seeds):
+        _refuse(path, f"seeds={seeds}", "give each once")
     rows = []
     for entry in found["rows"]:
         _fit(path, "a row", entry, _ROW, ("name",))
@@ -167,17 +172,20 @@ def finished(run: Run) -> dict[str, Any] | None:
         config = json.loads((folder / "config.json").read_text())
         summary = json.loads((folder / "summary.json").read_text())
         lines = (folder / "metrics.jsonl").read_text().splitlines()
+        metrics = [json.loads(line) for line in lines]
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UsageError(f"{folder}: cannot be read ({error}); delete it") from error
+    defaults = {field.name: field.default for field in dataclasses.fields(run.settings)}
     for name, value in json.loads(json.dumps(dataclasses.asdict(run.settings))).items():
-        if name not in FREE and config.get(name, value) != value:
+        # A run that is older than a setting had its default.
+        other = config.get(name, json.loads(json.dumps(defaults[name], default=str)))
+        if name not in FREE and other != value:
             raise UsageError(
-                f"{folder}: was run with --{name}={config[name]}, not --{name}={value}; name "
-                "another --workdir, or delete the folder"
+                f"{folder}: was run with --{name}={other}, not --{name}={value}; name another "
+                "--workdir, or delete the folder"
             )
-    metrics = [json.loads(line) for line in lines]
     return {"config": config, "summary": summary, "metrics": metrics}
 
 
@@ -194,5 +202,5 @@ def _fit(path: str, what: str, found: Any, kinds: dict[str, Any], needed: tuple[
             _refuse(path, f"{name!r} in {what}", "is missing")
 
 
-def _refuse(path: str, what: str, remedy: str) -> None:
-    raise UsageError(f"--study={path}: {what}: {remedy}")
+def _refuse(path: str, what: str, hint: str) -> None:
+    raise UsageError(f"--study={path}: {what}: {hint}")

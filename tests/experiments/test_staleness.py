@@ -4,6 +4,10 @@ import dataclasses
 import json
 import math
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from PIL import Image
@@ -11,6 +15,7 @@ from PIL import Image
 from experiments import overhead, staleness, study
 from experiments.errors import UsageError
 
+ROOT = pathlib.Path(__file__).parents[2]
 TEXT = """
 title = "A study"
 program = "lm"
@@ -86,7 +91,7 @@ def test_the_overhead_by_hand(path, tmp_path, capsys):
     }
     for run in found.runs(str(folder)):
         write(run, values[run.row.name, run.seed])
-    assert staleness.go(found, folder, 1, 0.5, only=True) == 0
+    assert staleness.run_study(found, folder, 1, 0.5, report_only=True) == 0
     backprop, fdg = json.loads((folder / "results.json").read_text())["rows"]
     assert backprop["overhead"] == [1.0, 1.0]
     assert fdg["overhead"] == [87.5 / 50, None]
@@ -111,7 +116,7 @@ def test_what_is_missing_is_trained_and_goes_on_where_it_was_interrupted(path, t
         write(run, [2.0, 1.0])
     # A run that was interrupted has no summary.
     pathlib.Path(runs[0].settings.workdir).mkdir(parents=True)
-    assert staleness.go(found, folder, 2, 0.5, only=False) == 0
+    assert staleness.run_study(found, folder, 2, 0.5, report_only=False) == 0
     out = capsys.readouterr().out
     assert "2 runs are there, 2 to do" in out
     assert "2/2  " in out
@@ -124,7 +129,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(path, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("too short")
     found = study.with_flags(study.read(str(path)), [f"--text={text}"])
-    assert staleness.go(found, tmp_path / "out", 2, 0.5, only=False) == 1
+    assert staleness.run_study(found, tmp_path / "out", 2, 0.5, report_only=False) == 1
     captured = capsys.readouterr()
     assert captured.out.count("FAILED with status 2") == 4
     assert "--context=64: " in captured.out
@@ -137,15 +142,66 @@ def test_a_run_with_other_settings_is_refused(path, tmp_path):
         write(run, [1.0])
     other = study.with_flags(found, ["--learning_rate=0.5"])
     with pytest.raises(UsageError, match=r"was run with --learning_rate=0.002, not .*=0.5"):
-        staleness.go(other, tmp_path / "out", 1, 0.5, only=True)
+        staleness.run_study(other, tmp_path / "out", 1, 0.5, report_only=True)
 
 
 def test_curves():
     points = [(10, 4.0), (20, 2.0), (30, 3.0)]
-    assert [overhead.at(points, step) for step in (5, 10, 12, 25, 99)] == [4, 4, 3.6, 2.5, 3]
+    assert [overhead.value_at(points, step) for step in (5, 10, 12, 25, 99)] == [4, 4, 3.6, 2.5, 3]
     assert overhead.steps_to(points, 5.0) == 10
     assert overhead.steps_to(points, 2.0) == 20
     assert overhead.steps_to(points, 1.9) == math.inf
+    # What was not finite lies above everything.
+    broken = overhead.curve(
+        [
+            {"step": 10, "split": "test", "loss": None},
+            {"step": 15, "split": "train", "loss": 0.0},
+            {"step": 20, "split": "test", "loss": 2.0},
+        ],
+        "loss",
+    )
+    assert broken == [(10, math.inf), (20, 2.0)]
+    assert overhead.steps_to(broken, 3.0) == 20
+
+
+def test_a_run_whose_loss_is_not_finite_is_told(path, tmp_path):
+    found = study.read(str(path))
+    for run in found.runs(str(tmp_path / "out")):
+        losses = [4.0, 3.0] if run.row.name == "backprop" else [4.0, None]
+        write(run, losses)
+    assert staleness.run_study(found, tmp_path / "out", 1, 0.5, report_only=True) == 0
+    _, row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert row["last"] == [None, None]
+    assert "| not finite | not finite | " in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_target_before_the_first_evaluation_is_refused(path, tmp_path):
+    found = study.read(str(path))
+    for run in found.runs(str(tmp_path / "out")):
+        write(run, [4.0, 3.0, 2.0])
+    with pytest.raises(UsageError, match=r"--fraction=0\.1: of the 75 steps of 'backprop' lies"):
+        staleness.run_study(found, tmp_path / "out", 1, 0.1, report_only=True)
+
+
+def test_a_study_that_is_stopped_leaves_no_run_behind(path, tmp_path):
+    source = tmp_path / "text"
+    source.write_bytes(bytes(range(65, 90)) * 400)
+    path.write_text(path.read_text().replace("--steps=100", "--steps=100000"))
+    command = [sys.executable, "-m", "experiments.staleness", f"--study={path}"]
+    command += [f"--workdir={tmp_path / 'out'}", f"--extra=--text={source}"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    metrics = tmp_path / "out" / "backprop_seed0" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0].startswith("0 runs are there, 4 to do")
+    assert process.returncode == 143
+    size = metrics.stat().st_size
+    time.sleep(1)
+    assert metrics.stat().st_size == size
 
 
 @pytest.mark.parametrize(
@@ -155,6 +211,9 @@ def test_curves():
         ('metric = "loss"', 'metric = "bleu"', "metric='bleu': allowed are loss, error"),
         ("seeds = [0, 1]", "seeds = []", r"seeds=\[\]: give at least one"),
         ("seeds = [0, 1]", "seeds = [-1]", r"seeds=\[-1\]: give"),
+        ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds=\[1, 1\]: give each once"),
+        ('"--remedy=recipe"', '"--seed=3"', "row 'FDG, K = 2': --seed: the study gives it"),
+        ('"--steps=100"', '"--workdir=x"', "row 'backprop': --workdir: the study gives it"),
         ("seeds = [0, 1]", "", "'seeds' in the study: is missing"),
         ('title = "A study"', "titel = 1", "'titel' in the study: is not known"),
         ('title = "A study"', "title = 1", "title=1 in the study: must be a str"),

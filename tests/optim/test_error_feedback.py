@@ -55,3 +55,11 @@ def test_staleness_must_be_a_number():
     optimizer = fdg.error_feedback((fdg.schedule.ddg(3), 0))
     updates, _ = optimizer.update(jnp.ones(1), optimizer.init(jnp.ones(1)))
     np.testing.assert_array_equal(updates, 3.0)
+
+
+def test_the_state_keeps_the_dtype_of_the_parameters():
+    optimizer = optax.chain(optax.sgd(rate, momentum=0.9), fdg.error_feedback(2))
+    params = jnp.ones(3, jnp.bfloat16)
+    state = optimizer.init(params)
+    _, after = optimizer.update(params, state, params)
+    assert after[1].last.dtype == state[1].last.dtype == jnp.bfloat16

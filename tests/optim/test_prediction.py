@@ -193,6 +193,12 @@ def test_true_params_are_found_wherever_the_prediction_stands():
         "partition": (optax.partition({"late": predicts, "fresh": optax.sgd(0.1)}, labels), False),
         "both parts": (optax.partition({"late": predicts, "fresh": predicts}, labels), True),
         "accumulated": (optax.MultiSteps(predicts, 1).gradient_transformation(), True),
+        "injected": (
+            optax.inject_hyperparams(
+                lambda rate: fdg.predict_weights(optax.sgd(rate), 2), static_args=()
+            )(0.1),
+            True,
+        ),
         "sgd": (
             optax.partition(
                 {"late": fdg.delayed_sgd(0.1, 0.0, 2, stretch=0), "fresh": optax.sgd(0.1)}, labels
@@ -218,6 +224,30 @@ def test_a_state_that_predicts_nothing_leaves_the_parameters_as_they_are():
         assert fdg.true_params(params, optimizer.init(params)) is params
 
 
+def test_gradients_are_accumulated_outside_of_the_prediction():
+    optimizer = optax.MultiSteps(fdg.predict_weights(optax.sgd(0.1), 2), 2)
+    params = jnp.ones(())
+    state, seen = optimizer.init(params), []
+    for _ in range(4):
+        updates, state = optimizer.update(jnp.ones(()), state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append((float(params), float(fdg.true_params(params, state))))
+    np.testing.assert_allclose(seen, [(1, 1), (0.7, 0.9), (0.7, 0.9), (0.6, 0.8)], atol=1e-12)
+
+
+def test_a_traced_staleness_is_refused_with_the_remedy():
+    inject = optax.inject_hyperparams(lambda late: fdg.predict_weights(optax.sgd(0.1), late))(2)
+    state = inject.init(jnp.ones(1))
+    with pytest.raises(ValueError, match=r"staleness: must be a Python number.*static_args"):
+        jax.jit(inject.update)(jnp.ones(1), state, jnp.ones(1))
+
+
+def test_adam_displacement_is_for_adam():
+    optimizer = fdg.predict_weights(optax.sgd(0.1), 2, optim.adam_displacement(0.1))
+    with pytest.raises(ValueError, match="has 0 states of Adam, not one"):
+        optimizer.update(jnp.ones(1), optimizer.init(jnp.ones(1)), jnp.ones(1))
+
+
 def test_extra_arguments_reach_the_optimizer():
     seen = []
 
@@ -226,9 +256,10 @@ def test_extra_arguments_reach_the_optimizer():
         return updates, state
 
     inner = optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update)
-    optimizer = fdg.predict_weights(inner, 2)
-    optimizer.update(jnp.ones(1), optimizer.init(jnp.ones(1)), jnp.ones(1), value=7)
-    assert seen == [7]
+    for kind in ("last_update", "momentum"):
+        optimizer = fdg.predict_weights(inner, 2, kind)
+        optimizer.update(jnp.ones(1), optimizer.init(jnp.ones(1)), jnp.ones(1), value=7)
+    assert set(seen) == {7}
 
 
 def test_dtypes_of_parameters_and_updates_are_kept():

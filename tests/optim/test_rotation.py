@@ -118,3 +118,23 @@ def test_structure_shapes_and_dtypes_of_the_state_stay():
 def test_what_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         fdg.scale_by_basis_rotation(**arguments)
+
+
+def test_half_precision_is_rotated_in_single_and_a_fresh_state_can_be_donated():
+    params = jnp.asarray(start((3, 4)), jnp.bfloat16)
+    optimizer = fdg.scale_by_basis_rotation()
+    state = optimizer.init(params)
+    assert state.left.dtype == jnp.float32
+    updates, state = jax.jit(optimizer.update, donate_argnums=1)(params, state)
+    assert updates.dtype == state.mu.dtype == jnp.bfloat16
+    assert bool(jnp.isfinite(updates).all())
+
+
+def test_only_what_is_included_is_rotated():
+    params = {"kernel": jnp.asarray(start((3, 4))), "bias": jnp.asarray(start((3, 4)))}
+    optimizer = fdg.scale_by_basis_rotation(include="kernel")
+    state = optimizer.init(params)
+    assert state.left["bias"].shape == ()
+    updates, _ = optimizer.update(params, state)
+    np.testing.assert_allclose(np.abs(updates["bias"]), 1, rtol=1e-6)
+    assert np.abs(np.abs(updates["kernel"]) - 1).max() > 0.01
