@@ -235,7 +235,7 @@ def draw(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> b
     right.set_xlabel("K")
     right.set_ylabel(f"steps to the baseline's value after {fraction:g} of its steps, relative")
     if compared:
-        right.legend(fontsize=8, frameon=False)
+        right.legend(fontsize=8, frameon=False, loc="upper left")
     for panel in (left, right):
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

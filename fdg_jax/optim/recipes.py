@@ -39,7 +39,9 @@ def sgd(
     by 2, spike compensation, L2 decay at the true weights; the rate of `staleness_rate`. Shrinking
     (`fdg_shrink`) goes before it.
 
-    MEASURED_SGD
+    Measured on a fifth of CIFAR-10 (JPEG) in 1,500 steps, K = 4, rate 0.4, annealed over 750: test
+    error 31.7 %, where back-propagation at its best rate, 0.2, has 30.9 % and plain FDG 37.6 %;
+    K = 2, rate 0.2, stretch 0.5: 31.1 %, plain 32.7 % (EXPERIMENTS.md).
 
     Args:
       learning_rate: a number, or a schedule of the stage's updates; one to two times that of
@@ -92,7 +94,8 @@ def adamw(
     The chain of a stage: clipping by its own norm, if any; AdamW; ``scale``; around all, prediction
     by the last update, ``horizon`` times the staleness ahead.
 
-    MEASURED_ADAMW
+    Measured on text in 1,000 steps, K = 4: no better than AdamW with b1 = 0.5 and no prediction,
+    and 25 % above back-propagation. Take Muon where you can (EXPERIMENTS.md).
 
     Args:
       learning_rate: a number, or a schedule of the stage's updates.
@@ -147,7 +150,9 @@ def muon(
     (`muon_dimension_numbers`) and ``optax.nadamw`` for the rest, both with a stretched momentum;
     ``scale``; around all, prediction by the last update, ``horizon`` times the staleness ahead.
 
-    MEASURED_MUON
+    Measured on a fifth of CIFAR-10 (JPEG) in 1,500 steps: test error 25.4 % with K = 4 and rate
+    0.04, where back-propagation with Muon has 25.4 % and with SGD 30.9 %. On text in 1,000 steps,
+    K = 4, stretch 1: loss 2.12, back-propagation 1.78, without prediction 2.25 (EXPERIMENTS.md).
 
     Args:
       learning_rate: of the kernels; a number, or a schedule of the stage's updates.
