@@ -219,6 +219,8 @@ def draw(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> b
             for r in own
             if any(v is not None for v in r["overhead"])
         ]
+        total = sum(len(r["overhead"]) for r in own)
+        missed = total - sum(len(values) for _, values in reached)
         right.plot(
             [k for k, _ in reached],
             [statistics.fmean(v) for _, v in reached],
@@ -226,7 +228,7 @@ def draw(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> b
             marker="o",
             markersize=5,
             linewidth=1.6,
-            label=name if reached else f"{name}: not reached",
+            label=name if missed == 0 else f"{name}: {missed} of {total} runs not there",
         )
         for k, values in reached:
             right.vlines(k, min(values), max(values), color=colour, linewidth=1)
