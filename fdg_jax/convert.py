@@ -78,11 +78,14 @@ def convert(
     _check(_abstract(source, _arrays(state)), _abstract(target, template))
     state, _ = source.drain(state)
     source.check()
-    arrays = []
-    for params, model_state, opt_state in jax.device_get(_arrays(state)):
-        params, opt_state = without_prediction(params, opt_state)
-        arrays.append((params, model_state, opt_state))
-    parts = _parts(source, arrays)
+    # Compiled, so that the weights have the bits that `Pipeline.true_params` gives.
+    true = jax.jit(without_prediction)
+    arrays = [
+        (params, model_state, opt_state)
+        for own in _arrays(state)
+        for (params, opt_state), model_state in [(true(own[0], own[2]), own[1])]
+    ]
+    parts = _parts(source, jax.device_get(arrays))
     shared = {name: _same(name, values) for name, values in parts.shared.items()}
     version = _same("version", [s.version for s in state.stages])
     # Micro-batches are counted as if all batches had been divided as they are from now on.
