@@ -13,6 +13,7 @@ Imports nothing of the rest of the library.
 """
 
 from fdg_jax.optim import recipes
+from fdg_jax.optim.displacement import Displacement, adam_displacement
 from fdg_jax.optim.error_feedback import ErrorFeedbackState, error_feedback
 from fdg_jax.optim.momentum import (
     Stretched,
@@ -23,9 +24,7 @@ from fdg_jax.optim.momentum import (
 from fdg_jax.optim.muon import muon_dimension_numbers
 from fdg_jax.optim.prediction import (
     DelayedSGDState,
-    Displacement,
     PredictionState,
-    adam_displacement,
     predict_weights,
     true_params,
     without_prediction,
