@@ -13,24 +13,10 @@ from experiments import cifar, lm_config, remedies, setup
 from experiments.config import Config
 from experiments.errors import UsageError
 from experiments.lm_config import Settings
+from tests.optim.recursion import trained
 
 RULE = fdg.schedule.fdg(4, "backward_first")  # stage 0 is 5 updates late
 RATE = optax.cosine_decay_schedule(0.1, 100)
-
-
-def trained(optimizer: optax.GradientTransformation, steps: int = 6):
-    params = {"kernel": jnp.sin(jnp.arange(12.0)).reshape(3, 4), "bias": jnp.ones(4)}
-    state = optimizer.init(params)
-
-    @jax.jit
-    def step(params, state, t):
-        gradient = jax.tree.map(lambda p: jnp.cos(3 * p + t), params)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for t in range(steps):
-        params, state = step(params, state, t)
-    return params
 
 
 def of(config, stage=0):

@@ -59,3 +59,19 @@ def two_variables(
 def rate(count):
     """A learning rate that is another at every update."""
     return 0.02 / (1 + 0.1 * count)
+
+
+def trained(optimizer: optax.GradientTransformation, steps: int = 8):
+    """The parameters, one kernel and one bias, after some updates in one program."""
+    params = {"kernel": jnp.sin(jnp.arange(12.0)).reshape(3, 4), "bias": jnp.ones(4)}
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, t):
+        gradient = jax.tree.map(lambda p: jnp.cos(3 * p + t), params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for t in range(steps):
+        params, state = step(params, state, t)
+    return params

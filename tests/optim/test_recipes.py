@@ -8,7 +8,7 @@ import pytest
 
 import fdg_jax as fdg
 from fdg_jax import optim, recipes
-from tests.optim.recursion import rate
+from tests.optim.recursion import rate, trained
 
 CLIP = optax.clip_by_global_norm(0.5)
 MASK = {"kernel": True, "bias": False}
@@ -18,21 +18,6 @@ MUON = {
     "adam_b2": 0.95,
     "muon_weight_dimension_numbers": optim.muon_dimension_numbers(),
 }
-
-
-def trained(optimizer: optax.GradientTransformation, steps: int = 8):
-    params = {"kernel": jnp.sin(jnp.arange(12.0)).reshape(3, 4), "bias": jnp.ones(4)}
-    state = optimizer.init(params)
-
-    @jax.jit
-    def step(params, state, t):
-        gradient = jax.tree.map(lambda p: jnp.cos(3 * p + t), params)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    for t in range(steps):
-        params, state = step(params, state, t)
-    return params
 
 
 PLAIN = {
