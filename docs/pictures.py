@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 import fdg_jax as fdg
 from experiments import gantt
-from fdg_jax.simulate import GRADIENTS, Costs, simulate
+from fdg_jax.analysis.costs import Costs
+from fdg_jax.analysis.simulate import GRADIENTS, simulate
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 SCHEDULES = {"back-propagation": "backprop", "DDG": "ddg", "FDG": "fdg"}

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.contender import Piped
-from fdg_jax.state import PipelineState, StageState
-from fdg_jax.tick import Tick
+from fdg_jax.engine.dispatch import Tick
+from fdg_jax.engine.state import PipelineState, StageState
 
 
 class Alone:

@@ -15,7 +15,7 @@ from experiments.config import Config
 from experiments.errors import UsageError
 from experiments.resume import Earlier
 from fdg_jax import distributed
-from fdg_jax.placement import put
+from fdg_jax.engine.placement import put
 
 AUTO = "auto"
 # What processes on different machines may have differently.

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments import methods, remedies, writers
 from experiments.errors import UsageError
-from fdg_jax.pipeline import GRADIENTS
+from fdg_jax.engine.pipeline import GRADIENTS
 
 LR_SCHEDULES = ("milestones", "cosine", "constant")
 OPTIMIZERS = ("sgd", "muon")

@@ -16,9 +16,10 @@ import fdg_jax as fdg
 from experiments.setup import loss_fn
 from experiments.workload import ONE_DEVICE, Workload, gradient
 from fdg_jax.checkpoint import Checkpointer
-from fdg_jax.layer import PyTree, batch_key
-from fdg_jax.placement import BATCH_AXIS, stage_meshes
+from fdg_jax.engine.placement import BATCH_AXIS, stage_meshes
+from fdg_jax.layer import batch_key
 from fdg_jax.schedule import Schedule
+from fdg_jax.typing import PyTree
 
 
 class Contender(abc.ABC):

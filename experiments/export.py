@@ -25,8 +25,8 @@ from experiments import command, methods, model_file, remedies, resume, setup
 from experiments.config import Config, check_experiment
 from experiments.errors import UsageError
 from experiments.training import params_sha256
-from fdg_jax import manifest, weights
-from fdg_jax.layout import separate
+from fdg_jax.checkpoint import manifest, weights
+from fdg_jax.partition.layerwise import separate
 
 FLAGS = flags.FLAGS
 # What config.json says of the model, beside what makes the network.

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from fdg_jax.timeline import Event, Timeline
+from fdg_jax.analysis.timeline import Event, Timeline
 
 COLOURS = {"F": "#9ec5e8", "B": "#f6c08a", "U": "#2e7d32", "FBU": "#c3b1e1"}
 NAMES = {"F": "forward", "B": "backward", "U": "update", "FBU": "all three, one program"}

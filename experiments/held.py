@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from experiments.contender import Contender, Piped, Plain
-from fdg_jax.layer import PyTree
-from fdg_jax.simulate import Costs, simulate
-from fdg_jax.state import StageState
-from fdg_jax.tick import Tick, fuse
+from fdg_jax.analysis.costs import Costs
+from fdg_jax.analysis.simulate import simulate
+from fdg_jax.engine.dispatch import Tick, fuse
+from fdg_jax.engine.state import StageState
+from fdg_jax.typing import PyTree
 
 PREDICTED = ("weights", "optimizer", "in flight")
 KINDS = (*PREDICTED, "messages", "gradients", "small")

@@ -27,7 +27,8 @@ from absl import flags
 
 from experiments import command, measured, setup
 from experiments.errors import UsageError
-from fdg_jax import distributed, liveness
+from fdg_jax import distributed
+from fdg_jax.distributed import failure_detector
 
 FLAGS = flags.FLAGS
 # Seconds for the others to say what they know before they are killed.
@@ -166,7 +167,7 @@ def _next(ended: queue.SimpleQueue[Member]) -> Member:
 def _cause(members: list[Member]) -> Member:
     """The first that failed by itself, and not because another did."""
     ended = [member for member in members if member.process.poll() is not None]
-    own = [member for member in ended if member.status not in (*PEACEFUL, liveness.LOST)]
+    own = [member for member in ended if member.status not in (*PEACEFUL, failure_detector.LOST)]
     return (own or ended)[0]
 
 

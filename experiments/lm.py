@@ -33,7 +33,7 @@ from experiments.memory import memory
 from experiments.screen import Screen, stage_table
 from experiments.training import params_sha256
 from experiments.transformer import kernels, transformer
-from fdg_jax.fault import StageError
+from fdg_jax.errors import StageError
 from fdg_jax.schedule import LEGEND, Schedule
 
 

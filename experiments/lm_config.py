@@ -10,7 +10,7 @@ from absl import flags
 from experiments import fields, methods, remedies
 from experiments.config import ORDERS, REDUCTIONS, blame
 from experiments.errors import UsageError
-from fdg_jax.pipeline import GRADIENTS
+from fdg_jax.engine.pipeline import GRADIENTS
 
 OPTIMIZERS = ("adamw", "muon")
 HELP = {

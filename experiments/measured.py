@@ -22,9 +22,10 @@ import jaxlib
 
 import fdg_jax as fdg
 from experiments.data import cache
-from fdg_jax.cost import layer_costs
-from fdg_jax.layer import Layer, PyTree
+from fdg_jax.layer import Layer
 from fdg_jax.partition import units_of
+from fdg_jax.partition.layer_cost import layer_costs
+from fdg_jax.typing import PyTree
 
 _LOG = logging.getLogger(__name__)
 # Part of the key: raise it when the file's layout changes.

@@ -28,10 +28,11 @@ import fdg_jax as fdg
 from experiments import setup
 from experiments.config import Config
 from experiments.training import params_sha256
-from fdg_jax import manifest
-from fdg_jax.layer import Layer, PyTree
-from fdg_jax.layout import difference, join, separate
-from fdg_jax.stored import ARRAYS
+from fdg_jax.checkpoint import manifest
+from fdg_jax.checkpoint.restore import ARRAYS
+from fdg_jax.layer import Layer
+from fdg_jax.partition.layerwise import difference, join, separate
+from fdg_jax.typing import PyTree
 
 FORMATS = ("safetensors", "orbax")
 SECTIONS = ("params", "model_state")

@@ -17,8 +17,9 @@ from absl import flags
 
 from experiments import command, methods
 from experiments.errors import UsageError
+from fdg_jax.analysis.costs import Costs
+from fdg_jax.analysis.simulate import simulate
 from fdg_jax.schedule import create
-from fdg_jax.simulate import Costs, simulate
 
 FLAGS = flags.FLAGS
 METHODS = [name for name, method in methods.METHODS.items() if not method.one_stage]

@@ -20,10 +20,10 @@ from experiments.config import Config, blame
 from experiments.errors import UsageError
 from experiments.memory import memory
 from experiments.places import places, shared_cuts, without_images
-from fdg_jax.allocator import keep_freed_memory
+from fdg_jax.engine.allocator import keep_freed_memory
+from fdg_jax.engine.placement import stage_meshes
 from fdg_jax.layer import Layer
 from fdg_jax.partition import units_of
-from fdg_jax.placement import stage_meshes
 
 # Which branch of the seed's key is whose.
 MODEL_KEY, AUGMENT_KEY = 0, 1

@@ -21,9 +21,10 @@ from absl import flags
 from experiments import command, gantt, methods, workdir
 from experiments.errors import UsageError
 from experiments.screen import Screen
+from fdg_jax.analysis.costs import PER_STAGE, Costs
+from fdg_jax.analysis.simulate import GRADIENTS, simulate
+from fdg_jax.analysis.timeline import Timeline
 from fdg_jax.schedule import Schedule, create
-from fdg_jax.simulate import GRADIENTS, PER_STAGE, Costs, simulate
-from fdg_jax.timeline import Timeline
 
 FLAGS = flags.FLAGS
 METHODS = [name for name, method in methods.METHODS.items() if not method.one_stage]

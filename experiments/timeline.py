@@ -14,9 +14,9 @@ from experiments.errors import UsageError
 from experiments.screen import Screen
 from experiments.setup import Setup
 from experiments.workdir import Workdir
-from fdg_jax.recorder import Recorder, expected
-from fdg_jax.simulate import enough
-from fdg_jax.timeline import Timeline
+from fdg_jax.analysis.recorder import Recorder, expected
+from fdg_jax.analysis.simulate import enough
+from fdg_jax.analysis.timeline import Timeline
 
 # Mini-batches in the picture; the trace has all.
 DRAWN = 8

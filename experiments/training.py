@@ -22,8 +22,8 @@ from experiments.errors import Failed, Stopped
 from experiments.screen import Screen, conclude, introduce
 from experiments.setup import Setup
 from fdg_jax import distributed
-from fdg_jax.fault import NonFiniteError, StageError
-from fdg_jax.placement import put
+from fdg_jax.engine.placement import put
+from fdg_jax.errors import NonFiniteError, StageError
 
 
 def run(config: Config) -> dict[str, Any]:

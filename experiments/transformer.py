@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 import fdg_jax as fdg
-from fdg_jax.layer import Key, Layer, PyTree
+from fdg_jax.layer import Layer
+from fdg_jax.typing import Key, PyTree
 
 _STD = 0.02
 

@@ -1,7 +1,9 @@
 """Fully decoupled training with delayed gradients (FDG) in JAX."""
 
-from fdg_jax import models, optim, preset, schedule, simulate
-from fdg_jax.adapter import from_fn, from_linen, from_nnx
+from fdg_jax import methods, models, optim, schedule
+from fdg_jax.adapters import from_fn, from_linen, from_nnx
+from fdg_jax.analysis import simulate
+from fdg_jax.engine.pipeline import Pipeline, PipelineState
 from fdg_jax.layer import Layer, chain, repeat
 from fdg_jax.optim import (
     delayed_sgd,
@@ -16,7 +18,6 @@ from fdg_jax.optim import (
     true_params,
 )
 from fdg_jax.partition import Partition, partition
-from fdg_jax.pipeline import Pipeline, PipelineState
 from fdg_jax.version import __version__
 
 __all__ = [
@@ -32,11 +33,11 @@ __all__ = [
     "from_fn",
     "from_linen",
     "from_nnx",
+    "methods",
     "models",
     "optim",
     "partition",
     "predict_weights",
-    "preset",
     "recipes",
     "repeat",
     "scale_by_basis_rotation",

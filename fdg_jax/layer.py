@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
-Key = jax.Array
-LossFn = Callable[[PyTree, PyTree], tuple[jax.Array, dict[str, jax.Array]]]
+from fdg_jax.typing import Key, PyTree
 
 # Dropout keys come from their own branch of the root key, away from the keys of `init`.
 _NOISE = 0x6E6F6973

@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fdg_jax.layer import Key, Layer, LossFn, PyTree, batch_key, typed_key
+from fdg_jax.layer import Layer, batch_key, typed_key
 from fdg_jax.schedule import Schedule
+from fdg_jax.typing import Key, LossFn, PyTree
 
 
 class Result(NamedTuple):

@@ -6,7 +6,7 @@ import functools
 
 from flax import nnx
 
-from fdg_jax.adapter import from_nnx
+from fdg_jax.adapters import from_nnx
 from fdg_jax.layer import Layer, repeat
 from fdg_jax.models.block import ConvNorm, Head
 from fdg_jax.models.compute import DEFAULT, Compute

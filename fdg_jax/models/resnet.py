@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from fdg_jax.adapter import from_nnx
+from fdg_jax.adapters import from_nnx
 from fdg_jax.layer import Layer, repeat
 from fdg_jax.models.block import BasicBlock, Bottleneck, ConvNorm, Head, PreactivationBlock
 from fdg_jax.models.compute import DEFAULT, Compute

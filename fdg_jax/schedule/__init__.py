@@ -20,9 +20,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from fdg_jax.schedule.action import Action
 from fdg_jax.schedule.delayed import Order, adl, ddg, fdg, pipedream, pipedream_2bw
-from fdg_jax.schedule.locked import backprop, gpipe, one_f_one_b
-from fdg_jax.schedule.stream import Action, Schedule
+from fdg_jax.schedule.schedule import Schedule
+from fdg_jax.schedule.synchronous import backprop, gpipe, one_f_one_b
 
 # What stands in the cells of a grid.
 LEGEND = """\

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fdg_jax.schedule.stream import Action, Reduction, Schedule
+from fdg_jax.schedule.action import Action
+from fdg_jax.schedule.schedule import Reduction, Schedule
 
 Order = Literal["forward_first", "backward_first"]
 

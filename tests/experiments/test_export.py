@@ -18,8 +18,8 @@ import fdg_jax as fdg
 from experiments import data, export, model_file
 from experiments.errors import UsageError
 from experiments.training import params_sha256
-from fdg_jax import manifest
-from fdg_jax.layout import join, separate
+from fdg_jax.checkpoint import manifest
+from fdg_jax.partition.layerwise import join, separate
 from tests.experiments.made import (
     DATASET,
     IMAGES,

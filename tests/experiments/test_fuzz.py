@@ -17,7 +17,7 @@ from experiments import cifar, measured, resume, setup, workdir
 from experiments.config import Config
 from experiments.errors import UsageError
 from tests.experiments.data.conftest import cache_dir, image_folder
-from tests.mutation import changed_bytes, changed_json, examples, one_line
+from tests.reliability.mutation import changed_bytes, changed_json, examples, one_line
 
 __all__ = ["cache_dir", "image_folder"]  # fixtures
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import fdg_jax as fdg
 from experiments import model_file
-from fdg_jax.layout import separate
+from fdg_jax.partition.layerwise import separate
 
 ABOUT = {
     "model": "one",

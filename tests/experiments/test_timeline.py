@@ -11,7 +11,7 @@ from PIL import Image
 import fdg_jax as fdg
 from experiments import timeline
 from experiments.errors import UsageError
-from fdg_jax.recorder import Recorder, expected
+from fdg_jax.analysis.recorder import Recorder, expected
 from tests import networks
 from tests.experiments.test_cifar import cache, cifar, images, small  # noqa: F401
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from absl import flags
 
 from experiments import command
-from fdg_jax.distributed import free_port
+from fdg_jax.distributed.initialize import free_port
 from tests import processes
 
 FLAGS = flags.FLAGS

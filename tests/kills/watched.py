@@ -28,7 +28,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments import resume, training, workdir
-from fdg_jax import checkpoint, manifest, pipeline, tick
+from fdg_jax.checkpoint import checkpointer, manifest
+from fdg_jax.engine import dispatch, pipeline
 
 # Pauses between two looks at what a library, of which no function is wrapped, has written so far.
 LOOK_SECONDS = 0.0002
@@ -188,12 +189,12 @@ def watch_main(watch: Watch) -> None:
     wrap(pipeline.Pipeline, "predict", around(watch, "predict", "predicted"))
     wrap(pipeline.Pipeline, "drain", around(watch, "drain", "drained", main="drain"))
     draining = around(watch, "drain tick", "drain ticked", lambda *_: watch.main == "drain")
-    wrap(tick.Tick, "run", draining)
+    wrap(dispatch.Tick, "run", draining)
 
 
 def watch_saves(watch: Watch) -> None:
     """Wraps what the thread that writes checkpoints calls."""
-    wrap(checkpoint.Checkpointer, "save", around(watch, "save", "save begun"))
+    wrap(checkpointer.Checkpointer, "save", around(watch, "save", "save begun"))
 
     def writing(write: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*given: Any) -> None:
@@ -206,7 +207,7 @@ def watch_saves(watch: Watch) -> None:
 
         return wrapped
 
-    wrap(checkpoint.Checkpointer, "_write", writing)
+    wrap(checkpointer.Checkpointer, "_write", writing)
 
     def filling(save: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(folder: pathlib.Path, *given: Any, **named: Any) -> Any:
@@ -218,7 +219,7 @@ def watch_saves(watch: Watch) -> None:
 
         return wrapped
 
-    wrap(checkpoint.ocp, "save_checkpointables", filling)
+    wrap(checkpointer.ocp, "save_checkpointables", filling)
     wrap(manifest, "write", around(watch, "manifest", "manifest written", then_save="rename"))
 
     def partial(path: pathlib.Path, *_: Any) -> bool:

@@ -19,7 +19,7 @@ from experiments.data import cifar, folder, prepared
 from experiments.data.archive import members
 from experiments.errors import UsageError
 from tests.experiments.data.test_prepared import prepare, random_images
-from tests.mutation import changed_bytes, changed_json, examples, one_line
+from tests.reliability.mutation import changed_bytes, changed_json, examples, one_line
 
 
 def images_of(pixels: np.ndarray) -> list[bytes]:

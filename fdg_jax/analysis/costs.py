@@ -1,0 +1,100 @@
+"""What the actions of a schedule cost: seconds and bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fdg_jax.schedule.action import Action
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds and bytes of one undivided mini-batch; one of M micro-batches has 1/M of them.
+
+    Args:
+      forward: seconds, one per stage.
+      backward: seconds, one per stage.
+      update: seconds, one per stage; empty is 0.
+      transfer: seconds that a message between neighbours takes, one per hop (K - 1) or the same for
+        all; activations and gradients alike. Transfers overlap with computing and with each other.
+      latency: seconds that every message takes on top, however small: not divided by M.
+      input_bytes: what a stage receives, one per stage; empty is 0.
+      residual_bytes: what a forward leaves for its backward beside input and weights; the same.
+      parameter_bytes: one version of a stage's weights; the same.
+      optimizer: size of the optimizer's state as a multiple of the parameters; 1 for momentum.
+
+    Raises:
+      ValueError: lengths that do not fit, a number that is negative or not finite, or no work.
+
+    Example:
+      >>> Costs(forward=[1, 1, 1], backward=[2, 2, 2], transfer=0.5).transfer
+      (0.5, 0.5)
+    """
+
+    forward: Sequence[float]
+    backward: Sequence[float]
+    update: Sequence[float] = ()
+    transfer: Sequence[float] | float = 0
+    latency: float = 0
+    input_bytes: Sequence[float] = ()
+    residual_bytes: Sequence[float] = ()
+    parameter_bytes: Sequence[float] = ()
+    optimizer: float = 0
+
+    def __post_init__(self) -> None:
+        stages = len(self.forward)
+        if not stages:
+            raise ValueError("forward=[]: a network has at least one stage; give one number each")
+        given = self.transfer
+        hops = tuple(given) if isinstance(given, Sequence) else (given,) * (stages - 1)
+        object.__setattr__(self, "transfer", hops)
+        for name in PER_STAGE:
+            values = tuple(getattr(self, name))
+            if not values and name not in ("forward", "backward"):
+                values = (0,) * stages
+            object.__setattr__(self, name, values)
+            if len(values) != stages:
+                raise ValueError(
+                    f"{name}: {len(values)} numbers for the {stages} stages of forward; "
+                    "give one per stage"
+                )
+        if len(hops) != stages - 1:
+            raise ValueError(
+                f"transfer: {len(hops)} numbers for {stages} stages; give one per hop, "
+                f"{stages - 1}, or one for all"
+            )
+        for name in (*PER_STAGE, "transfer"):
+            for k, value in enumerate(getattr(self, name)):
+                _check_number(f"{name}[{k}]", value)
+        _check_number("latency", self.latency)
+        _check_number("optimizer", self.optimizer)
+        if not any((*self.forward, *self.backward)):
+            raise ValueError("forward, backward: all 0; at least one stage must take some time")
+
+    def seconds(self, action: Action, microbatches: int = 1, gradient: str = "stale") -> float:
+        """How long an action takes.
+
+        Args:
+          action: what.
+          microbatches: M.
+          gradient: a backward that runs the forward again takes forward + backward.
+
+        Returns:
+          Seconds.
+        """
+        k = action.stage
+        if action.kind == "U":
+            return self.update[k]
+        again = action.kind == "B" and gradient != "stale"
+        whole = self.forward[k] if action.kind == "F" or again else 0
+        return (whole + (self.backward[k] if action.kind == "B" else 0)) / microbatches
+
+
+PER_STAGE = ("forward", "backward", "update", "input_bytes", "residual_bytes", "parameter_bytes")
+
+
+def _check_number(name: str, value: float) -> None:
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}={value}: must be finite and 0 or more")

@@ -1,0 +1,295 @@
+"""What really ran when: a run watched from beside, its schedule unchanged.
+
+The pipeline hands over a token of every program that it dispatches; a thread a device waits for
+the tokens in the order of the device's queue and notes when each is there. Nothing else waits, and
+no program is another one. JAX says when a program has ended, but not when it began. A device works
+through its queue in order, so that a program began when the last of these three was over:
+
+    end      when its token is there
+    start    max(end of the program before it on the same device,
+                 begin of its dispatch,
+                 end of the programs that its inputs come from)
+
+So what a message takes on its way counts as work of the stage that waits for it, and so does the
+compiling of a program: record when every program has been compiled. Programs beside the pipeline's
+own (an augmentation, an evaluation) do not appear; the first stage's inputs are waited for as the
+others' are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+
+from fdg_jax.analysis.costs import Costs
+from fdg_jax.analysis.simulate import enough, simulate
+from fdg_jax.analysis.timeline import Event, Timeline
+from fdg_jax.engine.dispatch import fuse
+from fdg_jax.engine.pipeline import Pipeline
+from fdg_jax.schedule.action import Action, needs
+from fdg_jax.schedule.schedule import Schedule
+from fdg_jax.typing import PyTree
+
+
+class Recorder:
+    """Records the programs of a pipeline from now on, until enough mini-batches have entered.
+
+    Where programs of earlier ticks may still run, nobody knows when the devices were free: the
+    first tick then only serves to find out.
+
+    Args:
+      pipe: whose.
+      batches: how many ticks in which a mini-batch enters, >= 1; those of a drain after them too.
+
+    Raises:
+      ValueError: no batches, a pipeline that is recorded already, or one of several processes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fdg_jax as fdg
+      >>> layers = [fdg.Layer(lambda key, x: (jnp.ones(()), ()),
+      ...                     lambda p, s, x, *, train, key: (p * x, s)) for _ in range(2)]
+      >>> pipe = fdg.Pipeline(layers, lambda y, t: (jnp.mean((y - t) ** 2), {}),
+      ...                     lambda k: optax.sgd(0.1), fdg.schedule.fdg(2))
+      >>> state = pipe.init(jax.random.key(0), jnp.ones((4, 1)))
+      >>> recorder = Recorder(pipe, batches=3)
+      >>> for _ in range(3):
+      ...     state, metrics = pipe.step(state, (jnp.ones((4, 1)), jnp.zeros((4, 1))))
+      >>> run = recorder.timeline()
+      >>> [f"{event.label}@{event.action.stage}" for event in run.events]
+      ['F0@0', 'F0 B0 U@1', 'F1@0', 'F1 B1 U@1', 'F2@0', 'B0 U@0']
+    """
+
+    def __init__(self, pipe: Pipeline, batches: int) -> None:
+        if batches < 1:
+            raise ValueError(f"batches={batches}: record at least one")
+        if pipe.watch is not None:
+            raise ValueError("pipe: is recorded already; call timeline() of its recorder first")
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"pipe: runs in {jax.process_count()} processes, and the clock of each is its own; "
+                "record a pipeline of one process"
+            )
+        self._pipe = pipe
+        self._lead = 0 if pipe.idle else 1  # ticks of which only the ends are known
+        self._left = batches + self._lead
+        groups = [tuple(stage.mesh.devices.flat) for stage in pipe.stages]
+        distinct = list(dict.fromkeys(groups))
+        self._device = [distinct.index(group) for group in groups]  # of each stage
+        self._queues = [_Queue() for _ in distinct]
+        self._programs: list[_Program] = []
+        self._tick = -1
+        for thread in self._queues:
+            thread.start()
+        pipe.watch = self
+
+    @property
+    def recording(self) -> bool:
+        """Whether programs are still being added."""
+        return self._pipe.watch is self
+
+    def entered(self, batch: int, inputs: PyTree) -> None:
+        """See `fdg_jax.engine.dispatch.Watch`."""
+        if self._left == 0:
+            self._stop()
+            return
+        self._left -= 1
+        self._tick += 1
+        self._add((), time.perf_counter(), 0, inputs, batch)
+
+    def dispatched(self, actions: Sequence[Action], since: float, token: jax.Array) -> None:
+        """See `fdg_jax.engine.dispatch.Watch`."""
+        if self.recording and self._tick >= 0:
+            first = actions[0]
+            self._add(tuple(actions), since, self._device[first.stage], token, first.batch)
+
+    def timeline(self) -> Timeline:
+        """Ends the recording, and waits for what it has seen.
+
+        Returns:
+          The events, times in seconds from the first on; costs are the means over them. A
+          mini-batch's metrics are those of the same run without a recorder.
+
+        Raises:
+          ValueError: nothing has been recorded.
+        """
+        self._stop()
+        for thread in self._queues:
+            thread.join()
+        events = self._events()
+        if not events:
+            raise ValueError("batches: nothing has been recorded; take steps before timeline()")
+        zero = min(event.start for event in events)
+        events = [replace(e, start=e.start - zero, end=e.end - zero) for e in events]
+        schedule, gradient = self._pipe.schedule, self._pipe.gradient
+        costs = costs_of(schedule, gradient, events)
+        baseline = simulate(schedule, costs, 1, gradient, self._device).baseline
+        return Timeline(schedule, costs, gradient, events, baseline)
+
+    def _add(
+        self, actions: tuple[Action, ...], since: float, device: int, token: PyTree, batch: int
+    ) -> None:
+        thread = self._queues[device]
+        place = len(self._programs)
+        self._programs.append(_Program(actions, since, device, batch, self._tick))
+        thread.tokens.put((place, token))
+
+    def _stop(self) -> None:
+        if self.recording:
+            self._pipe.watch = None
+            for thread in self._queues:
+                thread.tokens.put(None)
+
+    def _events(self) -> list[Event]:
+        """What was dispatched, with the starts that follow from the ends."""
+        ends: dict[int, float] = {}
+        for thread in self._queues:
+            ends |= thread.ends
+        sources = self._sources()
+        # A thread may be late to see an end, but nothing ends after what waited for it.
+        for place in reversed(range(len(self._programs))):
+            for source in sources[place]:
+                ends[source] = min(ends[source], ends[place])
+        events = []
+        for place, program in enumerate(self._programs):
+            if program.actions and program.tick >= self._lead:
+                start = max([program.since, *(ends[source] for source in sources[place])])
+                first, *rest = program.actions
+                events.append(Event(first, start, ends[place], program.device, tuple(rest)))
+        return events
+
+    def _sources(self) -> list[list[int]]:
+        """What each program could not begin before the end of, as far as it has been seen."""
+        last: dict[int, int] = {}  # of each device
+        entered: dict[int, int] = {}  # mini-batch -> its inputs
+        made: dict[Action, int] = {}
+        found = []
+        for place, program in enumerate(self._programs):
+            sources: list[int | None] = []
+            if not program.actions:
+                entered[program.batch] = place
+            else:
+                first = program.actions[0]
+                sources.append(last.get(program.device))
+                if first.kind == "F" and first.stage == 0:
+                    sources.append(entered.get(first.batch))
+                if first.kind != "U":
+                    sources += [made.get(need) for need in needs(first, self._pipe.num_stages)]
+                last[program.device] = place
+                made |= {replace(action, version=None): place for action in program.actions}
+            found.append([source for source in sources if source is not None])
+        return found
+
+
+@dataclass(frozen=True)
+class _Program:
+    """What was dispatched: actions of one stage, or none where a mini-batch entered."""
+
+    actions: tuple[Action, ...]
+    since: float
+    device: int
+    batch: int
+    tick: int
+
+
+class _Queue(threading.Thread):
+    """Waits for what a device does, in order, and notes when it is done."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True, name="fdg_jax recorder")
+        self.tokens: queue.SimpleQueue[tuple[int, PyTree] | None] = queue.SimpleQueue()
+        self.ends: dict[int, float] = {}
+
+    def run(self) -> None:
+        while (item := self.tokens.get()) is not None:
+            place, token = item
+            # A program that fails has ended too; the pipeline says so.
+            with contextlib.suppress(Exception):
+                jax.block_until_ready(token)
+            self.ends[place] = time.perf_counter()
+
+
+def costs_of(schedule: Schedule, gradient: str, events: Sequence[Event]) -> Costs:
+    """What actions took, from the means of programs.
+
+    Where forward, backward and update of a stage are always one program, all of it is called
+    backward: nobody knows the parts.
+
+    Args:
+      schedule: of the events.
+      gradient: of the pipeline; a backward that runs the forward again is counted without it.
+      events: measured ones.
+
+    Returns:
+      Seconds of one undivided mini-batch.
+    """
+    seconds: dict[tuple[int, str], list[float]] = {}
+    for event in events:
+        kinds = "".join(action.kind for action in event.actions)
+        seconds.setdefault((event.action.stage, kinds), []).append(event.end - event.start)
+    mean = {key: statistics.fmean(values) for key, values in seconds.items()}
+    forward, backward, update = [], [], []
+    for k in range(schedule.num_stages):
+        f = mean.get((k, "F"), 0.0)
+        both, all_three = mean.get((k, "BU"), 0.0), mean.get((k, "FBU"), 0.0)
+        b = mean.get((k, "B"), both or max(all_three - f, 0.0))
+        u = mean.get((k, "U"), max(both - b, all_three - f - b, 0.0))
+        if gradient != "stale" and f:
+            b = max(b - f, 0.0)
+        forward.append(f * schedule.microbatches)
+        backward.append(b * schedule.microbatches)
+        update.append(u)
+    return Costs(forward, backward, update)
+
+
+def expected(run: Timeline) -> Timeline:
+    """What the simulator makes of a measured run: the same programs, each as long as its mean.
+
+    Args:
+      run: of a `Recorder`.
+
+    Returns:
+      The same programs, from the first of them on, in a run in which nothing else takes time.
+
+    Raises:
+      ValueError: the schedule is not that of the events.
+    """
+    schedule, last = run.schedule, run.schedule.num_stages - 1
+    device = {event.action.stage: event.device for event in run.events}
+    shared = [device.get(k, k) for k in range(schedule.num_stages)]
+    seen = {(a.kind, a.batch, a.micro, a.stage) for event in run.events for a in event.actions}
+    batches = [n for _, n, _, _ in seen]
+    drained = ("B", max(batches), None if schedule.microbatches == 1 else 0, 0) in seen
+    # A long time after the fill every period is like the last.
+    shift = max(min(batches) - enough(schedule), 0) // schedule.period * schedule.period
+    count = max(batches) + 1 - shift + (0 if drained else enough(schedule))
+    whole = simulate(schedule, run.costs, count, run.gradient, shared)
+    left, events = iter(whole.events), []
+    for actions in schedule.stream(count):
+        for group in fuse(actions, last):
+            parts = [next(left) for _ in group]
+            moved = tuple(_later(action, shift, schedule) for action in group)
+            first = moved[0]
+            if (first.kind, first.batch, first.micro, first.stage) in seen:
+                event = Event(first, parts[0].start, parts[-1].end, parts[0].device, moved[1:])
+                events.append(event)
+    if not events:
+        raise ValueError(f"run: its events are not those of schedule {schedule.name}")
+    zero = min(event.start for event in events)
+    events = [replace(e, start=e.start - zero, end=e.end - zero) for e in events]
+    return replace(whole, events=events)
+
+
+def _later(action: Action, batches: int, schedule: Schedule) -> Action:
+    """The same action so many batches, a whole number of periods, later."""
+    version = action.version
+    if version is not None:
+        version += batches // schedule.period
+    return replace(action, batch=action.batch + batches, version=version)

@@ -1,0 +1,130 @@
+"""When everything would happen: a schedule, and what its actions cost.
+
+Nothing is trained and no device is needed. FDG with two stages, forward 1 s, backward 2 s:
+
+    seconds | 0   1   2   3   4   5   6   7   8   9   10
+    stage 0 | F0  F1  F2      B0----  F3  B1----  F4  B2-
+    stage 1 |     F0  B0----  F1  B1----  F2  B2----  F3
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fdg_jax.analysis.costs import Costs
+from fdg_jax.analysis.timeline import Event, Timeline
+from fdg_jax.schedule import Action, Schedule, backprop
+from fdg_jax.schedule.action import needs
+
+GRADIENTS = ("stale", "recompute_stale", "recompute")
+
+
+def simulate(
+    schedule: Schedule,
+    costs: Costs,
+    batches: int | None = None,
+    gradient: str = "stale",
+    shared: Sequence[int] | None = None,
+) -> Timeline:
+    """Start and end of every action of a run.
+
+    Every device does its own actions in the order of the schedule's stream. An action a of stage k
+    starts when its device d is free and its inputs are there:
+
+    .. math::
+        \\mathrm{start}(a) = \\max\\left(\\mathrm{free}(d),
+        \\max_{n \\in \\mathrm{needs}(a)} \\mathrm{end}(n) + \\mathrm{transfer}(n, a)\\right)
+
+    The engine makes one program of a backward and the update that follows it, so that the gradient
+    leaves after both; here it leaves after the backward. Count `Costs.update` into
+    `Costs.backward` where that matters.
+
+    Args:
+      schedule: who does what when.
+      costs: of its stages.
+      batches: how many enter; None: enough for a steady state.
+      gradient: "stale", "recompute_stale" or "recompute"; the latter two run forwards twice.
+      shared: the device of each stage, any whole numbers; None: one device per stage. No transfer
+        between stages of one device.
+
+    Returns:
+      The events and what follows from them.
+
+    Raises:
+      ValueError: arguments that do not fit together; the message names the remedy.
+
+    Example:
+      >>> import fdg_jax as fdg
+      >>> costs = Costs(forward=[1, 1], backward=[2, 2])
+      >>> run = simulate(fdg.schedule.fdg(2), costs, batches=12)
+      >>> [f"{e.action} {e.start:g}-{e.end:g}" for e in run.events[:5]]
+      ['F0@0 0-1', 'F0@1 1-2', 'B0@1 2-4', 'U@1 4-4', 'F1@0 1-2']
+      >>> run.speedup, run.in_flight(0), run.utilisation(1)
+      (2.0, 3, 1.0)
+    """
+    stages = schedule.num_stages
+    if len(costs.forward) != stages:
+        raise ValueError(
+            f"costs: of {len(costs.forward)} stages, but schedule {schedule.name} is made for "
+            f"{stages}; give one number per stage"
+        )
+    if batches is not None and batches < 1:
+        raise ValueError(f"batches={batches}: must be 1 or more")
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient={gradient!r}: allowed are {', '.join(GRADIENTS)}")
+    devices = list(range(stages)) if shared is None else list(shared)
+    if len(devices) != stages:
+        raise ValueError(f"shared: {len(devices)} devices for {stages} stages; give one per stage")
+    # Three batches of backprop: the first ends when the second enters, the second when the third.
+    plain = backprop(stages)
+    baseline = Timeline(plain, costs, "stale", _walk(plain, costs, 3, "stale", devices), 1.0)
+    events = _walk(schedule, costs, batches or enough(schedule), gradient, devices)
+    return Timeline(schedule, costs, gradient, events, baseline.throughput)
+
+
+def enough(schedule: Schedule) -> int:
+    """Batches for which a run has a steady state: the fill and the drain, and that many again.
+
+    Args:
+      schedule: who does what when.
+
+    Returns:
+      The number of batches.
+
+    Example:
+      >>> from fdg_jax.schedule import fdg
+      >>> enough(fdg(2)), enough(fdg(64))
+      (20, 516)
+    """
+    for fill, actions in enumerate(schedule.stream(10**9)):
+        if any(action.kind == "B" and action.stage == 0 for action in actions):
+            return 4 * (fill + 1) + 8 * schedule.period
+    raise AssertionError("a stream without a backward")
+
+
+def _walk(
+    schedule: Schedule, costs: Costs, batches: int, gradient: str, devices: Sequence[int]
+) -> list[Event]:
+    """The events in the order of the stream."""
+    count = schedule.microbatches
+    assert isinstance(costs.transfer, tuple)
+    hops = [seconds / count + costs.latency for seconds in costs.transfer]
+    free: dict[int, float] = dict.fromkeys(devices, 0)
+    done: dict[Action, float] = {}
+    events = []
+    for action in itertools.chain.from_iterable(schedule.stream(batches)):
+        k, device = action.stage, devices[action.stage]
+        start = free[device]
+        if action.kind != "U":
+            for need in needs(action, schedule.num_stages):
+                hop = 0 if devices[need.stage] == device else hops[min(k, need.stage)]
+                # Nothing is added where there is no way to go: fractions stay exact.
+                start = max(start, done[need] + hop if hop else done[need])
+        end = start + costs.seconds(action, count, gradient)
+        free[device] = end
+        if action.kind != "U":
+            done[action if action.version is None else replace(action, version=None)] = end
+        events.append(Event(action, start, end, device))
+    return events

@@ -1,0 +1,326 @@
+"""What ran when: the events of a run, and the numbers that are counted from them."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fdg_jax.schedule.action import Action
+from fdg_jax.schedule.schedule import Schedule
+
+if TYPE_CHECKING:
+    from fdg_jax.analysis.costs import Costs
+
+
+@dataclass(frozen=True)
+class Event:
+    """One action, or several that are one program, and when it ran.
+
+    Args:
+      action: what; of several, the first.
+      start: seconds from the start of the run.
+      end: the same.
+      device: number of the device that did it.
+      also: the actions after the first.
+    """
+
+    action: Action
+    start: float
+    end: float
+    device: int
+    also: tuple[Action, ...] = ()
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """All of them, in order."""
+        return (self.action, *self.also)
+
+    @property
+    def label(self) -> str:
+        """The actions as they stand in a cell of the grid."""
+        return " ".join(action.label for action in self.actions)
+
+    def within(self, begin: float, end: float) -> float:
+        """How many seconds of it lie between two times."""
+        return max(min(self.end, end) - max(self.start, begin), 0)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The events of a run: `simulate` computes it, `Recorder` measures it.
+
+    Steady state is taken from the second half of what stage 0 has finished before the last batch
+    enters it, over a whole number of its periods: exact as soon as the run has become periodic.
+
+    Args:
+      schedule: who did what when.
+      costs: what an action took, and how large things are.
+      gradient: "stale", "recompute_stale" or "recompute".
+      events: in the order of the schedule's stream.
+      baseline: batches per second of back-propagation on the same costs.
+    """
+
+    schedule: Schedule
+    costs: Costs
+    gradient: str
+    events: Sequence[Event]
+    baseline: float
+
+    @functools.cached_property
+    def makespan(self) -> float:
+        """Seconds from the start to the end of the last action."""
+        return max(event.end for event in self.events)
+
+    @property
+    def throughput(self) -> float:
+        """Mini-batches per second in steady state.
+
+        Raises:
+          ValueError: the run is too short to have one.
+        """
+        batches, begin, end = self._steady
+        return batches / (end - begin)
+
+    @property
+    def speedup(self) -> float:
+        """`throughput` over that of back-propagation on the same costs, stages and transfers."""
+        return self.throughput / self.baseline
+
+    def utilisation(self, k: int) -> float:
+        """The part of the time, in steady state, that stage k's device works for stage k.
+
+        Args:
+          k: the stage.
+
+        Returns:
+          0 to 1. A forward that is run again counts as work.
+
+        Raises:
+          ValueError: no such stage, or the run is too short to have a steady state.
+        """
+        own, (_, begin, end) = self._own(k), self._steady
+        return sum(event.within(begin, end) for event in own) / (end - begin)
+
+    def at_once(self) -> list[float]:
+        """How many stages work at the same time.
+
+        Returns:
+          The parts of the time, in steady state, in which 0, 1, ..., K stages work; their sum is 1.
+
+        Raises:
+          ValueError: the run is too short to have a steady state.
+
+        Example:
+          >>> from fdg_jax import schedule
+          >>> from fdg_jax.analysis import simulate
+          >>> costs = simulate.Costs(forward=[1, 1], backward=[2, 2])
+          >>> simulate.simulate(schedule.fdg(2), costs).at_once()
+          [0.0, 0.0, 1.0]
+          >>> simulate.simulate(schedule.backprop(2), costs).at_once()
+          [0.0, 1.0, 0.0]
+        """
+        _, begin, end = self._steady
+        work = [e for e in self.events if e.within(begin, end)]
+        changes = [(max(e.start, begin), 1) for e in work] + [(min(e.end, end), -1) for e in work]
+        parts, working, last = [0.0] * (self.schedule.num_stages + 1), 0, begin
+        for time, change in sorted([*changes, (end, 0)]):
+            parts[working] += (time - last) / (end - begin)
+            working, last = working + change, time
+        return parts
+
+    def order(self, k: int) -> list[Action]:
+        """The actions of stage k in order of time.
+
+        Args:
+          k: the stage.
+
+        Returns:
+          The actions.
+
+        Raises:
+          ValueError: no such stage.
+        """
+        return [action for event in self._own(k) for action in event.actions]
+
+    def in_flight(self, k: int) -> int:
+        """The most mini-batches that stage k has forwarded and whose gradient it has not applied.
+
+        Args:
+          k: the stage.
+
+        Returns:
+          The peak over the run; in a run that is long enough `Schedule.in_flight`.
+
+        Raises:
+          ValueError: no such stage.
+        """
+        flying: set[int] = set()
+        returned: set[int] = set()
+        peak = 0
+        for action in self.order(k):
+            if action.kind == "F":
+                flying.add(action.batch)
+                peak = max(peak, len(flying))
+            elif action.kind == "B":
+                returned.add(action.batch)
+            else:
+                flying -= returned
+                returned.clear()
+        return peak
+
+    def microbatches_in_flight(self, k: int) -> int:
+        """The most micro-batches that stage k has forwarded and not yet back-propagated.
+
+        A mini-batch that is not divided counts as one.
+
+        Args:
+          k: the stage.
+
+        Returns:
+          The peak over the run.
+
+        Raises:
+          ValueError: no such stage.
+        """
+        return self._held(k)[0]
+
+    def weight_versions(self, k: int) -> int:
+        """The most versions of its weights that stage k holds at a time, today's included.
+
+        Args:
+          k: the stage.
+
+        Returns:
+          The peak over the run. While an update runs, its old and its new weights count as one.
+
+        Raises:
+          ValueError: no such stage.
+        """
+        return self._held(k)[1]
+
+    def peak_bytes(self, k: int) -> float:
+        """The most bytes that stage k holds at a time.
+
+        .. math::
+            \\text{parameters} \\cdot (\\text{versions} + \\text{optimizer})
+            + \\text{in flight} \\cdot (\\text{input} + \\text{residuals}) / M
+
+        Residuals are kept with ``gradient="stale"`` only. A batch in flight keeps the weight
+        version of its forward alive unless ``gradient="recompute"``; `Schedule.versions` are kept
+        anyway. Not counted: messages not yet consumed, gradients, and what a program uses inside.
+
+        Args:
+          k: the stage.
+
+        Returns:
+          Bytes; the part of anything whose size `Costs` does not say is 0.
+
+        Raises:
+          ValueError: no such stage.
+        """
+        return self._held(k)[2]
+
+    def chrome_trace(self, name: str | None = None, number: int = 0) -> dict[str, Any]:
+        """The events as a trace for Perfetto or chrome://tracing, one row a stage.
+
+        Args:
+          name: stands above the rows; None: the schedule's.
+          number: of this timeline, where a trace has several.
+
+        Returns:
+          What is to be written as JSON; times in microseconds.
+        """
+        head = {"name": self.schedule.name if name is None else name}
+        rows: list[dict[str, Any]] = [
+            {"name": "process_name", "ph": "M", "pid": number, "args": head}
+        ]
+        for k in range(self.schedule.num_stages):
+            row = {"ph": "M", "pid": number, "tid": k}
+            rows.append({"name": "thread_name", **row, "args": {"name": f"stage {k}"}})
+            rows.append({"name": "thread_sort_index", **row, "args": {"sort_index": k}})
+        for event in self.events:
+            action = event.action
+            micro = {} if action.micro is None else {"micro": action.micro}
+            place = {"stage": action.stage, "device": event.device}
+            rows.append(
+                {
+                    "name": event.label,
+                    "cat": "fdg_jax",
+                    "ph": "X",
+                    "pid": number,
+                    "tid": action.stage,
+                    "ts": 1e6 * float(event.start),
+                    "dur": 1e6 * float(event.end - event.start),
+                    "args": {"batch": action.batch, **micro, **place},
+                }
+            )
+        return {"traceEvents": rows, "displayTimeUnit": "ms"}
+
+    @functools.cached_property
+    def _by_stage(self) -> list[list[Event]]:
+        rows: list[list[Event]] = [[] for _ in range(self.schedule.num_stages)]
+        for event in self.events:  # a stage's are in order of time: it has one queue
+            rows[event.action.stage].append(event)
+        return rows
+
+    def _own(self, k: int) -> list[Event]:
+        if not 0 <= k < self.schedule.num_stages:
+            last = self.schedule.num_stages - 1
+            raise ValueError(f"k={k}: schedule {self.schedule.name} has stages 0 to {last}")
+        return self._by_stage[k]
+
+    @functools.cached_property
+    def _steady(self) -> tuple[int, float, float]:
+        """A number of batches that is a whole number of periods, and when they begin and end."""
+        first = [(action, e) for e in self._by_stage[0] for action in e.actions]
+        finished = {action.batch: e.end for action, e in first if action.kind == "B"}
+        entered = max((e.start for a, e in first if a.kind == "F" and not a.micro), default=0)
+        # From the last batch on the pipeline drains.
+        times = [finished[n] for n in sorted(finished) if finished[n] <= entered]
+        count, step = len(times), self.schedule.period
+        if count <= step:
+            raise ValueError(
+                f"batches={len(finished)}: too few for a steady state of {self.schedule.name}; "
+                "simulate or record more, or leave the number out"
+            )
+        times = times[min((count - 1) // 2, count - 1 - step) :]
+        lengths = range(step, len(times), step)
+        length = next((p for p in lengths if _periodic(times, p)), lengths[-1])
+        return length, times[-1 - length], times[-1]
+
+    def _held(self, k: int) -> tuple[int, int, float]:
+        """Peaks of micro-batches in flight, of weight versions, and of bytes."""
+        costs, count = self.costs, self.schedule.microbatches
+        each = costs.input_bytes[k] / count
+        if self.gradient == "stale":
+            each += costs.residual_bytes[k] / count
+        flights: dict[tuple[int, int | None], int] = {}  # (batch, micro) -> weight version
+        met: Counter[int] = Counter()  # weight version -> flights that keep it
+        updates, most, versions, held = 0, 0, 1, 0.0
+        for action in self.order(k):
+            part = (action.batch, action.micro)
+            if action.kind == "F":
+                flights[part] = updates if action.version is None else action.version
+                met[flights[part]] += self.gradient != "recompute"
+            elif action.kind == "B":
+                version = flights.pop(part)
+                met[version] -= self.gradient != "recompute"
+                met += Counter()  # drops those that nobody keeps
+            else:
+                updates += 1
+            kept = range(max(updates - self.schedule.versions + 1, 0), updates + 1)
+            distinct = len(met.keys() | set(kept))
+            most, versions = max(most, len(flights)), max(versions, distinct)
+            weights = costs.parameter_bytes[k] * (distinct + costs.optimizer)
+            held = max(held, weights + len(flights) * each)
+        return most, versions, held
+
+
+def _periodic(times: list[float], period: int) -> bool:
+    """Whether every time is as far from the one ``period`` places before it as the last is."""
+    pairs = list(zip(times[period:], times, strict=False))
+    seconds = pairs[-1][0] - pairs[-1][1]
+    return all(abs(later - earlier - seconds) <= 1e-9 * times[-1] for later, earlier in pairs)

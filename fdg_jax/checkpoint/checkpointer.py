@@ -1,0 +1,333 @@
+"""Checkpoints: a training state to disk and back, to the bit, while training goes on.
+
+    directory/step-000000500/
+      manifest.json     configuration, counts, and the SHA-256 of every other file; written last
+      arrays/stage_0/   one Orbax entry per stage: the causes of its state (snapshot.py)
+      arrays/stage_1/
+
+Where a run has several processes, each writes the stages that it has (process_part.py), and the
+process of the last stage writes the manifest. They share the file system, and any number of
+processes, one too, can go on from it.
+
+A checkpoint is written under another name and renamed when it is whole. One that is not, for
+whatever reason, is recognised by its hashes and passed over. Arrays and JSON: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import pathlib
+import shutil
+import threading
+import warnings
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from fdg_jax import distributed
+from fdg_jax.checkpoint import manifest, process_part, restore, snapshot
+from fdg_jax.engine import nonfinite
+from fdg_jax.engine.pipeline import Pipeline
+from fdg_jax.engine.state import PipelineState
+from fdg_jax.typing import PyTree
+
+_GRACE = 5.0  # seconds
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run.
+
+    In a run of several processes each makes one, and calls the same methods in the same order.
+
+    Args:
+      directory: where they are; made at the first `save`.
+      pipe: the pipeline whose states are saved and restored.
+      keep: how many of the newest stay, >= 1; beside them the one with the lowest score.
+
+    Raises:
+      ValueError: keep < 1.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, optax
+      >>> import fdg_jax as fdg
+      >>> layer = fdg.Layer(lambda key, x: (jnp.ones(()), ()),
+      ...                   lambda p, s, x, *, train, key: (p * x, s))
+      >>> pipe = fdg.Pipeline([layer], lambda y, t: (jnp.mean((y - t) ** 2), {}),
+      ...                     lambda k: optax.sgd(0.1), fdg.schedule.fdg(1))
+      >>> batch = (jnp.ones((4, 1)), jnp.zeros((4, 1)))
+      >>> state, _ = pipe.step(pipe.init(jax.random.key(0), batch[0]), batch)
+      >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder, pipe) as checkpoints:
+      ...     checkpoints.save(state, step=1, extra={"position": 1})
+      ...     again, extra = checkpoints.restore(batch)
+      >>> again.tick, extra, bool(again.stages[0].params == state.stages[0].params)
+      (1, {'position': 1}, True)
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], pipe: Pipeline, keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least one checkpoint must stay; give 1 or more")
+        self.directory = pathlib.Path(directory).absolute()
+        self.pipe = pipe
+        self.keep = keep
+        self._configuration = manifest.configuration(pipe)
+        # New buffers: a copy is no output that JAX forwards from its inputs. Of a list, and not by
+        # names that have numbers of batches in them: so it compiles once for the steady state.
+        self._copy = jax.jit(_copies)
+        # A stage of several processes, whole in each of them.
+        self._whole = {
+            k: jax.jit(_copies, out_shardings=stage.replicated)
+            for k, stage in enumerate(pipe.stages)
+            if not stage.replicated.is_fully_addressable
+        }
+        here, owners = jax.process_index(), [stage.owner for stage in pipe.stages]
+        self._mine = [k for k, owner in enumerate(owners) if owner == here]
+        self._writer = owners[-1] == here
+        # What a run that was killed has left half written is not for this one to finish.
+        mark = int(distributed.gather(np.frombuffer(os.urandom(4), np.uint32))[0, 0])
+        self._mark = f".{mark:08x}" if jax.process_count() > 1 else ""
+        self._abandoned = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self._damaged: set[int] = set()
+
+    def save(
+        self, state: PipelineState, step: int, extra: Any = None, score: float | None = None
+    ) -> None:
+        """Begins to write a checkpoint, and returns before it is written.
+
+        The devices copy what is saved, in their own queues: the copies are dispatched before any
+        later step, and JAX orders a donation after the earlier uses of a buffer, so what follows
+        may donate all of ``state``. A thread fetches the copies and writes them. This waits for
+        one thing only, that the save before is on disk: there are never copies of two. A pipeline
+        that is to stop at what is not finite, and has met it, saves nothing more.
+
+        Args:
+          state: any state; it is not consumed.
+          step: the number that the checkpoint goes by, >= 0.
+          extra: what else belongs to the run, such as the position of a data iterator: bytes, or
+            what JSON can hold. Arrays inside become (lists of) numbers when they are there.
+          score: of this state, lower is better: the checkpoint with the lowest stays beside the
+            newest ones.
+
+        Raises:
+          ValueError: step < 0.
+        """
+        if step < 0:
+            raise ValueError(f"step={step}: must not be negative; count steps from 0")
+        self.wait()
+        counts, names, copies = [], [], []
+        for k, stage in enumerate(s.copied() for s in state.stages):
+            leaves = {n: jax.tree.leaves(tree) for n, tree in snapshot.sections(stage).items()}
+            counts.append(snapshot.numbers(stage))
+            names.append({n: len(found) for n, found in leaves.items()})
+            copy = self._whole.get(k, self._copy)
+            copies.append(copy([leaf for found in leaves.values() for leaf in found]))
+        body = {
+            **self._configuration,
+            "step": step,
+            "score": None if score is None or math.isnan(score) else float(score),
+            "tick": int(state.tick),
+            "origin": int(state.origin),
+            "counts": counts,
+        }
+        self._thread = threading.Thread(
+            target=self._guarded, args=(body, names, copies, state.key, extra), daemon=True
+        )
+        self._thread.start()
+
+    def restore(self, example: tuple[PyTree, PyTree]) -> tuple[PipelineState, Any]:
+        """The state of the newest checkpoint that is whole, every array on its stage's devices.
+
+        Each one that is damaged or incomplete is named in a warning. So is a machine, or a JAX,
+        other than the one that saved: the run goes on, but its last bits may differ.
+
+        Args:
+          example: a batch ``(inputs, labels)``, as large as any in flight; only shapes and dtypes
+            are looked at.
+
+        Returns:
+          The state, and ``extra`` as it was given to `save`.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint.
+          ValueError: none is whole; or it was made by a pipeline of another configuration.
+        """
+        self.wait()
+        steps = self._steps()
+        if not steps:
+            raise FileNotFoundError(f"directory={self.directory}: holds no checkpoint")
+        for step in steps:
+            folder = self._folder(step)
+            try:
+                return restore.load(self.pipe, folder, step, example, self._copy)
+            except manifest.Damaged as error:
+                self._damaged.add(step)
+                warnings.warn(f"{folder} is damaged ({error}) and passed over", stacklevel=2)
+        raise ValueError(
+            f"directory={self.directory}: none of the checkpoints {', '.join(map(str, steps))} in "
+            "it is whole; start the run anew"
+        )
+
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint on disk, or None; not looked into, nor waited for."""
+        return max(self._steps(), default=None)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk, and warns if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure:
+            warnings.warn(failure, stacklevel=3)
+
+    def tidy(self) -> None:
+        """Removes what a save that was killed has left: a checkpoint that is not whole, and older
+        ones than stay. Every `save` does so; a run that was killed in its last one does no more.
+        """
+        self.wait()
+        try:
+            self._tidy()
+        except OSError as error:  # the run can do without, and the next save tries again
+            warnings.warn(f"{self.directory}: what is left stays ({error})", stacklevel=2)
+
+    def close(self) -> None:
+        """Waits for the last save, at the end of a run."""
+        self.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            # Another process may have ended, and then its part does not come.
+            threading.Timer(_GRACE, self._abandoned.set).start()
+        # Whoever presses Ctrl-C twice does not want to wait: what is half written is passed over.
+        if kind is None or issubclass(kind, Exception):
+            self.close()
+
+    def _folder(self, step: int) -> pathlib.Path:
+        return manifest.folder(self.directory, step)
+
+    def _steps(self) -> list[int]:
+        """Newest first."""
+        return manifest.steps(self.directory)
+
+    def _tidy(self) -> None:
+        if not self._writer:
+            return
+        for left in self.directory.glob(".step-*"):  # of a save that was killed
+            if not (self._mark and left.name.endswith(self._mark)):
+                _remove(left)
+        good = [step for step in self._steps() if step not in self._damaged]
+        scores = {step: manifest.score(self._folder(step)) for step in good}
+        best = min(good, key=lambda step: (scores[step], -step), default=None)
+        for step in good[self.keep :]:
+            if step != best:
+                _remove(self._folder(step))
+
+    def _guarded(self, body: dict[str, Any], *rest: Any) -> None:
+        """In the thread. A save that fails, as on a full disk, must not end the training."""
+        try:
+            self._write(body, *rest)
+        except Exception as error:
+            reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
+            self._failure = (
+                f"{self._folder(body['step'])} could not be written ({reason}); older checkpoints "
+                "are as they were"
+            )
+
+    def _write(
+        self,
+        body: dict[str, Any],
+        names: list[dict[str, int]],
+        copies: list[list[jax.Array]],
+        key: jax.Array,
+        extra: Any,
+    ) -> None:
+        self._tidy()
+        final = self._folder(body["step"])
+        partial = final.with_name(f".{final.name}{self._mark}")
+        try:
+            body["sections"], arrays = [], {}
+            for k, sizes in enumerate(names):
+                own = dict(zip(_leaves(sizes), copies.pop(0), strict=True))
+                signed = {leaf: manifest.signature(array) for leaf, array in own.items()}
+                body["sections"].append(
+                    [
+                        [n, [signed[restore.leaf(n, i)] for i in range(size)]]
+                        for n, size in sizes.items()
+                    ]
+                )
+                if k in self._mine:
+                    # Waits for the devices, in this thread; the copies are freed on the way.
+                    arrays[k] = jax.device_get(own)
+            if self.pipe.on_nonfinite == "stop" and any(
+                own["record/0"][nonfinite.FORWARD : nonfinite.PENDING].max() >= 0
+                for own in arrays.values()
+            ):
+                return
+            self._write_arrays(partial / restore.ARRAYS, arrays)
+            if not self._writer:
+                return
+            data = jax.device_get(jax.random.key_data(key)).tolist()
+            body["key"] = [str(jax.random.key_impl(key)), data]
+            body["extra"] = manifest.encoded(extra)
+            manifest.write(partial, body)
+            _remove(final)
+            partial.rename(final)
+        except BaseException:
+            if self._mark:
+                process_part.fail(partial / restore.ARRAYS)
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        # What came after a checkpoint that was restored was damaged.
+        self._damaged.discard(body["step"])
+        for step in self._damaged:
+            _remove(self._folder(step))
+        self._damaged.clear()
+        self._tidy()
+
+    def _write_arrays(self, folder: pathlib.Path, arrays: dict[int, dict[str, np.ndarray]]) -> None:
+        """This process's stages; the writer of the manifest waits for those of the others."""
+        # On a disk that fills while it writes, Orbax shows a traceback for each of its threads.
+        self._check_room([array.nbytes for own in arrays.values() for array in own.values()])
+        # Orbax takes no array without elements; the manifest has all that there is to such.
+        entries = {k: {n: v for n, v in own.items() if v.size} for k, own in arrays.items()}
+        if not self._mark:
+            ocp.save_checkpointables(folder, {restore.entry(k): v for k, v in entries.items()})
+            return
+        for k, own in entries.items():
+            process_part.write(folder, k, own)
+        if self._writer:
+            process_part.wait(folder, self.pipe.num_stages, self._abandoned)
+
+    def _check_room(self, sizes: list[int]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.directory).free
+        # Beside its values each array takes some lines of JSON and a few entries of an index.
+        if free < (needed := sum(sizes) + 2048 * len(sizes)):
+            text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
+            raise OSError(errno.ENOSPC, text)
+
+
+def _remove(path: pathlib.Path) -> None:
+    """Whatever stands under the name of a checkpoint: a folder, or a file or link put there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _copies(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(leaf) for leaf in leaves]
+
+
+def _leaves(sizes: dict[str, int]) -> list[str]:
+    return [restore.leaf(section, i) for section, size in sizes.items() for i in range(size)]

@@ -1,0 +1,233 @@
+"""A state made with K stages as one for another K.
+
+    source, K = 3    (A, B) │ (C, stacked(D, E)) │ (F,)    params, and all that mirrors them:
+                       A, B, C, D, E, F                    model state, momentum ...
+    target, K = 2    (A, B, C, D) │ (E, F)
+
+What is in flight belongs to the cuts and the schedule that made it, so it is applied first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fdg_jax.engine.pipeline import Pipeline
+from fdg_jax.engine.stage import Stage
+from fdg_jax.engine.state import PipelineState, StageState
+from fdg_jax.layer import chain
+from fdg_jax.optim import without_prediction
+from fdg_jax.partition.layerwise import difference, join, separate
+from fdg_jax.typing import PyTree
+
+
+def convert(
+    source: Pipeline, state: PipelineState, target: Pipeline, example_inputs: PyTree
+) -> PipelineState:
+    """The state of one pipeline as that of another, which cuts the same network elsewhere.
+
+    The state is drained first: gradients in flight are applied, and what is left of an
+    accumulation. Then params, model state and optimizer state move, bit for bit, to the stages that
+    have their layers in the other pipeline, which fills from the next batch on.
+
+    From then on the trajectory differs from that of a run that never changed K. The drain applies
+    the last gradients before batches that would have met the weights without them, and delays,
+    staleness and shrinking are those of the other K, and weight prediction begins anew from the
+    true weights. Dropout's noise does not change with K: it
+    follows from the micro-batch and from where a layer stands in the whole network.
+
+    Args:
+      source: the pipeline that made the state.
+      state: any state of it; consumed. Drain it before this to see its last metrics.
+      target: a pipeline of the same layers in the same order, with any number of stages, schedule,
+        choice of gradient and devices, and an optimizer of the same structure; rates and shrinking
+        may be others. Its state may hold copies of the params, array by array (momentum, Adam's
+        moments), and arrays that are the same in all stages (counts of updates).
+      example_inputs: an input with its batch axis; only shapes and dtypes are looked at.
+
+    Returns:
+      The state of ``target`` as after a drain of as many batches, on its devices. What is left out
+      for not being finite is counted from there.
+
+    Raises:
+      ValueError: the networks or the optimizers differ, and the state is whole then; or what the
+        optimizers of the stages count is not the same after the drain.
+      NonFiniteError: ``source`` is to stop at what is not finite, and met it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fdg_jax as fdg
+      >>> layers = [fdg.Layer(lambda key, x: (jnp.ones(()), ()),
+      ...                     lambda p, s, x, *, train, key: (p * x, s)) for _ in range(3)]
+      >>> def pipe(*cuts):
+      ...     stages = fdg.partition(layers, len(cuts) + 1, jnp.ones((4, 1)), cost=cuts)
+      ...     return fdg.Pipeline(stages, lambda y, t: (jnp.mean((y - t) ** 2), {}),
+      ...                         lambda k: optax.adam(0.1), fdg.schedule.fdg(len(stages)))
+      >>> three, two = pipe(1, 2), pipe(2)
+      >>> state = three.init(jax.random.key(0), jnp.ones((4, 1)))
+      >>> state, _ = three.step(state, (jnp.ones((4, 1)), jnp.zeros((4, 1))))
+      >>> state = convert(three, state, two, jnp.ones((4, 1)))
+      >>> [[round(float(w), 3) for w in stage] for stage in two.params(state)]
+      [[0.9, 0.9], [0.9]]
+    """
+    template = _arrays(jax.eval_shape(target.init, jax.random.key(0), example_inputs))
+    _check(_abstract(source, _arrays(state)), _abstract(target, template))
+    state, _ = source.drain(state)
+    source.check()
+    # Compiled, so that the weights have the bits that `Pipeline.true_params` gives.
+    true = jax.jit(without_prediction)
+    arrays = [
+        (params, model_state, opt_state)
+        for own in _arrays(state)
+        for (params, opt_state), model_state in [(true(own[0], own[2]), own[1])]
+    ]
+    parts = _parts(source, jax.device_get(arrays))
+    shared = {name: _same(name, values) for name, values in parts.shared.items()}
+    version = _same("version", [s.version for s in state.stages])
+    # Micro-batches are counted as if all batches had been divided as they are from now on.
+    number = np.int32(state.tick * target.schedule.microbatches)
+    made, first = [], 0
+    for stage, (_, _, opt_state) in zip(target.stages, template, strict=True):
+        mine = slice(first, first := first + stage.layer.size)
+        joined = {name: join(stage.layer, trees[mine]) for name, trees in parts.layers.items()}
+        slots, structure = _slots(stage, opt_state)
+        whole = jax.tree.unflatten(structure, [(joined | shared)[name] for name in slots])
+        own = joined["params"], joined["model_state"], whole, state.key, number, target.record()
+        fresh = StageState.fresh(*_own(stage, own))
+        made.append(fresh._replace(version=version, base=version))
+    return PipelineState(state.tick, state.tick, state.key, tuple(made))
+
+
+# Params, model state and optimizer state of one stage.
+Arrays = tuple[PyTree, PyTree, optax.OptState]
+
+
+class _Parts(NamedTuple):
+    """The arrays of all stages, by name and without the cuts.
+
+    Attributes:
+      layers: one pytree a layer of the whole network.
+      shared: of the optimizers' states, what belongs to no layer: one array a stage.
+    """
+
+    layers: dict[str, list[PyTree]]
+    shared: dict[str, list[Any]]
+
+
+class _Copy:
+    """A tree in an optimizer state that stands where its init was given the params; to JAX a
+    leaf."""
+
+    def __init__(self, tree: PyTree) -> None:
+        self.tree = tree
+
+
+def _arrays(state: PipelineState) -> list[Arrays]:
+    return [(s.params, s.model_state, s.opt_state) for s in state.stages]
+
+
+def _parts(pipe: Pipeline, arrays: Sequence[Arrays]) -> _Parts:
+    network = chain([stage.layer for stage in pipe.stages])
+    params, model_state, opt_states = zip(*arrays, strict=True)
+    parts = _Parts(
+        {"params": separate(network, params), "model_state": separate(network, model_state)}, {}
+    )
+    found = [_slots(*pair)[0] for pair in zip(pipe.stages, opt_states, strict=True)]
+    for k, slots in enumerate(found):
+        if slots.keys() != found[0].keys():
+            raise ValueError(
+                f"optimizer: its state has {', '.join(slots) or 'nothing'} in stage {k}, and "
+                f"{', '.join(found[0]) or 'nothing'} in stage 0; layers can only change stages "
+                "where all have the same"
+            )
+    for name in found[0]:
+        values = [slots[name] for slots in found]
+        if not isinstance(values[0], _Copy):
+            parts.shared[name] = values
+            continue
+        for value, own in zip(values, params, strict=True):
+            _check_copy(name, value.tree, own)
+        parts.layers[name] = separate(network, tuple(value.tree for value in values))
+    return parts
+
+
+def _abstract(pipe: Pipeline, arrays: Sequence[Arrays]) -> _Parts:
+    """The same in shapes and dtypes."""
+    parts: _Parts = jax.eval_shape(lambda own: _parts(pipe, own), arrays)
+    return parts
+
+
+def _slots(stage: Stage, opt_state: optax.OptState) -> tuple[dict[str, Any], Any]:
+    """Copies of the params and other arrays of an optimizer state, by path, and its structure."""
+    try:
+        marked = optax.tree.map_params(stage.optimizer, _Copy, opt_state, is_leaf=lambda tree: True)
+    except Exception as error:
+        raise ValueError(
+            "optimizer: what in its state mirrors the params cannot be told from the rest "
+            f"({error}); take one that optax.tree.map_params understands"
+        ) from error
+    leaves, structure = jax.tree_util.tree_flatten_with_path(marked)
+    return {f"opt_state{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}, structure
+
+
+def _check_copy(name: str, tree: PyTree, params: PyTree) -> None:
+    """Whether a tree can be cut along with the params; a mask may have taken arrays out of it."""
+    shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if leaf.shape != shapes.get(path):
+            raise ValueError(
+                f"optimizer: {name}{jax.tree_util.keystr(path)} has shape {leaf.shape}, its "
+                f"parameter {shapes.get(path)}; only arrays of equal shapes are cut and stacked "
+                "as the params are"
+            )
+
+
+def _check(ours: _Parts, theirs: _Parts) -> None:
+    """Whether everything has its place in the other pipeline."""
+    counts = [len(side.layers["params"]) for side in (ours, theirs)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"target: has {counts[1]} layers, source has {counts[0]}; both must cut one network"
+        )
+    for name in ours.layers | theirs.layers | ours.shared | theirs.shared:
+        for kind in ("layers", "shared"):
+            if (name in getattr(ours, kind)) != (name in getattr(theirs, kind)):
+                raise ValueError(
+                    f"target: its optimizer and that of source differ in {name}; give both the "
+                    "same, but for rates and shrinking"
+                )
+    # The params first: what else there is mirrors them.
+    for name in ("params", *ours.layers):
+        for i, pair in enumerate(zip(ours.layers[name], theirs.layers[name], strict=True)):
+            if found := difference(*pair):
+                raise ValueError(
+                    f"target: {name} of layer {i}: {found}; source and target must cut one network"
+                )
+    for name, values in ours.shared.items():
+        if found := difference(values[0], theirs.shared[name][0]):
+            raise ValueError(f"target: {name}: {found}; give both the same optimizer")
+
+
+def _same(name: str, values: Sequence[Any]) -> Any:
+    """What all stages have."""
+
+    def bits(value: Any) -> bytes:
+        key = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(value) if key else value).tobytes()
+
+    if any(bits(value) != bits(values[0]) for value in values):
+        raise ValueError(
+            f"state: {name} is {', '.join(map(str, values))} in its stages after the drain; layers "
+            "can only change stages where all have the same"
+        )
+    return values[0]
+
+
+def _own(stage: Stage, tree: PyTree) -> Any:
+    """Buffers of JAX's own on a stage's devices, which its programs may donate."""
+    return jax.jit(lambda v: jax.tree.map(jnp.copy, v))(jax.device_put(tree, stage.replicated))

@@ -1,0 +1,111 @@
+"""The weights in a checkpoint, without the pipeline that made it."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from fdg_jax.checkpoint import manifest, restore
+from fdg_jax.checkpoint.restore import ARRAYS
+from fdg_jax.layer import Layer, chain
+from fdg_jax.optim import true_params
+from fdg_jax.typing import PyTree
+
+
+class Weights(NamedTuple):
+    """What a network needs to predict.
+
+    Attributes:
+      params, model_state: one pytree a stage, of numpy arrays.
+    """
+
+    params: list[PyTree]
+    model_state: list[PyTree]
+
+
+def read(
+    folder: str | os.PathLike[str],
+    stages: Sequence[Layer],
+    example: PyTree,
+    optimizer: Callable[[int], optax.GradientTransformation] | None = None,
+) -> Weights:
+    """The weights in a checkpoint, as they are: what is in flight is left out, not applied.
+
+    Args:
+      folder: one checkpoint, such as ``checkpoints/step-000000500``.
+      stages: the layers of the pipeline that saved it, cut as they were.
+      example: an input with its batch axis; only shapes and dtypes are looked at.
+      optimizer: ``optimizer(k)`` of that pipeline, where it predicts weights
+        (`fdg_jax.predict_weights`, `fdg_jax.delayed_sgd`): its state is read as well, and the
+        params are the true ones. None: no optimizer state is read.
+
+    Returns:
+      `Weights`.
+
+    Raises:
+      ValueError: the checkpoint is damaged, or of another network or other cuts.
+      FileNotFoundError: there is none.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, optax
+      >>> import fdg_jax as fdg
+      >>> from fdg_jax.checkpoint import Checkpointer
+      >>> layer = fdg.Layer(lambda key, x: (jnp.ones(()), ()),
+      ...                   lambda p, s, x, *, train, key: (p * x, s))
+      >>> pipe = fdg.Pipeline([layer], lambda y, t: (jnp.mean((y - t) ** 2), {}),
+      ...                     lambda k: optax.sgd(0.1), fdg.schedule.fdg(1))
+      >>> x = jnp.ones((4, 1))
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     with Checkpointer(directory, pipe) as checkpoints:
+      ...         checkpoints.save(pipe.init(jax.random.key(0), x), step=5)
+      ...     [weight] = read(f"{directory}/step-000000005", [layer], x).params
+      >>> float(weight)
+      1.0
+    """
+    folder = pathlib.Path(folder).absolute()
+    if not folder.exists():
+        raise FileNotFoundError(f"folder={folder}: there is no checkpoint; name one that is there")
+    body = manifest.read(folder)
+    made = (body.get("format"), body.get("stages"))
+    if made != (manifest.FORMAT, len(stages)):
+        raise ValueError(
+            f"stages: {folder} has {manifest.short(made[1])} (format {manifest.short(made[0])}), "
+            f"these are {len(stages)} (format {manifest.FORMAT}); give those that it was made with"
+        )
+    manifest.check(body, body.get("step", -1), len(stages))
+    templates = jax.eval_shape(chain(stages).init, jax.random.key(0), example)
+    names: tuple[str, ...] = Weights._fields
+    if optimizer is not None:
+        names = (*names, "opt_state")
+        states = [jax.eval_shape(optimizer(k).init, own) for k, own in enumerate(templates[0])]
+        templates = (*templates, states)
+    expected: list[dict[str, jax.ShapeDtypeStruct]] = [{} for _ in stages]
+    for k, own in enumerate(expected):
+        signatures = dict(body["sections"][k])
+        for name, template in zip(names, templates, strict=True):
+            what = f"{folder}: stage {k}, {name}"
+            manifest.fit(what, signatures.get(name, []), template[k], exact=True)
+            leaves = jax.tree.leaves(template[k])
+            own |= {restore.leaf(name, i): leaf for i, leaf in enumerate(leaves)}
+    manifest.verify(folder, body)
+    found = [
+        restore.read(folder / ARRAYS / restore.entry(k), own) for k, own in enumerate(expected)
+    ]
+    parts: list[list[PyTree]] = []
+    for name, template in zip(names, templates, strict=True):
+        parts.append([])
+        for k, tree in enumerate(template):
+            count = len(jax.tree.leaves(tree))
+            arrays = [np.asarray(found[k][restore.leaf(name, i)]) for i in range(count)]
+            parts[-1].append(jax.tree.unflatten(jax.tree.structure(tree), arrays))
+    if optimizer is not None:
+        pairs = zip(parts[0], parts.pop(), strict=True)
+        # Compiled, so that they have the bits that `Pipeline.true_params` gives.
+        parts[0] = [jax.device_get(jax.jit(true_params)(*pair)) for pair in pairs]
+    return Weights(*parts)

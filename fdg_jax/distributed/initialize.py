@@ -1,0 +1,169 @@
+"""One run in several processes: how they find one another, and what they tell one another.
+
+Every process runs the same program and dispatches the same actions in the same order. JAX runs, in
+each, the programs of the devices that are its own; of arrays elsewhere it has the shape alone. So
+the pipeline's loop is the same in one process and in many, and nothing waits for a process but
+what is said here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import ipaddress
+import socket
+import time
+
+import jax
+import numpy as np
+
+from fdg_jax.distributed import failure_detector
+from fdg_jax.distributed.collectives import CONNECT_SECONDS, gather
+from fdg_jax.distributed.shutdown import deadline
+
+# A process that has not been heard of for so long is dead, and JAX ends the others.
+HEARTBEAT_SECONDS = 20
+# Sockets of a CPU's transfers, and how many bytes each sends at a time. Measured.
+_SOCKETS, _CHUNK = 4, 1 << 22
+_PATIENCE = 24 * 3600  # seconds
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    seconds: float = CONNECT_SECONDS,
+) -> None:
+    """Joins the processes of a run; before anything else that starts JAX's devices.
+
+    Without arguments they are those that SLURM, Open MPI or Kubernetes started, as
+    ``jax.distributed.initialize`` detects them. On CPUs it sets what transfers between processes
+    need, with free ports.
+
+    From here on the end of a process, unless it ends well, ends the others at once, with status 69
+    and a line that names it.
+
+    Args:
+      coordinator: "host:port" of process 0, the same in every process.
+      num_processes: how many there are.
+      process_id: which this is, 0 to num_processes - 1.
+      seconds: how long they may take to find one another. Where JAX itself would abort the
+        process, it ends with a line that says why, and status 2.
+
+    Raises:
+      ValueError: arguments that do not fit together; a port that is taken; a coordinator that
+        cannot be reached; a process that does not come; on CPUs of several machines, a machine
+        whose own name stands for an address of its own alone; processes with different numbers
+        of devices.
+    """
+    given = (coordinator, num_processes, process_id)
+    if any(value is None for value in given) and any(value is not None for value in given):
+        raise ValueError(
+            f"coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: "
+            "give all three, or none where SLURM, Open MPI or Kubernetes starts the processes"
+        )
+    begin = time.monotonic()
+    own_host = socket.gethostname()
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        if not 0 <= process_id < num_processes:
+            raise ValueError(
+                f"process_id={process_id}: must lie in 0..{num_processes - 1} with "
+                f"num_processes={num_processes}"
+            )
+        # Before JAX starts: on the port where its service will listen, and with plain words.
+        own_host = _call(process_id, num_processes, coordinator, seconds)
+    transfers = _cpu_alone()
+    if transfers:
+        if (detector := failure_detector.current) is not None and detector.apart():
+            _check_name(socket.gethostname())
+        _set_transfers(own_host)
+    left = max(seconds - (time.monotonic() - begin), 1.0)
+    with deadline(
+        left,
+        f"coordinator={coordinator or 'as detected'}: not all of the "
+        f"{num_processes or 'detected'} processes came within {seconds:g} s; start them together, "
+        "with the same coordinator and num_processes",
+    ):
+        # SIGTERM stays the program's own: JAX's service would take it.
+        jax.config.update("jax_enable_preemption_service", False)
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                # Ours ends first: at its own, JAX aborts the process.
+                initialization_timeout=int(seconds) + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"coordinator={coordinator}: SLURM, Open MPI or Kubernetes does not say who is in "
+                f"this run ({error}); give coordinator, num_processes and process_id"
+            ) from error
+        devices = jax.devices()
+    if coordinator is None:
+        place = gather(_text(f"{own_host}:{free_port('')}"))[0]
+        _call(jax.process_index(), jax.process_count(), bytes(place).decode().rstrip("\0"), seconds)
+    if jax.default_backend() == "cpu" and not transfers:
+        raise ValueError(
+            "JAX_PLATFORMS: there is a plugin for accelerators but no accelerator; set it to cpu"
+        )
+    counts = [sum(d.process_index == i for d in devices) for i in range(jax.process_count())]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"devices: the processes have {', '.join(map(str, counts))}; give each the same number"
+        )
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on."""
+    with socket.create_server((host, 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def _call(own: int, count: int, coordinator: str, seconds: float) -> str:
+    """Finds the others; from here on the end of any ends this process. This machine's address."""
+    failure_detector.current, host = failure_detector.roll_call(own, count, coordinator, seconds)
+    return host
+
+
+def _cpu_alone() -> bool:
+    """Whether JAX can find nothing but CPUs."""
+    chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if chosen:
+        return bool(chosen.split(",")[0] == "cpu")
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not plugins and importlib.util.find_spec("libtpu") is None
+
+
+def _check_name(name: str) -> None:
+    """Whether other machines can reach this one by what its own name stands for."""
+    try:
+        found = socket.gethostbyname(name)
+    except OSError:
+        found = "nothing"
+    if found == "nothing" or ipaddress.ip_address(found).is_loopback:
+        raise ValueError(
+            f"the name of this machine, {name}, stands for {found}, where other machines do not "
+            "reach it, and JAX's collectives on CPUs go by the name; give its address in /etc/hosts"
+        )
+
+
+def _set_transfers(host: str) -> None:
+    """What device_put between processes needs on CPUs; accelerators bring their own."""
+    address = socket.gethostbyname(host)
+    settings = {
+        "jax_force_dcn_cross_host_transfers": True,
+        # A port of 0 would hang.
+        "jax_cross_host_transfer_socket_address": f"{address}:{free_port(address)}",
+        "jax_cross_host_transfer_transfer_size": _CHUNK,
+        # The other process may still be compiling; of one that is dead the heartbeat tells.
+        "jax_cross_host_transfer_timeout_seconds": _PATIENCE,
+        "jax_cross_host_transport_addresses": ",".join([f"{address}:0"] * _SOCKETS),
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+
+
+def _text(value: str) -> np.ndarray:
+    return np.frombuffer(value.encode()[:256].ljust(256, b"\0"), np.uint8)

@@ -1,0 +1,61 @@
+"""How a process of a run ends: with the others, or alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+import jax
+
+from fdg_jax.distributed import failure_detector
+
+# The exit status of a run that was asked to stop, and has saved.
+PAUSED = 75
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process, at once if it is one of several: JAX would wait for the others first.
+
+    Args:
+      status: 0, or PAUSED of a run that all processes stop; with any other the others end too.
+    """
+    if failure_detector.current is not None:
+        failure_detector.current.leave(failed=status not in (0, PAUSED))
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:
+            # Its end aborts the others, who may have to say what was wrong with them.
+            time.sleep(2 * failure_detector.GRACE)
+        os._exit(status)
+    sys.exit(status)
+
+
+def settle() -> None:
+    """Before a process says what failed in it: where another was lost, that ends this one first."""
+    if failure_detector.current is not None:
+        time.sleep(2 * failure_detector.GRACE)
+
+
+@contextlib.contextmanager
+def deadline(seconds: float, message: str) -> Iterator[None]:
+    """Ends the process with ``message`` where what is inside takes longer; it waits in C++."""
+
+    def end() -> None:
+        if failure_detector.current is not None:
+            failure_detector.current.leave(failed=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,55 @@
+"""What goes wrong inside a stage: numbers that are not finite, and programs that fail.
+
+A guarded stage keeps a small record on its own devices, an int32 array that every one of its
+programs takes and returns. The record is also the token by which the host sees that a program has
+ended, so looking at it costs no wait.
+
+    record = [left out, first forward, first backward, pending]
+
+    left out         micro-batches that the stage did not learn from
+    first forward    the first whose output or new model state was not finite, or -1
+    first backward   the first whose loss, gradient or update was not finite, or -1
+    pending          those left out of the accumulation under way
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdg_jax.typing import PyTree
+
+# None: a stage that is not guarded.
+Record = jax.Array | None
+
+ON_NONFINITE = ("ignore", "stop", "skip")
+LEFT_OUT, FORWARD, BACKWARD, PENDING = range(4)
+
+
+def fresh() -> np.ndarray:
+    """The record of a stage in which nothing has gone wrong."""
+    return np.array([0, -1, -1, 0], np.int32)
+
+
+def finite(*trees: PyTree) -> jax.Array:
+    """Whether every number in the trees is finite; a boolean scalar, inside jit."""
+    leaves = [v for v in jax.tree.leaves(trees) if jnp.issubdtype(v.dtype, jnp.inexact)]
+    found = [jnp.all(jnp.isfinite(v)) for v in leaves]
+    return jnp.stack(found).all() if found else jnp.bool_(True)
+
+
+def choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """``new`` where ok, else ``old``."""
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+
+
+def note(record: jax.Array, place: int, ok: jax.Array, number: jax.Array) -> jax.Array:
+    """The record with ``number`` at ``place``, FORWARD or BACKWARD, if it is the first not ok."""
+    first = ~ok & (record[place] < 0)
+    return record.at[place].set(jnp.where(first, number, record[place]))
+
+
+def leave_out(record: jax.Array, ok: jax.Array, number: jax.Array, place: int) -> jax.Array:
+    """The record after a backward: one more left out unless ok, counted at ``place``."""
+    return note(record, BACKWARD, ok, number).at[place].add((~ok).astype(record.dtype))

@@ -1,0 +1,146 @@
+"""Which devices a stage lives on, in this process or in another."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fdg_jax.typing import PyTree
+
+BATCH_AXIS = "data"
+
+
+def stage_meshes(num_stages: int, devices: Sequence[jax.Device] | None = None) -> list[Mesh]:
+    """One mesh per stage.
+
+    Args:
+      num_stages: K.
+      devices: D devices. With D >= K they make K contiguous groups of D // K, what is left over is
+        not used, with a warning. With D < K neighbouring stages share a device. None: one device
+        per stage, the first of ``jax.devices()``.
+
+    Returns:
+      K meshes with the one axis "data".
+
+    Raises:
+      ValueError: no device, or one given twice; groups between which JAX can send nothing.
+
+    Example:
+      >>> [mesh.size for mesh in stage_meshes(2)]
+      [1, 1]
+    """
+    chosen = list(jax.devices()[:num_stages] if devices is None else devices)
+    if not chosen:
+        raise ValueError(
+            "devices=[]: a pipeline needs at least one device; None takes jax.devices()"
+        )
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(
+            f"devices={chosen}: a device is named twice; name each once, stages may share"
+        )
+    if len(chosen) < num_stages:
+        groups = [[chosen[k * len(chosen) // num_stages]] for k in range(num_stages)]
+    else:
+        size = len(chosen) // num_stages
+        groups = [chosen[k * size : (k + 1) * size] for k in range(num_stages)]
+        if size * num_stages < len(chosen):
+            warnings.warn(
+                f"devices: {len(chosen)} do not divide into {num_stages} stages; "
+                f"{len(chosen) - size * num_stages} stay unused",
+                stacklevel=3,
+            )
+    _check_processes(groups)
+    # Auto: the stage's programs are an arbitrary user's, who does not write shardings.
+    return [Mesh(np.array(group), (BATCH_AXIS,), axis_types=(AxisType.Auto,)) for group in groups]
+
+
+def _check_processes(groups: list[list[jax.Device]]) -> None:
+    """JAX sends between processes, or inside one, but not both in one message."""
+    owners = [frozenset(device.process_index for device in group) for group in groups]
+    for k, (group, own) in enumerate(zip(groups, owners, strict=True)):
+        for j in range(k):
+            if len(own) > 1 and own == owners[j] and group != groups[j]:
+                raise ValueError(
+                    f"devices: stages {j} and {k} have different devices of the same processes "
+                    f"{', '.join(map(str, sorted(own)))}; order the devices by process, or choose "
+                    "a number of devices a stage that divides those of a process"
+                )
+
+
+def put(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Arrays onto devices that may be another process's; every process calls this.
+
+    Args:
+      tree: numpy arrays, the same in every process that has some of the devices, or arrays of JAX
+        that are on one stage's devices; typed keys.
+      shardings: one per leaf, or one for all.
+
+    Returns:
+      The arrays. Of those whose devices are elsewhere this process has the shape alone.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda leaf: shardings, tree)
+    return jax.tree.map(_put, tree, shardings)
+
+
+def _put(leaf: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if not isinstance(leaf, jax.Array):
+        value = np.asarray(leaf)
+        # device_put to several processes would compare the value between them, which is a wait.
+        own = sharding.addressable_devices_indices_map(value.shape)
+        shards = [jax.device_put(value[part], device) for device, part in own.items()]
+        return jax.make_array_from_single_device_arrays(
+            value.shape, sharding, shards, dtype=value.dtype
+        )
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) and not leaf.committed:
+        data = _put(np.asarray(jax.random.key_data(leaf)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return jax.device_put(leaf, sharding)
+
+
+def absent(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """Arrays on another process's devices: here their shapes alone.
+
+    Args:
+      shapes: and dtypes.
+      shardings: one per leaf, or one for all.
+
+    Returns:
+      Arrays that hold nothing in this process.
+    """
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda leaf: shardings, shapes)
+
+    def one(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, [], dtype=leaf.dtype)
+
+    return jax.tree.map(one, shapes, shardings)
+
+
+def spread(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Where arrays go that devices share out: cut along the first axis that the devices divide.
+
+    Args:
+      tree: arrays, which may be abstract.
+      mesh: the devices.
+
+    Returns:
+      Shardings; an array of which no axis divides is whole on every device.
+    """
+
+    def one(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        for axis, size in enumerate(leaf.shape):
+            if size and size % mesh.size == 0:
+                return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXIS))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,80 @@
+"""What a forward leaves behind for its backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fdg_jax.typing import PyTree
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["structure"]
+)
+@dataclass(frozen=True)
+class Residuals:
+    """What the backward needs of the forward, less the weights and the input.
+
+    Most residuals of a layer are its weights and its input. Both are kept anyway (the weight
+    version is shared by all batches that met it), so here they are only pointed to. What two layers
+    keep, as a ReLU its output and the convolution after it its input, is kept once.
+
+    Attributes:
+      arrays: the other leaves of the VJP.
+      structure: how to put the VJP together again: its tree structure, and for each leaf its
+        position among the leaves of (params, inputs) followed by `arrays`.
+    """
+
+    arrays: list[jax.Array]
+    structure: Any
+
+    @staticmethod
+    def of(vjp: PyTree, kept: PyTree) -> Residuals:
+        known = jax.tree.leaves(kept)
+        position = {id(leaf): i for i, leaf in enumerate(known)}
+        arrays: list[jax.Array] = []
+        leaves, treedef = jax.tree.flatten(vjp)
+        for leaf in leaves:
+            if id(leaf) not in position:
+                position[id(leaf)] = len(known) + len(arrays)
+                arrays.append(leaf)
+        return Residuals(arrays, (treedef, tuple(position[id(leaf)] for leaf in leaves)))
+
+    def vjp(self, kept: PyTree) -> Callable[[PyTree], tuple[PyTree, ...]]:
+        treedef, sources = self.structure
+        leaves = [*jax.tree.leaves(kept), *self.arrays]
+        return jax.tree.unflatten(treedef, [leaves[i] for i in sources])
+
+
+def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
+    """The leaves of ``tree`` that have a gradient, and a function that puts such leaves back."""
+    leaves, structure = jax.tree.flatten(tree)
+    moving = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    def join(values: list[jax.Array]) -> PyTree:
+        full = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            full[i] = value
+        return jax.tree.unflatten(structure, full)
+
+    return [leaves[i] for i in moving], join
+
+
+class Stash(NamedTuple):
+    """What a batch in flight leaves behind for its backward, beside weights.
+
+    Attributes:
+      inputs, labels, model_state, number: what its forward met; labels in the last stage only.
+      residuals: of its forward; None where the backward is to run the forward again.
+    """
+
+    inputs: PyTree
+    labels: PyTree
+    model_state: PyTree
+    number: jax.Array
+    residuals: Residuals | None

@@ -1,0 +1,19 @@
+"""What ends a training: a stage that fails, a number that is not finite."""
+
+
+class StageError(RuntimeError):
+    """A stage failed; the message names it, its layers and the batch.
+
+    Attributes:
+      stage: k.
+      batch: number of the mini-batch.
+    """
+
+    def __init__(self, message: str, stage: int, batch: int) -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.batch = batch
+
+
+class NonFiniteError(StageError):
+    """A loss, gradient, output or model state was NaN or infinite."""

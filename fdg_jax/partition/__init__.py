@@ -1,0 +1,5 @@
+"""How the network is cut: layers into stages of equal cost."""
+
+from fdg_jax.partition.cuts import Cost, Partition, optimal_cuts, partition, units_of
+
+__all__ = ["Cost", "Partition", "optimal_cuts", "partition", "units_of"]

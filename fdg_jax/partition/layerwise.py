@@ -1,0 +1,142 @@
+"""How a network's arrays are laid out, and layer by layer without any layout.
+
+    chain([a, repeat(b, 2), c])     a network of four layers
+    (A, B, C)                       its params: B has those of two layers, stacked
+    [A, B[0], B[1], C]              `separate` gives one pytree a layer, `join` is the way back
+
+Stages are chains too, and the cuts of a partition say what stands in which tuple and stack. One
+pytree a layer does not depend on them. Layers are counted as `Layer.at` numbers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fdg_jax.layer import Chain, Layer, Repeat
+from fdg_jax.typing import PyTree
+
+
+def separate(layer: Layer, tree: PyTree) -> list[PyTree]:
+    """The params of a network, or what mirrors them, layer by layer.
+
+    Args:
+      layer: the network: any nesting of `chain` and `repeat`. For all stages of a pipeline it is
+        ``chain(stages)``, and ``tree`` the tuple of theirs.
+      tree: its params, or anything laid out as they are: model state, momentum, a gradient.
+
+    Returns:
+      ``layer.size`` pytrees, as the layers themselves would have them.
+
+    Raises:
+      ValueError: the tree is not laid out as this network's.
+
+    Example:
+      >>> import numpy as np
+      >>> from fdg_jax import chain, from_fn, repeat
+      >>> net = chain([from_fn(abs), repeat(from_fn(abs), 2)])
+      >>> separate(net, ("A", {"w": np.array([1.0, 2.0])}))
+      ['A', {'w': np.float64(1.0)}, {'w': np.float64(2.0)}]
+    """
+    if isinstance(layer, Chain):
+        if not isinstance(tree, tuple) or len(tree) != len(layer.layers):
+            raise ValueError(
+                f"tree: a chain of {len(layer.layers)} layers has a tuple of as many, and this is "
+                f"{type(tree).__name__} {jax.tree.structure(tree)}; give what this network made"
+            )
+        pairs = list(zip(layer.layers, tree, strict=True))
+    elif isinstance(layer, Repeat):
+        assert layer.layer is not None
+        for leaf in jax.tree.leaves(tree):
+            if np.shape(leaf)[:1] != (layer.times,):
+                raise ValueError(
+                    f"tree: {layer.times} repeated layers are stacked along a first axis of "
+                    f"{layer.times}, and an array is {list(np.shape(leaf))}; give what this "
+                    "network made"
+                )
+        pairs = [
+            (layer.layer, jax.tree.map(lambda leaf, i=i: leaf[i], tree)) for i in range(layer.times)
+        ]
+    else:
+        return [tree]
+    return [part for inner, own in pairs for part in separate(inner, own)]
+
+
+def join(layer: Layer, parts: Sequence[PyTree]) -> PyTree:
+    """The params of a network, or what mirrors them, out of those of its layers.
+
+    Args:
+      layer: the network: any nesting of `chain` and `repeat`.
+      parts: ``layer.size`` pytrees.
+
+    Returns:
+      One pytree, laid out as the network's; what is stacked in it is numpy's.
+
+    Raises:
+      ValueError: there are more or fewer, or repeated layers are not equal.
+
+    Example:
+      >>> import numpy as np
+      >>> from fdg_jax import chain, from_fn, repeat
+      >>> net = chain([from_fn(abs), repeat(from_fn(abs), 2)])
+      >>> join(net, ["A", {"w": np.float64(1)}, {"w": np.float64(2)}])
+      ('A', {'w': array([1., 2.])})
+    """
+    if len(parts) != layer.size:
+        raise ValueError(f"parts: {len(parts)} do not make {layer.size} layers; give one a layer")
+    if isinstance(layer, Chain):
+        joined = []
+        for inner in layer.layers:
+            joined.append(join(inner, parts[: inner.size]))
+            parts = parts[inner.size :]
+        return tuple(joined)
+    if isinstance(layer, Repeat):
+        assert layer.layer is not None
+        size = layer.layer.size
+        equal = [join(layer.layer, parts[i : i + size]) for i in range(0, len(parts), size)]
+        for tree in equal:
+            if difference(tree, equal[0]):
+                raise ValueError(
+                    f"parts: repeated layers must be equal, but {difference(tree, equal[0])}; give "
+                    "those of this network"
+                )
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *equal)
+    return parts[0]
+
+
+def difference(a: PyTree, b: PyTree) -> str | None:
+    """What two pytrees differ in, their values apart; None: in nothing.
+
+    Args:
+      a, b: pytrees of arrays, which may be abstract.
+
+    Returns:
+      A phrase that names the first array that is in one only, or of another dtype or shape.
+
+    Example:
+      >>> import numpy as np
+      >>> difference({"w": np.zeros((2, 3))}, {"w": np.zeros((2, 4))})
+      'w is float64[2,3] in one and float64[2,4] in the other'
+    """
+    ours, theirs = _signatures(a), _signatures(b)
+    for name in [*ours, *theirs]:
+        found = [side.get(name, "missing") for side in (ours, theirs)]
+        if found[0] != found[1]:
+            return f"{name} is {found[0]} in one and {found[1]} in the other"
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
+    if structures[0] != structures[1]:
+        return f"one is {structures[0]}, the other {structures[1]}"
+    return None
+
+
+def _signatures(tree: PyTree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/") or "it": (
+            f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        )
+        for path, leaf in leaves
+    }

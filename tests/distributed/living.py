@@ -1,0 +1,34 @@
+"""One process that is called, and then does as it is told; for tests.
+
+    python -m tests.distributed.living OWN COUNT HOST:PORT DEED
+
+DEED: stay, leave (well), fail (by an exception nobody catches), quit (status 3 by os._exit, and the
+others told).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from fdg_jax.distributed import failure_detector
+
+
+def main() -> None:
+    own, count, coordinator, deed = sys.argv[1:]
+    failure_detector.PROBES = dict.fromkeys(failure_detector.PROBES, 1)
+    living, _ = failure_detector.roll_call(int(own), int(count), coordinator, 60)
+    print("here", flush=True)
+    if deed == "leave":
+        return
+    if deed == "fail":
+        raise RuntimeError("as told")
+    if deed == "quit":
+        living.leave(failed=True)
+        os._exit(3)
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    main()
