@@ -11,6 +11,7 @@ import pytest
 import fdg_jax as fdg
 from fdg_jax import reference
 from fdg_jax.checkpoint.repartition import convert
+from fdg_jax.engine.nonfinite import LEFT_OUT, fresh
 from fdg_jax.errors import NonFiniteError
 from fdg_jax.layer import batch_key
 from tests import networks
@@ -179,14 +180,14 @@ def test_other_stages_go_on_as_the_oracle_from_there(schedule):
 def test_what_is_not_finite_is_looked_for_as_the_other_pipeline_does():
     pipes = [make(fdg.schedule.fdg(2), on_nonfinite=name) for name in ("skip", "ignore", "stop")]
     first, last = start(pipes[0]).stages
-    record = first.record.at[nonfinite.LEFT_OUT].set(3)
+    record = first.record.at[LEFT_OUT].set(3)
     state = start(pipes[0])._replace(stages=(first._replace(record=record), last))
     records = []
     for source, target in itertools.pairwise([*pipes, pipes[0]]):
         state = convert(source, state, target, X)
         records.append([None if s.record is None else s.record.tolist() for s in state.stages])
-    fresh = nonfinite.fresh().tolist()
-    assert records == [[None, None], [fresh, fresh], [fresh, fresh]]
+    clean = fresh().tolist()
+    assert records == [[None, None], [clean, clean], [clean, clean]]
 
 
 def test_a_source_that_is_to_stop_stops():
