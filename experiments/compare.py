@@ -22,10 +22,10 @@ from typing import Any
 from absl import flags
 
 import fdg_jax as fdg
-from experiments import bands, cifar, command, data, methods, paper, remedies, workdir
-from experiments.bands import Record
+from experiments import bands, command, data, methods, paper, remedies, settings, workdir
 from experiments.config import Config, blame
 from experiments.errors import UsageError
+from experiments.records import Record, arguments, describe, finished, train
 from fdg_jax.partition import units_of
 
 # Flags of a run that the lists below stand for.
@@ -122,7 +122,7 @@ class Series:
         return dataclasses.replace(self.common, **values, workdir=folder, overwrite=False)
 
 
-def run(series: Series, runner: Runner = bands.train) -> int:
+def run(series: Series, runner: Runner = train) -> int:
     """Does what is missing, and writes the results after every run; returns the exit status.
 
     Raises:
@@ -140,7 +140,7 @@ def run(series: Series, runner: Runner = bands.train) -> int:
         found = []
         for config in configs:
             try:
-                record = bands.finished(config)
+                record = finished(config)
             except UsageError:
                 if not series.common.overwrite or series.report_only:
                     raise
@@ -166,12 +166,12 @@ def run(series: Series, runner: Runner = bands.train) -> int:
             start = time.monotonic()
             # An interrupted run goes on from its newest checkpoint, unless --overwrite gives it up.
             overwrite = series.common.overwrite
-            status, errors = runner(bands.arguments(config, overwrite=overwrite))
+            status, errors = runner(arguments(config, overwrite=overwrite))
             spent.append(time.monotonic() - start)
-            record = bands.finished(config) if status == 0 else None
+            record = finished(config) if status == 0 else None
             left = len(configs) - i - 1 + later
             done = len(records) + len(failed) + 1
-            head = f"{done}/{done + left}  {bands.describe(config)}  "
+            head = f"{done}/{done + left}  {describe(config)}  "
             if record is None:
                 failed.append(config.workdir)
                 tail = "\n".join("    " + s for s in errors.splitlines()[-STDERR_LINES:])
@@ -255,7 +255,7 @@ def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Series:
         return values
 
     series = Series(
-        cifar.from_flags(parsed),
+        settings.from_flags(parsed),
         names,
         stages=numbers("stages", int, 1, math.inf),
         remedies=tuple(dict.fromkeys(given["remedies"])),
@@ -317,6 +317,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cifar.define_flags()
+    settings.define_flags()
     define_flags()
     command.run(main)

@@ -25,7 +25,7 @@ from typing import IO
 
 from absl import flags
 
-from experiments import command, measured, setup
+from experiments import command, machine, setup
 from experiments.errors import UsageError
 from fdg_jax import distributed
 from fdg_jax.distributed import failure_detector
@@ -125,7 +125,7 @@ def once(arguments: list[str], count: int, logs: pathlib.Path | None) -> Member 
     """Runs all processes to their end; the first that failed, or one that was asked to stop."""
     ended: queue.SimpleQueue[Member] = queue.SimpleQueue()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if count >= measured.cores():
+    if count >= machine.cores():
         environment["XLA_FLAGS"] = setup.one_thread(environment.get("XLA_FLAGS", ""))
     address = f"127.0.0.1:{distributed.free_port()}"
     members: list[Member] = []

@@ -30,7 +30,8 @@ from experiments import command, curves, methods, remedies, setup, text, workdir
 from experiments.errors import Failed, UsageError
 from experiments.lm_config import Settings, define_flags, from_flags
 from experiments.memory import memory
-from experiments.screen import Screen, stage_table
+from experiments.screen import Screen
+from experiments.shown import stage_table
 from experiments.training import params_sha256
 from experiments.transformer import kernels, transformer
 from fdg_jax.errors import StageError

@@ -1,4 +1,4 @@
-"""What else the machine is doing, and so whether a comparison of times is fair."""
+"""The machine: its cores, what else it is doing, and so whether a comparison of times is fair."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-from experiments.measured import cores
 
 STAT = pathlib.Path("/proc/stat")
 # Processor time is counted in hundredths of a second: in less than this only noise is seen.
@@ -32,6 +30,11 @@ class Usage(NamedTuple):
     busy: float | None
     idle: float
     own: float
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def usage(processes: Sequence[int] = ()) -> Usage:

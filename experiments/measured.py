@@ -22,6 +22,7 @@ import jaxlib
 
 import fdg_jax as fdg
 from experiments.data import cache
+from experiments.machine import cores
 from fdg_jax.layer import Layer
 from fdg_jax.partition import units_of
 from fdg_jax.partition.layer_cost import layer_costs
@@ -95,11 +96,6 @@ def file(settings: Mapping[str, Any]) -> pathlib.Path:
     text = json.dumps(settings, sort_keys=True)
     name = f"{settings.get('model', 'layers')}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return cache.directory() / "layer_times" / f"{name}.json"
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

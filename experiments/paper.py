@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments import methods
+from experiments.config import Config
 from experiments.overhead import steps_to
-
-if TYPE_CHECKING:
-    from experiments.bands import Record
-    from experiments.config import Config
+from experiments.records import Record
 
 # Zhuang et al., arXiv 1906.09108: test error in percent, median of three. Under "fdg" the figure
 # with beta 1, under "fdg*" that with the best beta (which stands beside it).

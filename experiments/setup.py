@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import fdg_jax as fdg
-from experiments import data, measured, methods, remedies
+from experiments import data, machine, measured, methods, remedies
 from experiments.config import Config, blame
 from experiments.errors import UsageError
 from experiments.memory import memory
@@ -61,10 +61,10 @@ def prepare_jax(num_stages: int, devices_per_stage: int = 1, *, keep_memory: boo
         jax.config.update("jax_compilation_cache_dir", str(data.cache.directory() / "compiled"))
         # Initial weights are drawn by very many programs of a few milliseconds each.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    wanted = min(num_stages, measured.cores())
+    wanted = min(num_stages, machine.cores())
     if devices_per_stage > 1:
         wanted = num_stages * devices_per_stage
-    if wanted > 1 and wanted >= measured.cores():
+    if wanted > 1 and wanted >= machine.cores():
         # Every core has a device of its own: threads inside an operation would only take cores from
         # other devices. XLA reads this when it starts.
         os.environ["XLA_FLAGS"] = one_thread(os.environ.get("XLA_FLAGS", ""))
@@ -318,5 +318,5 @@ def environment() -> dict[str, Any]:
         "devices": [str(d) for d in jax.devices()],
         "device_kind": jax.devices()[0].device_kind,
         "machine": platform.machine(),
-        "cores": measured.cores(),
+        "cores": machine.cores(),
     }

@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import command, measured, overhead, study, workdir
+from experiments import command, machine, overhead, study, workdir
 from experiments.errors import UsageError
 from experiments.study import Run, Study
 
@@ -56,9 +56,9 @@ def report(folder: pathlib.Path, plan: Study, found: Found, fraction: float) -> 
     machines: list[dict[str, Any]] = []
     for run in found.values():
         names = ("versions", "device_kind", "machine", "cores", "devices")
-        machine = {name: run["config"].get(name) for name in names}
-        if machine not in machines:
-            machines.append(machine)
+        about = {name: run["config"].get(name) for name in names}
+        if about not in machines:
+            machines.append(about)
     results = {"study": plan.text, "fraction": fraction, "machines": machines, "rows": rows}
     contents = (
         (json.dumps(results, indent=1) + "\n").encode(),
@@ -185,7 +185,7 @@ def main() -> None:
             raise UsageError(f"--{name}: is missing; see --help")
     if not 0 < FLAGS.fraction <= 1:
         raise UsageError(f"--fraction={FLAGS.fraction}: must lie in (0, 1]; 0.5 is usual")
-    cores = measured.cores()
+    cores = machine.cores()
     if not 1 <= FLAGS.jobs <= cores:
         raise UsageError(
             f"--jobs={FLAGS.jobs}: must lie in 1..{cores}, the cores that there are; each run has "

@@ -28,12 +28,12 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cifar, lm_config
+from experiments import lm_config, settings
 from experiments.config import FREE
 from experiments.errors import UsageError
 
 # How each program makes settings of flags.
-PROGRAMS: dict[str, Any] = {"cifar": cifar, "lm": lm_config}
+PROGRAMS: dict[str, Any] = {"cifar": settings, "lm": lm_config}
 METRICS = ("loss", "error")
 _STUDY = {"title": str, "program": str, "metric": str, "seeds": list, "flags": list, "rows": list}
 _ROW = {"name": str, "baseline": str, "series": str, "flags": list}

@@ -19,8 +19,9 @@ import fdg_jax as fdg
 from experiments import cluster, curves, data, resume, setup, timeline, workdir, writers
 from experiments.config import Config
 from experiments.errors import Failed, Stopped
-from experiments.screen import Screen, conclude, introduce
+from experiments.screen import Screen
 from experiments.setup import Setup
+from experiments.shown import conclude, introduce
 from fdg_jax import distributed
 from fdg_jax.engine.placement import put
 from fdg_jax.errors import NonFiniteError, StageError

@@ -10,10 +10,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from experiments.errors import UsageError
-from experiments.writers import Writer
 
 # Seconds that a full disk is waited for.
 PATIENCE = 20.0
@@ -21,6 +20,16 @@ FILES = (
     *("config.json", "metrics.jsonl", "summary.json", "curves.png"),
     *("timeline.json", "timeline.png"),
 )
+
+
+class Writer(Protocol):
+    """Takes the lines of metrics.jsonl."""
+
+    def write(self, number: int, line: dict[str, Any]) -> None:
+        """Line ``number``, from 0; None stands for what is not finite."""
+
+    def close(self) -> None:
+        """Writes what is left."""
 
 
 class Workdir:

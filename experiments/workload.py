@@ -18,7 +18,7 @@ import optax
 import fdg_jax as fdg
 from experiments.config import DTYPES, blame
 from experiments.errors import UsageError
-from experiments.measured import cores
+from experiments.machine import cores
 from experiments.methods import METHODS, Method
 from experiments.setup import compute
 from fdg_jax.optim import Staleness, recipes

@@ -13,28 +13,16 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from experiments.errors import Failed, UsageError
-
-if TYPE_CHECKING:
-    from experiments.workdir import Workdir
+from experiments.workdir import Workdir, Writer
 
 # Name, and folder in the workdir -> module. The extra of pyproject.toml has the name as well.
 WRITERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 WANDB_MODES = ("offline", "online", "disabled")
 # What places a line, and is no quantity.
 _PLACE = ("step", "split")
-
-
-class Writer(Protocol):
-    """Takes the lines of metrics.jsonl."""
-
-    def write(self, number: int, line: dict[str, Any]) -> None:
-        """Line ``number``, from 0; None stands for what is not finite."""
-
-    def close(self) -> None:
-        """Writes what is left."""
 
 
 class TensorBoard:

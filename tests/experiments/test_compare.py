@@ -12,8 +12,9 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from experiments import bands, cifar, compare, paper
+from experiments import compare, paper, settings
 from experiments.errors import UsageError
+from experiments.records import finished
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGFILES = sorted((pathlib.Path(compare.__file__).parent / "flags").glob("compare_*.cfg"))
@@ -21,7 +22,7 @@ FLAGFILES = sorted((pathlib.Path(compare.__file__).parent / "flags").glob("compa
 
 def parse(*arguments: str) -> compare.Series:
     values = flags.FlagValues()
-    cifar.define_flags(values)
+    settings.define_flags(values)
     compare.define_flags(values)
     assert values(["compare", *map(str, arguments)]) == ["compare"]
     return compare.from_flags(values)
@@ -37,9 +38,9 @@ class Fake:
 
     def __call__(self, command: list[str]) -> tuple[int, str]:
         values = flags.FlagValues()
-        cifar.define_flags(values)
+        settings.define_flags(values)
         values(["cifar", *command[3:]])
-        config = cifar.from_flags(values)
+        config = settings.from_flags(values)
         folder = pathlib.Path(config.workdir)
         self.folders.append(folder.name)
         self.commands.append(command)
@@ -81,8 +82,8 @@ def test_order_names_and_what_is_passed_on(tmp_path):
     assert fake.folders == [f"{name}_seed{seed}" for seed in (0, 3) for name in first]
     command = fake.commands[4]
     assert command[:3] == [sys.executable, "-m", "experiments.cifar"]
-    settings = {"--flip=false", "--learning_rate=0.05", "--beta=0.5", "--num_stages=2", "--seed=0"}
-    assert settings | {"--method=fdg", "--lr_milestones=150.0,225.0,275.0"} <= set(command)
+    given = {"--flip=false", "--learning_rate=0.05", "--beta=0.5", "--num_stages=2", "--seed=0"}
+    assert given | {"--method=fdg", "--lr_milestones=150.0,225.0,275.0"} <= set(command)
     assert not any(a.startswith(("--data_dir", "--accumulate")) for a in command)
 
 
@@ -201,10 +202,10 @@ def test_the_choice_waits_for_all_its_runs_and_ties_go_to_the_larger_beta(tmp_pa
     series = parse(*lists, "--choose_validation_size=7", f"--workdir={tmp_path}")
     configs = series.choosing()
     write(configs[0], 0.1)
-    records = [bands.finished(configs[0])]
+    records = [finished(configs[0])]
     assert paper.choose(configs, records) == {}
     write(configs[1], 0.1)
-    records.append(bands.finished(configs[1]))
+    records.append(finished(configs[1]))
     assert paper.choose(configs, records)["fdg_k2"]["best"] == 1.0
 
 

@@ -6,10 +6,11 @@ import pytest
 from absl import flags
 
 import fdg_jax as fdg
-from experiments import cifar, study
+from experiments import settings, study
+from experiments.config import Config
 from fdg_jax.partition import units_of
 
-FOLDER = pathlib.Path(cifar.__file__).parent / "flags"
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "flags"
 FLAGFILES = sorted(
     p for p in FOLDER.glob("*.cfg") if not p.stem.startswith(("compare_", "benchmark_", "lm_"))
 )
@@ -18,10 +19,10 @@ FLAGFILES = sorted(
 @pytest.mark.parametrize("path", FLAGFILES, ids=lambda path: path.stem)
 def test_flagfile(path):
     values = flags.FlagValues()
-    cifar.define_flags(values)
+    settings.define_flags(values)
     rest = values(["cifar", f"--flagfile={path}", "--workdir=somewhere"])
     assert rest == ["cifar"]
-    config = cifar.from_flags(values)
+    config = settings.from_flags(values)
     config.check()
     assert len(units_of(fdg.models.create(config.model))) >= config.num_stages
     assert "expected" in path.read_text()
@@ -48,4 +49,4 @@ def test_study(path):
 
 
 def test_every_setting_has_help():
-    assert set(cifar.Config.__dataclass_fields__) == set(cifar.HELP)
+    assert set(Config.__dataclass_fields__) == set(settings.HELP)

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from hypothesis import strategies as st
 
-from experiments import cifar, measured, resume, setup, workdir
+from experiments import measured, resume, settings, setup, workdir
 from experiments.config import Config
 from experiments.errors import UsageError
 from tests.experiments.data.conftest import cache_dir, image_folder
@@ -22,7 +22,7 @@ from tests.reliability.mutation import changed_bytes, changed_json, examples, on
 __all__ = ["cache_dir", "image_folder"]  # fixtures
 
 ROOT = pathlib.Path(__file__).parents[2]
-NAMES = [name for name in cifar.HELP if name != "workdir"]
+NAMES = [name for name in settings.HELP if name != "workdir"]
 WORDS = """
     fdg adl gpipe pipedream_2bw one_f_one_b data_parallel backprop cosine constant milestones time
     flops 1 1,2 2,1 0 0.5 -1 2 3 4 8 80 81 1e300 1e-300 nan inf -inf true false None small_resnet
@@ -47,14 +47,14 @@ def no_network(monkeypatch):
 def until_the_first_file(arguments: list[str], make: bool = True) -> str:
     """Does with flags what `training.run` does before it writes; says how far that went."""
     values = flags.FlagValues()
-    cifar.define_flags(values)
+    settings.define_flags(values)
     try:
         if len(values(["cifar", *arguments])) > 1:
             return "parsed"
     except (flags.Error, OSError, UnicodeError):  # as `command.run`
         return "flags"
     try:
-        config = cifar.from_flags(values)
+        config = settings.from_flags(values)
         config.check()
         resume.find(config)
         workdir.check(config.workdir, overwrite=config.overwrite)

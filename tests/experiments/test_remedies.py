@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import fdg_jax as fdg
-from experiments import cifar, lm_config, remedies, setup
+from experiments import lm_config, remedies, settings, setup
 from experiments.config import Config
 from experiments.errors import UsageError
 from experiments.lm_config import Settings
@@ -117,8 +117,8 @@ def test_adam_beside_muon_has_a_rate_of_its_own():
 
 def test_both_programs_have_the_same_flags():
     names = {field.name for field in dataclasses.fields(remedies.Remedies)} | {"optimizer"}
-    for program, settings in ((cifar, Config), (lm_config, Settings)):
-        assert names <= {field.name for field in dataclasses.fields(settings)}
+    for program, made in ((settings, Config), (lm_config, Settings)):
+        assert names <= {field.name for field in dataclasses.fields(made)}
         assert names <= set(program.HELP)
         assert "{" not in program.HELP["optimizer"]
 

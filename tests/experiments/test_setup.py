@@ -23,7 +23,7 @@ def test_operations_have_one_thread_where_every_core_has_a_device(
     monkeypatch, cores, stages, given, expected
 ):
     jax.devices()  # it runs already, so that nothing here changes its devices
-    monkeypatch.setattr("experiments.measured.cores", lambda: cores)
+    monkeypatch.setattr("experiments.machine.cores", lambda: cores)
     monkeypatch.setenv("XLA_FLAGS", given)
     setup.prepare_jax(stages)
     assert setup.os.environ["XLA_FLAGS"] == expected
