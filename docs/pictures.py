@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import fdg_jax as fdg
-from experiments import gantt
+from experiments.common import gantt
 from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.simulate import GRADIENTS, simulate
 

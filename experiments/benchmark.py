@@ -26,16 +26,18 @@ from typing import Any
 
 from absl import flags
 
-from experiments import bars, command, contender, fields, held, machine, setup, tables, workdir
-from experiments.alone import Alone, turn
-from experiments.child import OneCore, Untuned
-from experiments.config import DTYPES
-from experiments.contender import Contender, Piped
-from experiments.errors import UsageError
-from experiments.other_process import LeftOut
-from experiments.screen import Screen
-from experiments.torch_row import Torch
-from experiments.workload import ALLOWED, PIPED, Settings, Workload
+from experiments.benchmarking import bars, contender, held, tables
+from experiments.benchmarking.alone import Alone, turn
+from experiments.benchmarking.child import OneCore, Untuned
+from experiments.benchmarking.contender import Contender, Piped
+from experiments.benchmarking.other_process import LeftOut
+from experiments.benchmarking.torch_row import Torch
+from experiments.benchmarking.workload import ALLOWED, PIPED, Settings, Workload
+from experiments.common import command, fields, machine, workdir
+from experiments.common.errors import UsageError
+from experiments.common.screen import Screen
+from experiments.training import setup
+from experiments.training.config import DTYPES
 
 FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
 # Settings that say where things are, not what is measured.

@@ -12,15 +12,16 @@ that are not finite, end it with status 1.
 
 from __future__ import annotations
 
-from experiments import cluster, command, training
-from experiments.settings import define_flags, from_flags
+from experiments.common import command
+from experiments.training import cluster, loop
+from experiments.training.settings import define_flags, from_flags
 
 
 def main() -> None:
     settings = from_flags()
     settings.check()
     cluster.join(settings)
-    training.run(settings)
+    loop.run(settings)
 
 
 if __name__ == "__main__":

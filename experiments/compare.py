@@ -22,10 +22,13 @@ from typing import Any
 from absl import flags
 
 import fdg_jax as fdg
-from experiments import bands, command, data, methods, paper, remedies, settings, workdir
-from experiments.config import Config, blame
-from experiments.errors import UsageError
-from experiments.records import Record, arguments, describe, finished, train
+from experiments import data
+from experiments.common import command, workdir
+from experiments.common.errors import UsageError
+from experiments.comparing import bands, paper
+from experiments.comparing.records import Record, arguments, describe, finished, train
+from experiments.training import methods, remedies, settings
+from experiments.training.config import Config, blame
 from fdg_jax.partition import units_of
 
 # Flags of a run that the lists below stand for.

@@ -5,7 +5,7 @@
 The run may be finished, stopped, or at work. What is written is its parameters and batch statistics
 as they are in a checkpoint, the true weights where a remedy predicts; gradients that were in flight
 then are not applied. The network is
-written as one, however it was cut. experiments.model_file.load reads it again.
+written as one, however it was cut. experiments.exporting.model_file.load reads it again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import optax
 from absl import flags
 
 import fdg_jax as fdg
-from experiments import command, methods, model_file, remedies, resume, setup
-from experiments.config import Config, check_experiment
-from experiments.errors import UsageError
-from experiments.training import params_sha256
+from experiments.common import command
+from experiments.common.errors import UsageError
+from experiments.exporting import model_file
+from experiments.training import methods, remedies, resume, setup
+from experiments.training.config import Config, check_experiment
+from experiments.training.loop import params_sha256
 from fdg_jax.checkpoint import manifest, weights
 from fdg_jax.partition.layerwise import separate
 

@@ -25,8 +25,9 @@ from typing import IO
 
 from absl import flags
 
-from experiments import command, machine, setup
-from experiments.errors import UsageError
+from experiments.common import command, machine
+from experiments.common.errors import UsageError
+from experiments.training import setup
 from fdg_jax import distributed
 from fdg_jax.distributed import failure_detector
 

@@ -26,14 +26,16 @@ import numpy as np
 import optax
 
 import fdg_jax as fdg
-from experiments import command, curves, methods, remedies, setup, text, workdir
-from experiments.errors import Failed, UsageError
-from experiments.lm_config import Settings, define_flags, from_flags
-from experiments.memory import memory
-from experiments.screen import Screen
-from experiments.shown import stage_table
-from experiments.training import params_sha256
-from experiments.transformer import kernels, transformer
+from experiments.common import command, workdir
+from experiments.common.errors import Failed, UsageError
+from experiments.common.memory import memory
+from experiments.common.screen import Screen
+from experiments.text import corpus
+from experiments.text.settings import Settings, define_flags, from_flags
+from experiments.text.transformer import kernels, transformer
+from experiments.training import curves, methods, remedies, setup
+from experiments.training.loop import params_sha256
+from experiments.training.shown import stage_table
 from fdg_jax.errors import StageError
 from fdg_jax.schedule import LEGEND, Schedule
 
@@ -117,10 +119,10 @@ def described_stages(
 
 
 def evaluation(
-    pipe: fdg.Pipeline, source: text.Text, settings: Settings
+    pipe: fdg.Pipeline, source: corpus.Text, settings: Settings
 ) -> Callable[[fdg.PipelineState], tuple[float, float]]:
     """What gives loss (nats per byte) and error on the held-out text, in sequences side by side."""
-    x, labels = text.windows(source.validation, settings.context)
+    x, labels = corpus.windows(source.validation, settings.context)
     size, last = settings.batch_size, pipe.stages[-1]
 
     @jax.jit
@@ -151,7 +153,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     settings.check()
     workdir.check(settings.workdir, overwrite=settings.overwrite)
-    source = text.load(settings.text, settings.validation_fraction, settings.context)
+    source = corpus.load(settings.text, settings.validation_fraction, settings.context)
     setup.prepare_jax(settings.num_stages)
     pipe, stages = make(settings, len(source.vocabulary))
     example = jax.ShapeDtypeStruct((settings.batch_size, settings.context), jnp.int32)
@@ -219,7 +221,7 @@ def run(settings: Settings) -> dict[str, Any]:
             clock = time.perf_counter()
             for step in range(settings.steps):
                 shape = (settings.context, settings.batch_size)
-                batch = text.batch(source.train, *shape, settings.seed, step)
+                batch = corpus.batch(source.train, *shape, settings.seed, step)
                 state, metrics = pipe.step(state, batch)
                 waiting.extend([] if metrics is None else [metrics])
                 # The pipeline has waited for all but the last max_ahead ticks.

@@ -21,10 +21,12 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import command, contender, machine, setup, tables
+from experiments.benchmarking import contender, tables
+from experiments.benchmarking.workload import Settings, Workload
+from experiments.common import command, machine
+from experiments.common.errors import UsageError
 from experiments.data import cache
-from experiments.errors import UsageError
-from experiments.workload import Settings, Workload
+from experiments.training import setup
 from fdg_jax import distributed
 
 FLAGS = flags.FLAGS

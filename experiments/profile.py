@@ -22,11 +22,12 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import command, machine, setup, workdir
-from experiments.contender import Plain
-from experiments.errors import UsageError
-from experiments.screen import Screen
-from experiments.workload import Settings, Workload
+from experiments.benchmarking.contender import Plain
+from experiments.benchmarking.workload import Settings, Workload
+from experiments.common import command, machine, workdir
+from experiments.common.errors import UsageError
+from experiments.common.screen import Screen
+from experiments.training import setup
 
 FILES = ("profile.json", "profile.md")
 FLAGS = flags.FLAGS

@@ -16,9 +16,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import command, page, runs
-from experiments.errors import UsageError
-from experiments.runs import Run
+from experiments.common import command
+from experiments.common.errors import UsageError
+from experiments.reporting import page, runs
+from experiments.reporting.runs import Run
 
 FLAGS = flags.FLAGS
 # Of config.json what is no setting, and has its own place on the page.

@@ -15,8 +15,9 @@ from typing import Any
 
 from absl import flags
 
-from experiments import command, methods
-from experiments.errors import UsageError
+from experiments.common import command
+from experiments.common.errors import UsageError
+from experiments.training import methods
 from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.simulate import simulate
 from fdg_jax.schedule import create

@@ -18,9 +18,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import command, gantt, methods, workdir
-from experiments.errors import UsageError
-from experiments.screen import Screen
+from experiments.common import command, gantt, workdir
+from experiments.common.errors import UsageError
+from experiments.common.screen import Screen
+from experiments.training import methods
 from fdg_jax.analysis.costs import PER_STAGE, Costs
 from fdg_jax.analysis.simulate import GRADIENTS, simulate
 from fdg_jax.analysis.timeline import Timeline

@@ -3,9 +3,9 @@
     python -m experiments.staleness --study=experiments/flags/staleness_text.toml --workdir=runs/s
 
 A study is a TOML file with rows of flags of experiments.cifar or experiments.lm (see
-experiments/study.py). What is not there yet is trained; started again, it goes on where it was
-interrupted. --jobs=2 trains two runs at a time, each on a core of its own: for accuracy, not for
-times. Leaves results.json, table.md, staleness.png and the runs.
+experiments/comparing/study.py). What is not there yet is trained; started again, it goes on where
+it was interrupted. --jobs=2 trains two runs at a time, each on a core of its own: for accuracy, not
+for times. Leaves results.json, table.md, staleness.png and the runs.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import command, machine, overhead, study, workdir
-from experiments.errors import UsageError
-from experiments.study import Run, Study
+from experiments.common import command, machine, workdir
+from experiments.common.errors import UsageError
+from experiments.comparing import overhead, study
+from experiments.comparing.study import Run, Study
 
 FLAGS = flags.FLAGS
 STDERR_LINES = 8

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.common.errors import UsageError
 from experiments.data.progress import progress
-from experiments.errors import UsageError
 
 _CHUNK = 1 << 20
 _TEXT_LIMIT = 1 << 16

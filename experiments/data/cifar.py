@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from experiments.common.errors import UsageError
 from experiments.data import prepared
 from experiments.data.archive import Archive, fetch, members
 from experiments.data.arrays import Arrays, Images, Labels
 from experiments.data.progress import progress
-from experiments.errors import UsageError
 
 _VERSION = "3.0.2"
 _SHAPE = (32, 32, 3)

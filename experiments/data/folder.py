@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.common.errors import UsageError
 from experiments.data import cache
 from experiments.data.arrays import Arrays
 from experiments.data.images import LARGEST, decode_all
-from experiments.errors import UsageError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _LAYOUT = "the folder must hold train/<class>/* and test/<class>/* as PNG or JPEG"

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from experiments.common.errors import UsageError
+from experiments.common.memory import memory
 from experiments.data.arrays import Images
 from experiments.data.progress import progress
-from experiments.errors import UsageError
-from experiments.memory import memory
 
 _GRAY = ("1", "L", "LA")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")

@@ -6,8 +6,8 @@ from typing import Self, cast
 import grain
 import numpy as np
 
+from experiments.common.errors import UsageError
 from experiments.data.arrays import Images, Labels
-from experiments.errors import UsageError
 
 
 class Loader:

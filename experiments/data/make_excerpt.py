@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from experiments.errors import UsageError
+from experiments.common.errors import UsageError
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.common.errors import UsageError
 from experiments.data import cache
 from experiments.data.arrays import Arrays
 from experiments.data.images import decode_all
-from experiments.errors import UsageError
 
 _NAME = re.compile(r"(?P<path>\w+(/[\w.\-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
 _INFO, _FEATURES = "dataset_info.json", "features.json"

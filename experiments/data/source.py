@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from experiments.common.errors import UsageError
 from experiments.data import cifar, embedded, folder, prepared
 from experiments.data.arrays import Arrays, Channels, Images, Labels
 from experiments.data.split import split
-from experiments.errors import UsageError
 
 # As usual in the literature, so that runs compare.
 _STATISTICS = {

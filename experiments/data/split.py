@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from experiments.common.errors import UsageError
 from experiments.data.arrays import Arrays, Indices, Labels
-from experiments.errors import UsageError
 
 
 def split(arrays: Arrays, *, validation_size: int, train_size: int, seed: int) -> Arrays:

@@ -4,8 +4,8 @@ import jax
 import pytest
 
 import fdg_jax as fdg
-from experiments import machine
-from experiments.workload import Settings
+from experiments.benchmarking.workload import Settings
+from experiments.common import machine
 from tests.experiments.tiny import QUIET, tiny_network
 
 

@@ -5,9 +5,11 @@ import numpy as np
 from flax import linen, nnx
 
 import fdg_jax as fdg
-from experiments import data, setup, workdir
-from experiments.config import Config
-from experiments.training import params_sha256
+from experiments import data
+from experiments.common import workdir
+from experiments.training import setup
+from experiments.training.config import Config
+from experiments.training.loop import params_sha256
 from fdg_jax.checkpoint import Checkpointer
 
 RNG = np.random.default_rng(0)

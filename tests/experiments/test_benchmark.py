@@ -13,9 +13,11 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from experiments import benchmark, contender, machine, tables
-from experiments.errors import UsageError
-from experiments.workload import Settings
+from experiments import benchmark
+from experiments.benchmarking import contender, tables
+from experiments.benchmarking.workload import Settings
+from experiments.common import machine
+from experiments.common.errors import UsageError
 from tests.experiments.tiny import QUIET
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -201,7 +203,7 @@ REFUSED = {
 
 
 def test_refusals(monkeypatch):
-    monkeypatch.setattr("experiments.workload.cores", lambda: 2)
+    monkeypatch.setattr("experiments.benchmarking.workload.cores", lambda: 2)
     all_of_them = "--contenders=data_parallel,gpipe,backprop_torch"
     usual = ["--workdir=somewhere", "--model=small_resnet", all_of_them]
     parse(*usual).check()

@@ -7,10 +7,12 @@ import os
 
 import pytest
 
-from experiments import benchmark, child, contender, setup
-from experiments.child import OneCore
-from experiments.other_process import LeftOut
-from experiments.workload import Settings, Workload
+from experiments import benchmark
+from experiments.benchmarking import child, contender
+from experiments.benchmarking.child import OneCore
+from experiments.benchmarking.other_process import LeftOut
+from experiments.benchmarking.workload import Settings, Workload
+from experiments.training import setup
 
 SETTINGS = Settings(
     "somewhere", ("backprop", "backprop_one_core"), model="small_resnet", image_size=4, batch_size=8

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import methods
+from experiments.training import methods
 
 ROOT = pathlib.Path(__file__).parents[2]
 

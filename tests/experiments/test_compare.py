@@ -12,9 +12,11 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from experiments import compare, paper, settings
-from experiments.errors import UsageError
-from experiments.records import finished
+from experiments import compare
+from experiments.common.errors import UsageError
+from experiments.comparing import paper
+from experiments.comparing.records import finished
+from experiments.training import settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGFILES = sorted((pathlib.Path(compare.__file__).parent / "flags").glob("compare_*.cfg"))

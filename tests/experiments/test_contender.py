@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import fdg_jax as fdg
-from experiments import contender
-from experiments.alone import Alone, turn
-from experiments.workload import Workload
+from experiments.benchmarking import contender
+from experiments.benchmarking.alone import Alone, turn
+from experiments.benchmarking.workload import Workload
 from tests.experiments.tiny import made, params
 
 # The engine's own programs and a plain step compute the same in another order.

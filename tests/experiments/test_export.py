@@ -15,9 +15,10 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
 import fdg_jax as fdg
-from experiments import data, export, model_file
-from experiments.errors import UsageError
-from experiments.training import params_sha256
+from experiments import data, export
+from experiments.common.errors import UsageError
+from experiments.exporting import model_file
+from experiments.training.loop import params_sha256
 from fdg_jax.checkpoint import manifest
 from fdg_jax.partition.layerwise import join, separate
 from tests.experiments.made import (

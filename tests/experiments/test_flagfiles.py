@@ -6,8 +6,9 @@ import pytest
 from absl import flags
 
 import fdg_jax as fdg
-from experiments import settings, study
-from experiments.config import Config
+from experiments.comparing import study
+from experiments.training import settings
+from experiments.training.config import Config
 from fdg_jax.partition import units_of
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "flags"

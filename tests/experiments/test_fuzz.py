@@ -13,9 +13,10 @@ import pytest
 from absl import flags
 from hypothesis import strategies as st
 
-from experiments import measured, resume, settings, setup, workdir
-from experiments.config import Config
-from experiments.errors import UsageError
+from experiments.common import workdir
+from experiments.common.errors import UsageError
+from experiments.training import measured, resume, settings, setup
+from experiments.training.config import Config
 from tests.experiments.data.conftest import cache_dir, image_folder
 from tests.reliability.mutation import changed_bytes, changed_json, examples, one_line
 

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from experiments import contender, held
-from experiments.workload import Workload
+from experiments.benchmarking import contender, held
+from experiments.benchmarking.workload import Workload
 from tests.experiments.tiny import made
 
 

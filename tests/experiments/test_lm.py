@@ -16,10 +16,12 @@ import pytest
 from absl import flags
 
 import fdg_jax as fdg
-from experiments import lm, lm_config, methods, setup, text
-from experiments.errors import UsageError
-from experiments.lm_config import Settings
-from experiments.transformer import kernels, transformer
+from experiments import lm
+from experiments.common.errors import UsageError
+from experiments.text import corpus
+from experiments.text.settings import HELP, Settings, define_flags, from_flags
+from experiments.text.transformer import kernels, transformer
+from experiments.training import methods, setup
 from tests import networks
 
 ROOT = pathlib.Path(lm.__file__).parents[1]
@@ -115,19 +117,19 @@ def test_a_stage_clips_by_its_share_and_shrinks_what_adamw_gives():
 
 def test_labels_are_what_follows_and_batches_depend_on_seed_and_step_alone():
     tokens = np.arange(100, dtype=np.uint8)
-    x, labels = text.batch(tokens, 7, 5, seed=1, step=2)
+    x, labels = corpus.batch(tokens, 7, 5, seed=1, step=2)
     assert x.shape == labels.shape == (5, 7)
     np.testing.assert_array_equal(labels, x + 1)
-    np.testing.assert_array_equal(x, text.batch(tokens, 7, 5, seed=1, step=2)[0])
-    assert (x != text.batch(tokens, 7, 5, seed=1, step=3)[0]).any()
-    assert (x != text.batch(tokens, 7, 5, seed=2, step=2)[0]).any()
-    x, labels = text.windows(tokens, 7)
+    np.testing.assert_array_equal(x, corpus.batch(tokens, 7, 5, seed=1, step=2)[0])
+    assert (x != corpus.batch(tokens, 7, 5, seed=1, step=3)[0]).any()
+    assert (x != corpus.batch(tokens, 7, 5, seed=2, step=2)[0]).any()
+    x, labels = corpus.windows(tokens, 7)
     np.testing.assert_array_equal(x.reshape(-1), np.arange(14 * 7))
     np.testing.assert_array_equal(labels, x + 1)
 
 
 def test_without_a_file_the_text_is_that_of_the_standard_library():
-    source = text.load(None, 0.1, 64)
+    source = corpus.load(None, 0.1, 64)
     assert len(source.train) > 300_000
     assert len(source.validation) == (len(source.train) + len(source.validation)) // 10
     start = bytes(source.vocabulary[i] for i in source.train[:300])
@@ -198,9 +200,9 @@ def test_the_program_says_one_line_and_ends_with_status_2(tmp_path):
 def test_flagfile():
     path = ROOT / "experiments" / "flags" / "lm_quick.cfg"
     values = flags.FlagValues()
-    lm_config.define_flags(values)
+    define_flags(values)
     assert values(["lm", f"--flagfile={path}", "--workdir=somewhere"]) == ["lm"]
-    lm_config.from_flags(values).check()
+    from_flags(values).check()
     assert path.read_text().startswith("# ")
     assert "expected" in path.read_text()
-    assert set(Settings.__dataclass_fields__) == set(lm_config.HELP)
+    assert set(Settings.__dataclass_fields__) == set(HELP)

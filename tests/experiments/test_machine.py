@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from experiments import machine
+from experiments.common import machine
 
 
 def test_processor_time_of_others(monkeypatch, tmp_path):

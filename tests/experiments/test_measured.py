@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import fdg_jax as fdg
-from experiments import data, measured, setup
-from experiments.config import Config
+from experiments import data
+from experiments.training import measured, setup
+from experiments.training.config import Config
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYERS = fdg.models.create("small_resnet")

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import fdg_jax as fdg
-from experiments import model_file
+from experiments.exporting import model_file
 from fdg_jax.partition.layerwise import separate
 
 ABOUT = {

@@ -9,10 +9,12 @@ import optax
 import pytest
 
 import fdg_jax as fdg
-from experiments import lm_config, remedies, settings, setup
-from experiments.config import Config
-from experiments.errors import UsageError
-from experiments.lm_config import Settings
+from experiments.common.errors import UsageError
+from experiments.text import settings as lm
+from experiments.text.settings import Settings
+from experiments.training import remedies, setup
+from experiments.training import settings as cifar
+from experiments.training.config import Config
 from tests.optim.recursion import trained
 
 RULE = fdg.schedule.fdg(4, "backward_first")  # stage 0 is 5 updates late
@@ -117,8 +119,8 @@ def test_adam_beside_muon_has_a_rate_of_its_own():
 
 def test_both_programs_have_the_same_flags():
     names = {field.name for field in dataclasses.fields(remedies.Remedies)} | {"optimizer"}
-    for program, made in ((settings, Config), (lm_config, Settings)):
-        assert names <= {field.name for field in dataclasses.fields(made)}
+    for program, settings in ((cifar, Config), (lm, Settings)):
+        assert names <= {field.name for field in dataclasses.fields(settings)}
         assert names <= set(program.HELP)
         assert "{" not in program.HELP["optimizer"]
 

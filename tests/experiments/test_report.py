@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
-from experiments import report, runs
-from experiments.errors import UsageError
+from experiments import report
+from experiments.common.errors import UsageError
+from experiments.reporting import runs
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "compare_quick"

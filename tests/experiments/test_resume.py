@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import resume, workdir
-from experiments.config import Config
-from experiments.errors import UsageError
+from experiments.common import workdir
+from experiments.common.errors import UsageError
+from experiments.training import resume
+from experiments.training.config import Config
 
 ROOT = pathlib.Path(__file__).parents[2]
 TIMES = ("images_per_second", "seconds")

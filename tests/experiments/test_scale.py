@@ -4,7 +4,7 @@ import pytest
 from absl import flags
 
 from experiments import scale
-from experiments.errors import UsageError
+from experiments.common.errors import UsageError
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from experiments import setup
+from experiments.training import setup
 
 FLAG = "--xla_cpu_multi_thread_eigen"
 
@@ -23,7 +23,7 @@ def test_operations_have_one_thread_where_every_core_has_a_device(
     monkeypatch, cores, stages, given, expected
 ):
     jax.devices()  # it runs already, so that nothing here changes its devices
-    monkeypatch.setattr("experiments.machine.cores", lambda: cores)
+    monkeypatch.setattr("experiments.common.machine.cores", lambda: cores)
     monkeypatch.setenv("XLA_FLAGS", given)
     setup.prepare_jax(stages)
     assert setup.os.environ["XLA_FLAGS"] == expected

@@ -12,8 +12,9 @@ import time
 import pytest
 from PIL import Image
 
-from experiments import overhead, staleness, study
-from experiments.errors import UsageError
+from experiments import staleness
+from experiments.common.errors import UsageError
+from experiments.comparing import overhead, study
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = """

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import fdg_jax as fdg
-from experiments import timeline
-from experiments.errors import UsageError
+from experiments.common.errors import UsageError
+from experiments.training import timeline
 from fdg_jax.analysis.recorder import Recorder, expected
 from tests import networks
 from tests.experiments.test_cifar import cache, cifar, images, small  # noqa: F401

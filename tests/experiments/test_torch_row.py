@@ -8,9 +8,9 @@ import sys
 import jax
 import pytest
 
-from experiments.other_process import LeftOut
-from experiments.torch_row import Torch
-from experiments.workload import Settings, Workload
+from experiments.benchmarking.other_process import LeftOut
+from experiments.benchmarking.torch_row import Torch
+from experiments.benchmarking.workload import Settings, Workload
 
 FAKE_TORCH = """#!{python}
 import json, sys

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from experiments import workdir
-from experiments.errors import UsageError
+from experiments.common import workdir
+from experiments.common.errors import UsageError
 
 
 @pytest.fixture

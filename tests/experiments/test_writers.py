@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from experiments import config, resume, writers
-from experiments.errors import UsageError
-from experiments.workdir import Workdir
+from experiments.common.errors import UsageError
+from experiments.common.workdir import Workdir
+from experiments.training import config, resume, writers
 
 ROOT = pathlib.Path(__file__).parents[2]
 needs_tensorboard = pytest.mark.skipif(
@@ -145,7 +145,8 @@ def test_a_writer_that_is_missing_leaves_nothing_behind(tmp_path):
         "import importlib.util, sys\n"
         "importlib.util.find_spec = lambda name: None\n"
         "from absl import flags\n"
-        "from experiments import cifar, command\n"
+        "from experiments import cifar\n"
+        "from experiments.common import command\n"
         "cifar.define_flags()\n"
         "command.run(cifar.main)\n"
     )

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 import fdg_jax as fdg
-from experiments import contender
-from experiments.workload import Settings, Workload
+from experiments.benchmarking import contender
+from experiments.benchmarking.workload import Settings, Workload
 from tests.networks import batch_norm, dense
 
 QUIET = {"load_average": [0.1, 0.1, 0.1], "cores_of_others": 0.05}

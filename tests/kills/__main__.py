@@ -22,8 +22,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import command
-from experiments.errors import UsageError
+from experiments.common import command
+from experiments.common.errors import UsageError
 from tests.kills.plan import SETTINGS, Setting, plan
 from tests.kills.run import make_images, torment
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments import command
+from experiments.common import command
 from fdg_jax.distributed.initialize import free_port
 from tests import processes
 

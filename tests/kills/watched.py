@@ -27,7 +27,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from experiments import resume, training, workdir
+from experiments.common import workdir
+from experiments.training import loop, resume
 from fdg_jax.checkpoint import checkpointer, manifest
 from fdg_jax.engine import dispatch, pipeline
 
@@ -185,7 +186,7 @@ def watch_main(watch: Watch) -> None:
 
         return wrapped
 
-    wrap(training.Evaluation, "__call__", evaluating)
+    wrap(loop.Evaluation, "__call__", evaluating)
     wrap(pipeline.Pipeline, "predict", around(watch, "predict", "predicted"))
     wrap(pipeline.Pipeline, "drain", around(watch, "drain", "drained", main="drain"))
     draining = around(watch, "drain tick", "drain ticked", lambda *_: watch.main == "drain")

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from experiments import methods
-from experiments.config import Config
+from experiments.training import methods
+from experiments.training.config import Config
 from tests.kills.plan import GRADIENTS, METHODS, SETTINGS, Order, Setting, plan
 from tests.kills.run import make_images, torment
 

@@ -13,8 +13,8 @@ import zlib
 import numpy as np
 import pytest
 
+from experiments.common.errors import UsageError
 from experiments.data import folder
-from experiments.errors import UsageError
 from tests.reliability import damage, faults
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_images_take_no_memory_before_their_size_is_checked(tmp_path):
     said = limited(
         "from experiments.data.images import decode\n"
         "from experiments.data import folder\n"
-        "from experiments.errors import UsageError",
+        "from experiments.common.errors import UsageError",
         f"for name in {sorted(files)}:\n"
         "    try:\n"
         f"        decode(open(f'{tmp_path}/{{name}}', 'rb').read(), name, '--dataset=x')\n"
@@ -113,7 +113,7 @@ def test_archives_take_no_memory_before_their_size_is_checked(tmp_path):
         "import pathlib\n"
         f"root = pathlib.Path('{tmp_path}')\n"
         "from experiments.data.archive import members\n"
-        "from experiments.errors import UsageError",
+        "from experiments.common.errors import UsageError",
         "for name in ('bomb', 'petabyte'):\n"
         "    try:\n"
         "        members(root / f'{name}.tar.gz', {'a': 10}, '--dataset')\n"

@@ -11,9 +11,9 @@ import tarfile
 import numpy as np
 import pytest
 
+from experiments.common.errors import UsageError
 from experiments.data import folder, prepared
 from experiments.data.archive import members
-from experiments.errors import UsageError
 from fdg_jax.checkpoint import manifest, restore
 from tests import networks
 from tests.experiments.data.test_prepared import prepare, random_images

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments.common.errors import UsageError
 from experiments.data import cifar
-from experiments.errors import UsageError
 
 Make = Callable[[str], Any]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.common.errors import UsageError
 from experiments.data import load
-from experiments.errors import UsageError
 
 
 def save(path: Path, pixels: np.ndarray) -> None:

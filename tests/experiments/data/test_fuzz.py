@@ -15,9 +15,9 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
+from experiments.common.errors import UsageError
 from experiments.data import cifar, folder, prepared
 from experiments.data.archive import members
-from experiments.errors import UsageError
 from tests.experiments.data.test_prepared import prepare, random_images
 from tests.reliability.mutation import changed_bytes, changed_json, examples, one_line
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.common.errors import UsageError
 from experiments.data import Loader, evaluation_batches
-from experiments.errors import UsageError
 
 
 def numbered(count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.common.errors import UsageError
 from experiments.data import load, prepared
-from experiments.errors import UsageError
 
 
 def png(pixels: np.ndarray) -> io.BytesIO:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments.common.errors import UsageError
 from experiments.data import cifar, embedded, load
 from experiments.data.make_excerpt import excerpt, read_idx
 from experiments.data.source import statistics
-from experiments.errors import UsageError
 
 
 def test_embedded_excerpt() -> None:

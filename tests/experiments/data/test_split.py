@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.common.errors import UsageError
 from experiments.data.arrays import Arrays
 from experiments.data.split import balanced, split
-from experiments.errors import UsageError
 
 
 def numbered(labels: list[int], classes: int) -> Arrays:

@@ -1,0 +1,1 @@
+"""What a benchmark times, and the tables and pictures of it."""

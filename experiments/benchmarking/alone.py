@@ -1,0 +1,92 @@
+"""Stages at work without one another: the least time that a tick could take.
+
+One alone shows what the schedule could reach at best. All at once, each on its own device and none
+with a message for another, show what the machine leaves of that: its caches, memory and cores are
+shared. What the pipeline then takes more is its own doing.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarking.contender import Piped
+from fdg_jax.engine.dispatch import Tick
+from fdg_jax.engine.state import PipelineState, StageState
+
+
+class Alone:
+    """The programs of one stage of FDG, as a tick in steady state dispatches them.
+
+    Its state is a copy. What the neighbours would send is made beforehand, and what it would send
+    stays on its own device.
+
+    Args:
+      contender: filled; of a schedule in which every stage can begin every tick at once.
+      k: the stage.
+    """
+
+    def __init__(self, contender: Piped, k: int) -> None:
+        self.name, self.k = f"{contender.name} stage {k}", k
+        pipe, state = contender.pipe, contender.state
+        self.schedule = contender.schedule
+        self.max_ahead = pipe.max_ahead
+        self.today = contender.gradient == "recompute"
+        # Every neighbour is the stage itself: messages then need no transfer.
+        self.programs = [pipe.stages[k]] * pipe.num_stages
+        own = jax.tree.map(jnp.copy, state.stages[k]).copied()
+        self.inputs = contender.batch[0] if k == 0 else next(iter(own.activations.values()))
+        self.labels = contender.batch[1]
+        self.cotangent = next(iter(own.cotangents.values()), None)
+        own = own._replace(activations={}, cotangents={}, labels={})
+        stages = [StageState.fresh((), (), (), own.key, own.number) for _ in pipe.stages]
+        stages[k] = own
+        self.state = PipelineState(int(state.tick), int(state.origin), state.key, tuple(stages))
+
+    def prepare(self, steps: int) -> None:
+        """Makes what the neighbours would send in so many ticks; ready when this returns."""
+        self.messages = [
+            jax.tree.map(jnp.copy, (self.inputs, self.cotangent)) for _ in range(steps)
+        ]
+        self.tokens = collections.deque[list[jax.Array]]()
+        jax.block_until_ready((self.messages, self.state))
+
+    def tick(self) -> None:
+        """Dispatches the stage's part of one tick; waits only where it is too far ahead."""
+        if len(self.tokens) >= self.max_ahead:
+            jax.block_until_ready(self.tokens.popleft())
+        inputs, cotangent = self.messages.pop()
+        tick = Tick(self.programs, self.schedule, self.today, self.state)
+        actions = [a for a in self.schedule.tick(tick.batch - tick.origin) if a.stage == self.k]
+        own = tick.stages[self.k]
+        for action in actions:
+            n = action.batch + tick.origin
+            if action.kind == "F":
+                own.activations[n] = inputs
+                if self.k == tick.last:
+                    own.labels[n] = self.labels
+            elif action.kind == "B" and self.k < tick.last:
+                own.cotangents[n] = cotangent
+        tick.run(actions)
+        self.state = tick.state(tick.batch + 1, tick.origin)
+        for k, other in enumerate(self.state.stages):
+            if k != self.k:
+                other.activations.clear()
+                other.cotangents.clear()
+        self.tokens.append([program.token for program in tick.tokens()])
+
+
+def turn(stages: Sequence[Alone], steps: int) -> float:
+    """Does the part of some stages of so many ticks, all at once; returns the seconds."""
+    for stage in stages:
+        stage.prepare(steps)
+    start = time.perf_counter()
+    for _ in range(steps):
+        for stage in stages:
+            stage.tick()
+    jax.block_until_ready([stage.state for stage in stages])
+    return time.perf_counter() - start

@@ -1,0 +1,89 @@
+"""Plain backpropagation in a process of its own: held to one core, or as JAX comes.
+
+Run by `experiments.benchmark`: it reads the settings from its arguments, says when it is ready, and
+then trains as many steps as each line of its input says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+
+from experiments.benchmarking.other_process import LeftOut, OtherProcess
+from experiments.benchmarking.workload import Settings
+
+
+class Child(OtherProcess):
+    """A contender that this module's `main` trains.
+
+    Args:
+      name: as in --contenders.
+      settings: of the benchmark.
+
+    Raises:
+      RuntimeError: it ended before it was ready.
+    """
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        words = json.dumps(dataclasses.asdict(settings))
+        super().__init__(
+            name, [sys.executable, "-m", "experiments.benchmarking.child", name, words]
+        )
+
+
+class OneCore(Child):
+    """`backprop` in a process that may use one core only; a device that shares with no other.
+
+    XLA gives a CPU device the threads of all cores that its process may use, and runs what is
+    independent inside a program side by side. So a step "on one device" takes more than one core,
+    where a stage of a pipeline must share them with the other stages.
+
+    Raises:
+      LeftOut: this system does not hold a process to a core.
+    """
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        if not hasattr(os, "sched_setaffinity"):
+            raise LeftOut("this system does not hold a process to a core")
+        super().__init__(name, settings)
+        self.about = f"one jitted step, in a process that may use core {self.ready['core']} alone"
+
+
+class Untuned(Child):
+    """`backprop_xla` where memory is not kept: nothing of this project but the model."""
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        super().__init__(name, settings)
+        self.about = "one jitted step, JAX's derivatives, memory not kept, in its own process"
+
+
+def main() -> None:
+    name, values = sys.argv[1], json.loads(sys.argv[2])
+    one_core = name == "backprop_one_core"
+    core = None
+    if one_core:
+        core = max(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {core})  # before JAX counts the cores, and makes its threads
+    import jax
+
+    from experiments.benchmarking import contender
+    from experiments.benchmarking.workload import Workload
+    from experiments.training import setup
+
+    settings = Settings(**{**values, "contenders": tuple(values["contenders"]), "num_stages": 1})
+    # XLA makes other programs where there is one core; its cache would not tell them apart.
+    if one_core:
+        jax.config.update("jax_enable_compilation_cache", False)
+    setup.prepare_jax(1, keep_memory=one_core)
+    made = contender.make("backprop" if one_core else "backprop_xla", Workload(settings))
+    made.turn(1)
+    print(json.dumps({"core": core}), flush=True)
+    for line in sys.stdin:
+        seconds = made.turn(int(line))
+        print(json.dumps({"seconds": seconds, "loss": made.loss}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""What a benchmark times: training loops, ready to go on for another turn."""
+
+from __future__ import annotations
+
+import abc
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import fdg_jax as fdg
+from experiments.benchmarking.workload import ONE_DEVICE, Workload, gradient
+from experiments.training.setup import loss_fn
+from fdg_jax.checkpoint import Checkpointer
+from fdg_jax.engine.placement import BATCH_AXIS, stage_meshes
+from fdg_jax.layer import batch_key
+from fdg_jax.schedule import Schedule
+from fdg_jax.typing import PyTree
+
+
+class Contender(abc.ABC):
+    """A training loop; its state stays where it is between turns.
+
+    Attributes:
+      name: as in --contenders.
+      about: what it is, in a few words.
+      devices: how many it uses.
+      stages: how many it cuts the network into.
+      processes: ids of processes that it runs in, beside this one.
+    """
+
+    name: str
+    about: str
+    devices: int
+    stages: int = 1
+    processes: tuple[int, ...] = ()
+
+    @abc.abstractmethod
+    def turn(self, steps: int) -> float:
+        """Trains, and waits for the devices at the end; returns the seconds."""
+
+    @property
+    @abc.abstractmethod
+    def loss(self) -> float:
+        """Of the last batch that reached it."""
+
+    @property
+    def fill(self) -> int:
+        """Steps until every step does the same."""
+        return 1
+
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
+        """Ends what it has started."""
+
+
+class TrainState(NamedTuple):
+    """What a plain step changes."""
+
+    params: PyTree
+    model_state: PyTree
+    opt_state: optax.OptState
+    number: jax.Array
+
+
+class Plain(Contender):
+    """One jitted step of the whole network, its state donated: the loop of a user without engine.
+
+    Args:
+      name: as in --contenders.
+      work: what is trained.
+      devices: one, or several that share every batch.
+    """
+
+    def __init__(self, name: str, work: Workload, devices: list[jax.Device]) -> None:
+        self.name, self.devices = name, len(devices)
+        self.about = "one jitted step" + (", batch sharded" if len(devices) > 1 else "")
+        layers = work.network(fast_derivatives=name != "backprop_xla")
+        layer, optimizer, key = fdg.chain(layers), work.optimizer(), work.key
+
+        def step(
+            state: TrainState, images: jax.Array, labels: jax.Array
+        ) -> tuple[TrainState, dict[str, jax.Array]]:
+            def loss(params: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
+                noise = batch_key(key, state.number)
+                y, new = layer.apply(params, state.model_state, images, train=True, key=noise)
+                value, metrics = loss_fn(y, labels)
+                return value, (new, {**metrics, "loss": value})
+
+            grads, (model_state, metrics) = jax.grad(loss, has_aux=True)(state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return TrainState(params, model_state, opt_state, state.number + 1), metrics
+
+        with jax.default_device(devices[0]):
+            params, model_state = layer.init(key, jnp.zeros(work.example.shape, work.example.dtype))
+            opt_state = jax.jit(optimizer.init)(params)
+            state = TrainState(params, model_state, opt_state, jnp.zeros((), jnp.int32))
+        if len(devices) == 1:
+            self.step = jax.jit(step, donate_argnums=0)
+            whole: Any = devices[0]
+            parts: Any = devices[0]
+        else:
+            mesh = stage_meshes(1, devices)[0]
+            whole = NamedSharding(mesh, PartitionSpec())
+            parts = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+            self.step = jax.jit(step, donate_argnums=0, out_shardings=whole)
+        # A copy: the first donation must not take an initial value that a layer's maker holds.
+        self.state = jax.device_put(jax.tree.map(jnp.copy, state), whole)
+        self.batch = jax.device_put((work.images, work.labels), parts)
+        self.metrics: dict[str, jax.Array] = {}
+
+    def turn(self, steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.state, self.metrics = self.step(self.state, *self.batch)
+        jax.block_until_ready((self.state, self.metrics))
+        return time.perf_counter() - start
+
+    @property
+    def loss(self) -> float:
+        return float(self.metrics["loss"])
+
+
+class Piped(Contender):
+    """A schedule run by the engine; it stays filled between turns.
+
+    Args:
+      name: as in --contenders.
+      work: what is trained.
+      schedule: who does what when.
+      devices: fewer than stages are shared.
+      choice: which gradient a delayed backward takes.
+      on_nonfinite: whether anybody looks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        work: Workload,
+        schedule: Schedule,
+        devices: list[jax.Device],
+        choice: str = "stale",
+        on_nonfinite: str = "ignore",
+    ) -> None:
+        self.name, self.schedule, self.gradient = name, schedule, choice
+        self.stages = schedule.num_stages
+        self.devices = min(len(devices), self.stages)
+        self.about = f"{schedule.name}, {self.stages} stages, {choice}"
+        if schedule.microbatches > 1:
+            self.about += f", {schedule.microbatches} micro-batches"
+        if on_nonfinite != "ignore":
+            self.about += ", looks at what is not finite"
+        self.split = work.split(self.stages)
+        self.pipe = fdg.Pipeline(
+            self.split,
+            loss_fn,
+            lambda k: work.optimizer(name, (schedule, k)),
+            schedule,
+            devices=devices[: self.devices],
+            gradient=choice,
+            on_nonfinite=on_nonfinite,
+        )
+        self.state = self.pipe.init(work.key, work.example)
+        first, last = self.pipe.stages[0], self.pipe.stages[-1]
+        self.batch = (
+            jax.device_put(work.images, first.sharded),
+            jax.device_put(work.labels, last.sharded),
+        )
+        self.metrics: dict[str, Any] = {}
+
+    @property
+    def fill(self) -> int:
+        # Until stage 0 has its first gradient, and until every period has been compiled.
+        return 2 * self.stages + 2 * self.schedule.period
+
+    def turn(self, steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.state, metrics = self.pipe.step(self.state, self.batch)
+            self.metrics = metrics or self.metrics
+        jax.block_until_ready((self.state, self.metrics))
+        return time.perf_counter() - start
+
+    @property
+    def loss(self) -> float:
+        return float(self.metrics["loss"])
+
+
+class Saving(Piped):
+    """The same, with a checkpoint in the middle of every `EVERY` steps, to a temporary folder."""
+
+    EVERY = 50
+
+    def __init__(
+        self, name: str, work: Workload, schedule: Schedule, devices: list[jax.Device]
+    ) -> None:
+        super().__init__(name, work, schedule, devices)
+        self.about += f", saved every {self.EVERY} steps"
+        self.folder = tempfile.TemporaryDirectory()
+        self.checkpointer = Checkpointer(self.folder.name, self.pipe)
+        self.count = 0
+
+    def turn(self, steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.state, metrics = self.pipe.step(self.state, self.batch)
+            self.metrics = metrics or self.metrics
+            self.count += 1
+            if self.count % self.EVERY == self.EVERY // 2:
+                self.checkpointer.save(self.state, self.count)
+        jax.block_until_ready((self.state, self.metrics))
+        seconds = time.perf_counter() - start
+        self.checkpointer.wait()  # the next contender's turn is its own
+        return seconds
+
+    def close(self) -> None:
+        self.checkpointer.close()
+        self.folder.cleanup()
+
+
+def make(name: str, work: Workload) -> Contender:
+    """A contender that runs in this process."""
+    count = work.settings.num_stages
+    devices = jax.devices()[:count]
+    if name in ("backprop", "backprop_xla"):
+        return Plain(name, work, devices[:1])
+    if name == "data_parallel":
+        return Plain(name, work, devices)
+    if name == "engine_k1":
+        return Piped(name, work, fdg.schedule.fdg(1), devices[:1])
+    if single := ONE_DEVICE.fullmatch(name):
+        return Piped(name, work, fdg.schedule.fdg(int(single[1])), devices[:1])
+    schedule = work.settings.schedule(name)
+    if name == "fdg_saving":
+        return Saving(name, work, schedule, devices)
+    look = "stop" if name == "fdg_guarded" else "ignore"
+    return Piped(name, work, schedule, devices, gradient(name), look)

@@ -1,0 +1,189 @@
+"""Bytes that a stage holds: counted from its arrays, and predicted by the simulator.
+
+Counted whenever a program of a tick has been dispatched; the peak is kept. A stage of FDG holds
+
+    weights     today's, and each older version that a batch in flight has met
+    optimizer   its state
+    in flight   input and residuals of each batch between its forward and its backward
+
+which is what the simulator predicts, and besides, not predicted: ``messages`` that wait to be used,
+``gradients`` being accumulated, and ``small`` things (batch statistics, labels, counters). Where
+forward, backward and update of a batch are one program (the last stage of FDG), the batch is never
+in flight between programs: its residuals live inside, and its input is a message until then. What
+a program uses inside is not counted anywhere; a backward that runs the forward again uses most.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarking.contender import Contender, Piped, Plain
+from fdg_jax.analysis.costs import Costs
+from fdg_jax.analysis.simulate import simulate
+from fdg_jax.engine.dispatch import Tick, fuse
+from fdg_jax.engine.state import StageState
+from fdg_jax.typing import PyTree
+
+PREDICTED = ("weights", "optimizer", "in flight")
+KINDS = (*PREDICTED, "messages", "gradients", "small")
+
+
+def table(contender: Contender, ticks: int = 0) -> list[dict[str, Any]]:
+    """Peak bytes of each stage, counted and predicted.
+
+    Args:
+      contender: filled; goes on training with copies of its batch, as real batches are different
+        buffers.
+      ticks: how many to watch; 0: enough for one of every kind.
+
+    Returns:
+      A row a stage: bytes by kind, at the moment at which the predicted kinds together were most.
+      A plain loop is one stage without prediction. Empty for a contender whose arrays are not in
+      this process.
+    """
+    if isinstance(contender, Plain):
+        state = contender.state
+        small = [state.model_state, state.number]
+        kinds = count([[state.params], [state.opt_state], [], [], [], small])
+        return [_row(0, kinds, None)]
+    if not isinstance(contender, Piped):
+        return []
+    ticks = ticks or 2 * contender.stages + 2 * contender.schedule.period
+    peaks = [dict.fromkeys(KINDS, 0)] * contender.stages
+    pipe = contender.pipe
+    for _ in range(ticks):
+        tick = Tick(
+            pipe.stages, contender.schedule, contender.gradient == "recompute", contender.state
+        )
+        tick.enter(*jax.tree.map(jnp.copy, contender.batch))
+        actions = contender.schedule.tick(tick.batch - tick.origin)
+        for group in fuse(actions, tick.last):
+            tick.run(group)
+            k = group[0].stage
+            kinds = bytes_of(tick.stages[k])
+            if predicted_part(kinds) >= predicted_part(peaks[k]):
+                peaks[k] = kinds
+        contender.state = tick.state(tick.batch + 1, tick.origin)
+        jax.block_until_ready(contender.state)
+    predicted = predict(contender)
+    return [_row(k, kinds, predicted[k]) for k, kinds in enumerate(peaks)]
+
+
+def bytes_of(stage: StageState) -> dict[str, int]:
+    """Bytes that a stage holds now, by kind; a buffer that is found twice counts where it was found
+    first."""
+    flights = stage.flights.values()
+    stashes = [flight.stash for flight in flights]
+    return count(
+        [
+            [stage.params, stage.older, [flight.params for flight in flights]],
+            [stage.opt_state],
+            [(stash.inputs, stash.residuals) for stash in stashes],
+            [stage.activations, stage.cotangents],
+            [stage.gradient],
+            [stage.model_state, stage.number, stage.labels, stage.metrics, stage.record]
+            + [(stash.model_state, stash.number, stash.labels) for stash in stashes],
+        ]
+    )
+
+
+def count(groups: Sequence[Sequence[PyTree]]) -> dict[str, int]:
+    """Bytes of distinct buffers on the device with most, a number for each of `KINDS`."""
+    seen: set[tuple[int, int]] = set()
+    return {
+        kind: max(_new_bytes(jax.tree.leaves(trees), seen).values(), default=0)
+        for kind, trees in zip(KINDS, groups, strict=True)
+    }
+
+
+def predict(contender: Piped) -> list[float]:
+    """What the simulator says of the peak of each stage, from shapes alone."""
+    pipe, state, schedule = contender.pipe, contender.state, contender.schedule
+    parts, last = schedule.microbatches, contender.stages - 1
+
+    def part(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((leaf.shape[0] // parts, *leaf.shape[1:]), leaf.dtype)
+
+    x, labels = jax.tree.map(part, contender.batch)
+    inputs, residuals = [], []
+    for k, (stage, own) in enumerate(zip(pipe.stages, state.stages, strict=True)):
+        wanted = labels if k == last else None
+        output, _, _, left, _ = jax.eval_shape(
+            stage.forward, own.params, own.model_state, x, wanted, own.key, own.number, own.record
+        )
+        inputs.append(parts * nbytes(x))
+        residuals.append(parts * nbytes(left))
+        x = output
+    steady = 8 * contender.stages * schedule.period
+    groups = [fuse(schedule.tick(steady + t), last) for t in range(schedule.period)]
+    if all(len(g) == 3 for g in itertools.chain(*groups) if g[0].stage == last):
+        inputs[last] = residuals[last] = 0
+    parameters = [nbytes(own.params) for own in state.stages]
+    costs = Costs(
+        forward=[1] * contender.stages,
+        backward=[2] * contender.stages,
+        input_bytes=inputs,
+        residual_bytes=residuals,
+        parameter_bytes=parameters,
+    )
+    run = simulate(schedule, costs, gradient=contender.gradient)
+    # Added here: the simulator takes one multiple of the weights for all stages.
+    optimizers = [nbytes(own.opt_state) for own in state.stages]
+    return [run.peak_bytes(k) + optimizers[k] for k in range(contender.stages)]
+
+
+def live() -> dict[str, int]:
+    """Bytes of all living arrays, by device."""
+    gc.collect()
+    found = dict.fromkeys(map(str, jax.devices()), 0)
+    for device, size in _new_bytes(jax.live_arrays(), set()).items():
+        found[device] = size
+    return found
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of a tree's arrays or shapes; keys count nothing."""
+    plain = (leaf for leaf in jax.tree.leaves(tree) if _is_plain(leaf))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plain)
+
+
+def predicted_part(kinds: dict[str, int]) -> int:
+    """The bytes of the kinds that the simulator knows."""
+    return sum(kinds[kind] for kind in PREDICTED)
+
+
+def _row(k: int, kinds: dict[str, int], predicted: float | None) -> dict[str, Any]:
+    return {
+        "stage": k,
+        "bytes": kinds,
+        "measured": predicted_part(kinds),
+        "predicted": None if predicted is None else round(predicted),
+        "total": sum(kinds.values()),
+    }
+
+
+def _new_bytes(leaves: Iterable[Any], seen: set[tuple[int, int]]) -> dict[str, int]:
+    """Bytes by device of the buffers that are not in ``seen``, and adds them to it."""
+    found: dict[str, int] = {}
+    for leaf in leaves:
+        if not isinstance(leaf, jax.Array) or not _is_plain(leaf) or leaf.is_deleted():
+            continue
+        for shard in leaf.addressable_shards:
+            name = (shard.device.id, shard.data.unsafe_buffer_pointer())
+            if name not in seen and shard.data.nbytes:
+                seen.add(name)
+                device = str(shard.device)
+                found[device] = found.get(device, 0) + shard.data.nbytes
+    return found
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether a leaf is an array of numbers, and no key: keys do not show their buffer."""
+    return hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

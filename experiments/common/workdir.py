@@ -1,0 +1,187 @@
+"""The folder of a run: config.json, metrics.jsonl, summary.json, curves.png."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from experiments.common.errors import UsageError
+
+# Seconds that a full disk is waited for.
+PATIENCE = 20.0
+FILES = (
+    *("config.json", "metrics.jsonl", "summary.json", "curves.png"),
+    *("timeline.json", "timeline.png"),
+)
+
+
+class Writer(Protocol):
+    """Takes the lines of metrics.jsonl."""
+
+    def write(self, number: int, line: dict[str, Any]) -> None:
+        """Line ``number``, from 0; None stands for what is not finite."""
+
+    def close(self) -> None:
+        """Writes what is left."""
+
+
+class Workdir:
+    """Writes a run's files; each appears whole or not at all, but metrics, which grow by lines.
+
+    Args:
+      path: the folder, made if it is not there.
+      overwrite: whether the files of an earlier run there may go.
+      files: which those are.
+      folders: folders of an earlier run, which go before its files.
+      resume: whether the run there goes on instead: its files stay.
+      writes: whether this process writes them; of several only one does.
+
+    Raises:
+      UsageError: the folder cannot be written, or holds a run that may not be overwritten.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        overwrite: bool,
+        files: Sequence[str] = FILES,
+        folders: Sequence[str] = (),
+        resume: bool = False,
+        writes: bool = True,
+    ) -> None:
+        self.path = pathlib.Path(path).expanduser()
+        self.writes = writes
+        self.lines = 0  # of metrics.jsonl
+        self.writers: list[Writer] = []
+        if not writes:
+            return
+        check(path, overwrite=overwrite or resume, files=files)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                for name in folders:
+                    if (self.path / name).exists():
+                        shutil.rmtree(self.path / name)
+                # config.json, the first, goes last: what is left by a kill is still a run.
+                for name in reversed(files):
+                    (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """One of the JSON files, replaced as a whole."""
+        self.write_bytes(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """One of the files, replaced as a whole.
+
+        Raises:
+          UsageError: it cannot be written; what was there is as it was.
+        """
+        if not self.writes:
+            return
+        temporary = self.path / f".{name}.tmp"
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._unwritten(name, error) from error
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl. A loss that is no number becomes null: JSON has none such.
+
+        Raises:
+          UsageError: it cannot be written.
+        """
+        if not self.writes:
+            return
+        clean = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in line.items()}
+        path = self.path / "metrics.jsonl"
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            size = path.stat().st_size if path.is_file() else 0
+            try:
+                with path.open("a") as file:
+                    file.write(json.dumps(clean, allow_nan=False) + "\n")
+                break
+            except OSError as error:
+                if path.is_file():
+                    os.truncate(path, size)  # part of a line
+                # A checkpoint that does not fit fills the disk until it has failed.
+                if error.errno != errno.ENOSPC or time.monotonic() > deadline:
+                    raise self._unwritten("metrics.jsonl", error) from error
+                time.sleep(0.1)
+        for writer in self.writers:
+            writer.write(self.lines, clean)
+        self.lines += 1
+
+    def cut_metrics(self, lines: int) -> None:
+        """Keeps the first ``lines`` of metrics.jsonl.
+
+        Raises:
+          UsageError: there are fewer.
+        """
+        if not self.writes:
+            return
+        path = self.path / "metrics.jsonl"
+        there = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if len(there) < lines:
+            raise UsageError(
+                f"--workdir={self.path}: metrics.jsonl has {len(there)} lines, the checkpoint was "
+                f"taken after {lines}; put the file back, or add --overwrite"
+            )
+        if there:
+            self.write_bytes("metrics.jsonl", b"".join(there[:lines]))
+        self.lines = lines
+
+    def _unwritten(self, name: str, error: OSError) -> UsageError:
+        reason = error.strerror or error
+        return UsageError(
+            f"--workdir={self.path}: {name} cannot be written ({reason}); mend that, and the same "
+            "command goes on from the newest checkpoint"
+        )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_json(path: str, name: str) -> dict[str, Any]:
+    """One of the JSON files of the run in ``path``."""
+    value: dict[str, Any] = json.loads((pathlib.Path(path).expanduser() / name).read_text())
+    return value
+
+
+def check(path: str, *, overwrite: bool, files: Sequence[str] = FILES) -> None:
+    """Whether a run may begin in ``path``; leaves nothing behind."""
+    try:
+        folder = pathlib.Path(path).expanduser()
+        taken = [name for name in files if (folder / name).exists()]
+        if any((folder / name).is_dir() for name in taken):
+            raise IsADirectoryError(f"{path} has a folder named {' or '.join(taken)}")
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{path} is a file")
+        parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except (OSError, RuntimeError) as error:
+        raise _unwritable(path, error) from error
+    if taken and not overwrite:
+        raise UsageError(
+            f"--workdir={path}: holds {', '.join(taken)} already; name another folder, or add "
+            "--overwrite"
+        )
+
+
+def _unwritable(path: str, error: OSError | RuntimeError) -> UsageError:
+    reason = getattr(error, "strerror", None) or error
+    return UsageError(f"--workdir={path}: cannot be written ({reason}); name another folder")

@@ -1,0 +1,183 @@
+"""What the runs of a series show together: aggregates, plots with bands."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.comparing import paper
+from experiments.comparing.records import Record
+from experiments.training import methods
+from experiments.training.remedies import REMEDIES
+
+# Okabe and Ito's colours, told apart by the colour-blind, and three more; what is most often
+# compared has the most different ones.
+COLOURS = {
+    "backprop": "#000000",
+    "fdg": "#D55E00",
+    "ddg": "#0072B2",
+    "fr": "#56B4E9",
+    "dsp": "#009E73",
+    "adl": "#CC79A7",
+    "gpipe": "#E69F00",
+    "one_f_one_b": "#B8A800",
+    "pipedream": "#8C8C8C",
+    "pipedream_2bw": "#7A4B2A",
+    "data_parallel": "#5B3A8C",
+}
+MARKERS = "osD^vP*X<>h"
+# Between names, as a part of the panel's height.
+LABEL_GAP = 0.055
+DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
+
+
+def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Over the seeds of each method, K, remedy and beta: mean, standard deviation, curve."""
+    groups: dict[tuple[bool, str, int, str, float], list[Record]] = {}
+    for r in records:
+        groups.setdefault((r.choosing, r.method, r.stages, r.remedy, r.beta), []).append(r)
+    found = []
+    order = list(methods.METHODS)
+    for key in sorted(
+        groups, key=lambda g: (g[0], order.index(g[1]), g[2], REMEDIES.index(g[3]), -g[4])
+    ):
+        group = sorted(groups[key], key=lambda r: r.seed)
+        errors = [r.error for r in group]
+        curve = []
+        for points in zip(*(r.curve for r in group), strict=False):
+            values = [p["error"] for p in points]
+            curve.append(
+                {
+                    "epoch": points[0]["epoch"],
+                    "seconds": statistics.fmean(p["seconds"] for p in points),
+                    "mean": statistics.fmean(values),
+                    "min": min(values),
+                    "max": max(values),
+                }
+            )
+        found.append(
+            {
+                **dict(zip(("choosing", "method", "stages", "remedy", "beta"), key, strict=True)),
+                "split": group[0].split,
+                "seeds": [r.seed for r in group],
+                "n": len(group),
+                "mean_error": statistics.fmean(errors),
+                "sd_error": statistics.stdev(errors) if len(errors) > 1 else None,
+                "median_error": statistics.median(errors),
+                "median_seconds": statistics.median(r.seconds for r in group),
+                "curve": curve,
+            }
+        )
+    return found
+
+
+def draw(groups: Sequence[dict[str, Any]], x: str, title: str) -> bytes:
+    """A PNG of error against ``x`` ("epoch" or "seconds"), one panel for each K.
+
+    Backprop stands in every panel. Lines are means, bands the least and largest of the seeds.
+    """
+    stages = sorted({g["stages"] for g in groups if g["method"] != "backprop"}) or [1]
+    figure = Figure(figsize=(1 + 6.6 * len(stages), 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+    variants = sorted({(REMEDIES.index(g["remedy"]), -g["beta"]) for g in groups})
+    for panel, k in zip(panels, stages, strict=True):
+        shown = [g for g in groups if g["curve"] and g["stages"] in (k, 1)]
+        for g in shown:
+            at = [p[x] for p in g["curve"]]
+            low, mean, high = ([100 * p[n] for p in g["curve"]] for n in ("min", "mean", "max"))
+            colour = COLOURS[g["method"]]
+            panel.plot(
+                at,
+                mean,
+                color=colour,
+                linestyle=DASHES[
+                    variants.index((REMEDIES.index(g["remedy"]), -g["beta"])) % len(DASHES)
+                ],
+                marker=MARKERS[list(COLOURS).index(g["method"])],
+                linewidth=1.6,
+                markersize=4,
+            )
+            panel.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
+        panel.set_title(f"K = {k}, and backprop", fontsize=11)
+        panel.set_xlabel("epoch" if x == "epoch" else "training seconds (mean over the seeds)")
+        panel.set_xlim(left=0)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"{groups[0]['split']} error (%)")
+    for panel, k in zip(panels, stages, strict=True):
+        _label(panel, [g for g in groups if g["curve"] and g["stages"] in (k, 1)], x)
+    figure.suptitle(title, fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _label(panel: Any, groups: Sequence[dict[str, Any]], x: str) -> None:
+    """Names beside the panel, from the largest last error to the least, each tied to its line."""
+    low, high = panel.get_ylim()
+    ends = sorted(groups, key=lambda g: g["curve"][-1]["mean"])
+    heights: list[float] = []
+    for g in ends:
+        height = (100 * g["curve"][-1]["mean"] - low) / (high - low)
+        heights.append(max([height, *(h + LABEL_GAP for h in heights[-1:])]))
+    excess = max([0.0, *(h - 1 for h in heights[-1:])])
+    for g, height in zip(ends, heights, strict=True):
+        last, colour = g["curve"][-1], COLOURS[g["method"]]
+        beta = f", beta {g['beta']:g}" if methods.METHODS[g["method"]].shrinks else ""
+        tie = {"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "relpos": (0, 0.5)}
+        panel.annotate(
+            f"{paper.label(g)}{beta}: {100 * last['mean']:.2f}",
+            (last[x], 100 * last["mean"]),
+            xytext=(1.05, height - excess),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=9,
+            va="center",
+            arrowprops=tie,
+        )
+
+
+def write(
+    folder: pathlib.Path,
+    settings: dict[str, Any],
+    choice: dict[str, Any],
+    records: Sequence[Record],
+) -> None:
+    """results.json, table.md, compare_epochs.png and compare_seconds.png, each whole."""
+    groups = aggregate(records)
+    machines: list[dict[str, Any]] = []
+    for record in records:
+        if record.environment not in machines:
+            machines.append(record.environment)
+    results = {
+        "settings": settings,
+        "machines": machines,
+        "beta_choice": choice,
+        "aggregates": groups,
+        "runs": [
+            {n: v for n, v in dataclasses.asdict(r).items() if n != "environment"} for r in records
+        ],
+    }
+    files = {
+        "results.json": (json.dumps(results, indent=2, allow_nan=False) + "\n").encode(),
+        "table.md": paper.table(settings, choice, groups).encode(),
+    }
+    final = [g for g in groups if not g["choosing"]]
+    common = settings["common"]
+    title = f"{common['model']} on {common['dataset']}: mean and range over the seeds"
+    for x in ("epoch", "seconds") if final else ():
+        files[f"compare_{x.rstrip('s')}s.png"] = draw(final, x, title)
+    for name, content in files.items():
+        temporary = folder / f".{name}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, folder / name)

@@ -1,0 +1,127 @@
+"""The runs of a series: the command that trains one, and what it left on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.common.errors import UsageError
+from experiments.training import methods
+from experiments.training.config import FREE, Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A finished run: its numbers, its evaluations, and what it was run on."""
+
+    folder: str
+    method: str
+    stages: int
+    remedy: str
+    beta: float
+    seed: int
+    split: str
+    error: float
+    best_error: float
+    loss: float | None
+    seconds: float
+    images_per_second: float
+    steps: int
+    params_sha256: str
+    curve: list[dict[str, float]]
+    environment: dict[str, Any]
+
+    @classmethod
+    def read(
+        cls,
+        folder: str,
+        config: dict[str, Any],
+        summary: dict[str, Any],
+        metrics: Sequence[dict[str, Any]],
+    ) -> Record:
+        """From the contents of a run's files."""
+        split = "test" if "test_error" in summary else "validation"
+        points = [m for m in metrics if m["split"] == split]
+        places = ("versions", "device_kind", "machine", "cores", "devices")
+        return cls(
+            folder,
+            config["method"],
+            config["num_stages"],
+            config.get("remedy", "none"),  # a run may be older than the flag
+            config["beta"],
+            config["seed"],
+            split,
+            summary[f"{split}_error"],
+            summary[f"best_{split}_error"],
+            summary[f"{split}_loss"],
+            summary["train_seconds"],
+            summary["images_per_second"],
+            summary["steps"],
+            summary["params_sha256"],
+            [{name: m[name] for name in ("epoch", "seconds", "error")} for m in points],
+            {name: config.get(name) for name in places},
+        )
+
+    @property
+    def choosing(self) -> bool:
+        """Whether the run served the choice of beta."""
+        return self.folder.startswith("choose_")
+
+
+def finished(config: Config) -> Record | None:
+    """The run in ``config.workdir``, or None where it did not come to its end.
+
+    Raises:
+      UsageError: the run there has other settings.
+    """
+    folder = pathlib.Path(config.workdir)
+    try:
+        there = json.loads((folder / "config.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(f"{folder}: cannot be read ({error}); delete it") from error
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
+        # A run that is older than a setting had its default.
+        other = there.get(name, json.loads(json.dumps(defaults[name], default=str)))
+        if name not in FREE and other != value:
+            raise UsageError(
+                f"{folder}: was run with --{name}={other}, not --{name}={value}; name another "
+                "--workdir, give the same settings, or run it anew with --overwrite"
+            )
+    return Record.read(folder.name, there, summary, [json.loads(line) for line in lines])
+
+
+def arguments(config: Config, *, overwrite: bool) -> list[str]:
+    """The command that trains ``config`` in a process of its own: K decides on the devices."""
+    found = [sys.executable, "-m", "experiments.cifar"]
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, tuple):
+            value = ",".join(repr(v) for v in value)
+        if value is not None and name != "overwrite":
+            found.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return [*found, "--overwrite"] if overwrite else found
+
+
+def train(command_line: list[str]) -> tuple[int, str]:
+    """Exit status and stderr of a run."""
+    done = subprocess.run(
+        command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+    )
+    return done.returncode, done.stderr
+
+
+def describe(config: Config) -> str:
+    """A run, for one line on screen."""
+    beta = f"  beta={config.beta:g}" if methods.METHODS[config.method].shrinks else ""
+    held = "  (choosing beta)" if pathlib.Path(config.workdir).name.startswith("choose_") else ""
+    remedy = f"  remedy={config.remedy}" if config.remedy != "none" else ""
+    return f"{config.method}  K={config.num_stages}{remedy}{beta}  seed={config.seed}{held}"

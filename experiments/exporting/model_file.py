@@ -1,0 +1,229 @@
+"""A trained model on its own, one safetensors file or Orbax folder, to be used without its run.
+
+    layer_003/conv/kernel              parameters, by the layers of the network, which is not cut
+    model_state/layer_003/norm/mean    what is not trained, such as batch statistics
+
+In an Orbax folder the same is a tree, ``{"params": {"layer_003": ...}, "model_state": ...}``, under
+``arrays``. The metadata, in a folder its manifest.json, name the network, its classes, and what
+makes an input of an image.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialised
+
+import fdg_jax as fdg
+from experiments.training import setup
+from experiments.training.config import Config
+from experiments.training.loop import params_sha256
+from fdg_jax.checkpoint import manifest
+from fdg_jax.checkpoint.restore import ARRAYS
+from fdg_jax.layer import Layer
+from fdg_jax.partition.layerwise import difference, join, separate
+from fdg_jax.typing import PyTree
+
+FORMATS = ("safetensors", "orbax")
+SECTIONS = ("params", "model_state")
+# Settings that say what a network computes.
+SETTINGS = ("model", "dropout", "unroll", "dtype", "fast_derivatives")
+# What reading damage can raise.
+DAMAGE = (
+    OSError,
+    SafetensorError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
+_KEY = "fdg_jax"  # of the metadata in a safetensors file, where they are one string
+
+
+def layers(about: dict[str, Any]) -> list[Layer]:
+    """The network that metadata name.
+
+    Args:
+      about: metadata from `load`, or what a run's config.json says.
+
+    Returns:
+      Its layers, input first.
+
+    Raises:
+      ValueError: they name none.
+    """
+    try:
+        config = Config("-", **{name: about[name] for name in SETTINGS})
+        config.check()
+        return setup.network(config, about["num_classes"], example(about, 1).shape[-1])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"metadata: name no network ({_line(error)})") from error
+
+
+def example(about: dict[str, Any], batch_size: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an input of the network that metadata name."""
+    height, width, channels = about["image_shape"]
+    return jax.ShapeDtypeStruct((batch_size, height, width, channels), jnp.float32)
+
+
+def named(params: Sequence[PyTree], model_state: Sequence[PyTree]) -> dict[str, Any]:
+    """Every array by its name.
+
+    Args:
+      params, model_state: one pytree a layer.
+
+    Returns:
+      Arrays by section, number of the layer and path, in the order of a flattened
+      ``(params, model_state)``.
+
+    Example:
+      >>> named([(), {"dense": {"kernel": 1.0}}], [(), ()])
+      {'params/layer_001/dense/kernel': 1.0}
+    """
+    found = {}
+    for section, trees in zip(SECTIONS, (params, model_state), strict=True):
+        for i, tree in enumerate(trees):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                inner = [jax.tree_util.keystr((key,), simple=True) for key in path]
+                found["/".join([section, f"layer_{i:03d}", *inner])] = leaf
+    return found
+
+
+def save(
+    path: pathlib.Path, kind: str, arrays: dict[str, np.ndarray], about: dict[str, Any]
+) -> None:
+    """Writes a model, whole or not at all, in the place of what is there.
+
+    Args:
+      path: in a folder that exists.
+      kind: one of `FORMATS`.
+      arrays: as `named` gives them.
+      about: the metadata, fit for JSON; the hash of the arrays is added.
+
+    Raises:
+      OSError, RuntimeError, ValueError: it could not be written.
+    """
+    about = {**about, "sha256": params_sha256([arrays])}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        new = pathlib.Path(scratch).absolute() / "new"
+        if kind == "orbax":
+            ocp.save(new / ARRAYS, _nested(arrays))
+            manifest.write(new, about)
+        else:
+            # It takes an array's memory as it lies, so it must lie in order.
+            ordered = {
+                name.removeprefix("params/"): np.array(array, order="C")
+                for name, array in arrays.items()
+            }
+            new.write_bytes(serialised(ordered, {_KEY: json.dumps(about)}))
+        if path.is_dir() or (path.exists() and new.is_dir()):
+            path.rename(new.with_name("old"))
+        new.rename(path)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[PyTree, PyTree, dict[str, Any]]:
+    """A model that `experiments.export` wrote, for ``fdg.chain(layers(about))``.
+
+    Args:
+      path: the safetensors file or the Orbax folder.
+
+    Returns:
+      params, model state (arrays of numpy, laid out as that network's), and the metadata
+      ``about``.
+
+    Raises:
+      ValueError: there is no such model, or it is damaged.
+
+    Example:
+      >>> params, model_state, about = load("model.safetensors")      # doctest: +SKIP
+      >>> network = fdg.chain(layers(about))                          # doctest: +SKIP
+      >>> x = data.normalise(images, about["mean"], about["std"])     # doctest: +SKIP
+      >>> logits, _ = network.apply(params, model_state, x,           # doctest: +SKIP
+      ...                           train=False, key=None)
+      >>> [about["class_names"][i] for i in logits.argmax(-1)]        # doctest: +SKIP
+      ['cat', 'ship']
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    about = metadata(path)
+    try:
+        network = fdg.chain(layers(about))
+        templates = jax.eval_shape(network.init, jax.random.key(0), example(about, 1))
+        parts = [jax.eval_shape(lambda tree: separate(network, tree), tree) for tree in templates]
+        expected = named(*parts)
+        arrays = _read(path, expected)
+        if found := difference(arrays, expected):
+            raise ValueError(f"{found}, the network that it names")
+        if params_sha256([arrays]) != about.get("sha256"):
+            raise ValueError("its arrays have changed")
+    except DAMAGE as error:
+        raise ValueError(f"{path}: is no model that can be used ({_line(error)})") from error
+    filled = jax.tree.unflatten(jax.tree.structure(parts), [arrays[name] for name in expected])
+    params, model_state = (join(network, trees) for trees in filled)
+    return params, model_state, about
+
+
+def metadata(path: pathlib.Path) -> dict[str, Any]:
+    """What a model says of itself; its arrays are not read.
+
+    Raises:
+      ValueError: there is no model of fdg_jax.
+    """
+    try:
+        if path.is_dir():
+            about = manifest.read(path)
+            manifest.verify(path, about)
+            del about["files"]
+        else:
+            with safe_open(path, framework="numpy") as file:
+                about = json.loads((file.metadata() or {}).get(_KEY, "null"))
+    except DAMAGE as error:
+        raise ValueError(f"{path}: is no model that can be read ({_line(error)})") from error
+    if not isinstance(about, dict) or "params_sha256" not in about:
+        raise ValueError(f"{path}: is no model that experiments.export wrote")
+    return about
+
+
+def _read(path: pathlib.Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays, by the names that `named` gives them."""
+    if path.is_dir():
+        # Orbax gives back arrays of numpy for such as these.
+        empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()}
+        return {
+            jax.tree_util.keystr(names, simple=True, separator="/"): array
+            for names, array in jax.tree_util.tree_leaves_with_path(
+                ocp.load(path / ARRAYS, _nested(empty))
+            )
+        }
+    with safe_open(path, framework="numpy") as file:
+        return {
+            name if name.startswith("model_state/") else f"params/{name}": file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118
+        }
+
+
+def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {section: {} for section in SECTIONS}
+    for name, array in arrays.items():
+        *folders, last = name.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = array
+    return tree
+
+
+def _line(error: Exception) -> str:
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""A language model: its settings, its text, its network."""

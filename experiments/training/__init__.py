@@ -1,0 +1,1 @@
+"""A run that trains an image classifier, from its settings to its files."""

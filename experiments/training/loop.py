@@ -1,0 +1,331 @@
+"""The training loop, from top to bottom."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fdg_jax as fdg
+from experiments import data
+from experiments.common import workdir
+from experiments.common.errors import Failed, Stopped
+from experiments.common.screen import Screen
+from experiments.training import cluster, curves, resume, setup, timeline, writers
+from experiments.training.config import Config
+from experiments.training.setup import Setup
+from experiments.training.shown import conclude, introduce
+from fdg_jax import distributed
+from fdg_jax.engine.placement import put
+from fdg_jax.errors import NonFiniteError, StageError
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains as ``config`` says and returns what stands in summary.json.
+
+    A run that is in the workdir already and was stopped goes on where its newest good checkpoint
+    was taken, and ends as if it had never stopped; a finished one stays as it is.
+
+    Raises:
+      UsageError: something in ``config`` cannot be done; nothing has been written then.
+      Stopped: a signal asked for it; the same ``config`` goes on.
+      Failed: a stage failed, or numbers were not finite, or there were no more data.
+    """
+    # --- Everything that can be wrong is found before the first file is written.
+    config.check()
+    earlier = resume.find(config)
+    if earlier is not None and earlier.finished:
+        print(f"{config.workdir}: this run is finished; nothing is changed")
+        return workdir.read_json(config.workdir, "summary.json")
+    workdir.check(config.workdir, overwrite=config.overwrite or earlier is not None)
+    cluster.agree_on_run(earlier)
+    setup.prepare_jax(config.num_stages, config.devices_per_stage)
+    run = setup.make(config, None if earlier is None else earlier.config["cuts"])
+    pipe, loader = run.pipe, run.loader
+    first, last = pipe.stages[0], pipe.stages[-1]
+    writes = last.owner == jax.process_index()
+    checkpoints = resume.Checkpoints(run)
+
+    root = jax.random.key(config.seed)
+    model_key = jax.random.fold_in(root, setup.MODEL_KEY)
+    height, width, channels = run.dataset.image_shape
+    example = jax.ShapeDtypeStruct((config.batch_size, height, width, channels), jnp.float32)
+    saved = checkpoints.restore() if earlier is not None else None
+    state, past = saved if saved is not None else (pipe.init(model_key, example), resume.NOTHING)
+
+    watch = timeline.Watch(run, past["step"])
+
+    # --- What the run is, on disk and on screen.
+    out = workdir.Workdir(
+        config.workdir,
+        overwrite=config.overwrite,
+        folders=resume.folders(config),
+        resume=earlier is not None,
+        writes=writes,
+    )
+    table = setup.stage_table(run, pipe.params(state))
+    described = setup.describe(run, table)
+    if earlier is None:
+        out.write_json("config.json", described)
+    else:
+        described = earlier.config
+        out.cut_metrics(past["lines"])
+    screen = Screen(run.total_steps, shown=writes)
+    introduce(screen, run, table)
+    if earlier is not None:
+        screen.line(f"goes on after step {past['step']}")
+
+    # --- Programs beside the pipeline's own: augmentation before it, counting after it.
+    mean, std = put((run.dataset.mean, run.dataset.std), first.replicated)
+    augment_key = put(jax.random.fold_in(root, setup.AUGMENT_KEY), first.replicated)
+    augment = jax.jit(
+        functools.partial(data.augment, padding=config.crop_padding, flip=config.flip)
+    )
+    evaluate = Evaluation(run, mean, std)
+    wishes = cluster.Wishes(pipe, config.max_ahead)
+
+    # --- Training. Nothing below waits for a device but the evaluations, and the log, which looks
+    # only at batches that are known to be done.
+    waiting: collections.deque[dict[str, Any]] = collections.deque(past["waiting"])
+    best, evaluated = past["best"], past["evaluated"]
+    train_seconds, logged_batch, logged_seconds = past["clocks"]
+    eval_steps = config.eval_every_epochs * loader.steps_per_epoch
+
+    def log(done: Sequence[dict[str, Any]], step: int, seconds: float) -> None:
+        nonlocal logged_batch, logged_seconds
+        if not writes:
+            return
+        values = jax.device_get([(m["loss"], m["error"]) for m in done])
+        # In double precision, in which a checkpoint keeps those that are not yet logged. What is
+        # not finite was left out of the training as well.
+        loss, error = (finite_mean([float(v[i]) for v in values]) for i in (0, 1))
+        seen = done[-1]["batch"] + 1
+        speed = config.batch_size * (seen - logged_batch) / max(seconds - logged_seconds, 1e-9)
+        logged_batch, logged_seconds = seen, seconds
+        out.append_metrics(
+            {
+                "step": seen,
+                "epoch": seen / loader.steps_per_epoch,
+                "split": "train",
+                "loss": loss,
+                "error": error,
+                "images_per_second": round(speed, 1),
+                "seconds": round(seconds, 3),
+            }
+        )
+        screen.advance(step, loss, error, speed)
+
+    def assess(state: fdg.PipelineState, step: int) -> dict[str, float]:
+        """Errors after ``step`` steps; the clock of the training stands still meanwhile."""
+        begin = time.perf_counter()
+        result = evaluate(state)
+        images = len(run.dataset.test_images)
+        epoch = step / loader.steps_per_epoch
+        out.append_metrics(
+            {
+                "step": step,
+                "epoch": epoch,
+                "split": run.split,
+                **result,
+                "images_per_second": round(images / (time.perf_counter() - begin), 1),
+                "seconds": round(train_seconds, 3),
+            }
+        )
+        screen.line(
+            f"epoch {epoch:6.2f}  step {step:6d}  {run.split} loss {result['loss']:.4f}  "
+            f"{run.split} error {100 * result['error']:5.2f} %  {train_seconds:7.1f} s"
+        )
+        if any(left_out := pipe.left_out(state)):
+            screen.line(f"not finite and left out, per stage: {', '.join(map(str, left_out))}")
+        return result
+
+    def save(
+        state: fdg.PipelineState, step: int, seconds: float, score: float | None = None
+    ) -> None:
+        extra = {
+            "lines": out.lines,
+            "waiting": [{name: m[name] for name in ("batch", "loss", "error")} for m in waiting],
+            "best": best,
+            "evaluated": evaluated if step == run.total_steps else None,
+            "clocks": [seconds, logged_batch, logged_seconds],
+        }
+        checkpoints.save(state, step, extra, score)
+
+    with (
+        screen,
+        failures(checkpoints),
+        checkpoints.checkpointer,
+        writers.attached(config.writers if writes else "", out, described),
+        resume.Stop() as stop,
+        jax.transfer_guard("disallow"),
+    ):
+        clock = time.perf_counter()
+        for step in range(past["step"], run.total_steps):
+            watch.before(step)
+            images, labels = fetch(loader, step)
+            images, number = put((images, np.int32(step)), (first.sharded, first.replicated))
+            x = augment(augment_key, number, images, mean, std)
+            state, metrics = pipe.step(state, (x, labels))
+            if metrics is not None:
+                waiting.append(metrics)
+            if (step + 1) % config.log_every_steps == 0:
+                # The pipeline has waited for all but the last max_ahead ticks.
+                count = len(waiting) - config.max_ahead - 1
+                if count > 0:
+                    done = [waiting.popleft() for _ in range(count)]
+                    log(done, step + 1, train_seconds + time.perf_counter() - clock)
+            if step + 1 == run.total_steps:
+                break
+            score = None
+            if (step + 1) % eval_steps == 0:
+                pipe.check()
+                jax.block_until_ready(state)
+                train_seconds += time.perf_counter() - clock
+                error = assess(state, step + 1)["error"]
+                score, best = (error, error) if error < best else (None, best)
+                clock = time.perf_counter()
+            stopping, late = wishes.heard(step + 1, stop.asked, checkpoints.late)
+            if stopping or checkpoints.due(step + 1, best=score is not None, late=late):
+                save(state, step + 1, train_seconds + time.perf_counter() - clock, score)
+            if stopping:
+                raise Stopped(checkpoints.farewell(step + 1))
+
+        state, rest = pipe.drain(state)
+        pipe.check()
+        jax.block_until_ready(state)
+        if evaluated is None:  # else nothing has been trained since
+            train_seconds += time.perf_counter() - clock
+        waiting.extend(rest)
+        if waiting:
+            log(list(waiting), run.total_steps, train_seconds)
+            waiting.clear()
+        if evaluated is None:  # else the run was stopped after its last evaluation
+            evaluated = assess(state, run.total_steps)
+            best = min(best, evaluated["error"])
+            if checkpoints.on:
+                save(state, run.total_steps, train_seconds, evaluated["error"])
+
+    # --- Results.
+    left_out = pipe.left_out(state)
+    params = [distributed.fetch(tree, last.replicated) for tree in pipe.true_params(state)]
+    if not writes:
+        distributed.gather(np.int32(run.total_steps))  # until the results are written
+        return workdir.read_json(config.workdir, "summary.json")
+    summary = {
+        f"{run.split}_error": evaluated["error"],
+        f"best_{run.split}_error": best,
+        f"{run.split}_loss": evaluated["loss"] if math.isfinite(evaluated["loss"]) else None,
+        "train_seconds": round(train_seconds, 3),
+        "images_per_second": round(config.batch_size * run.total_steps / train_seconds, 1),
+        "steps": run.total_steps,
+        "split": run.split,
+        "method": config.method,
+        "stages": len(run.stages),
+        "balance": described["balance"],
+        "staleness": [run.schedule.staleness(k) for k in range(len(run.stages))],
+        "left_out": left_out,
+        "params_sha256": params_sha256(params),
+    }
+    title = f"{config.model} on {run.dataset.name}: {config.method}, K = {len(run.stages)}"
+    out.write_bytes("curves.png", curves.draw(out.metrics(), title))
+    watch.write(out, screen)
+    out.write_json("summary.json", summary)  # the last: a run that has it is finished
+    conclude(screen, run, summary)
+    distributed.gather(np.int32(run.total_steps))
+    return summary
+
+
+class Evaluation:
+    """Loss and error over the test (or validation) split, in evaluation mode."""
+
+    def __init__(self, run: Setup, mean: jax.Array, std: jax.Array) -> None:
+        self.run = run
+        self.mean, self.std = mean, std
+        self.normalise = jax.jit(data.normalise)
+
+        @jax.jit
+        def totals(outputs: jax.Array, labels: jax.Array, count: jax.Array) -> jax.Array:
+            real = jnp.arange(len(labels)) < count
+            losses = jax.vmap(lambda y, t: setup.loss_fn(y[None], t[None])[0])(outputs, labels)
+            wrong = jnp.argmax(outputs, axis=-1) != labels
+            return jnp.stack([jnp.sum(losses * real), jnp.sum(wrong * real)])
+
+        self.totals = totals
+
+    def __call__(self, state: fdg.PipelineState) -> dict[str, float]:
+        pipe, dataset = self.run.pipe, self.run.dataset
+        first, last = pipe.stages[0], pipe.stages[-1]
+        sums, pending = np.zeros(2), collections.deque[tuple[jax.Array, jax.Array]]()
+
+        def count_oldest() -> None:
+            # The first stage waits too, lest its process run far ahead of the others.
+            there, back = pending.popleft()
+            jax.block_until_ready(back)
+            if last.here:
+                np.add(sums, jax.device_get(there), out=sums)
+
+        for images, labels, count in data.evaluation_batches(
+            dataset.test_images, dataset.test_labels, self.run.config.batch_size
+        ):
+            x = self.normalise(put(images, first.sharded), self.mean, self.std)
+            outputs = pipe.predict(state, x)
+            targets, real = put((labels, np.int32(count)), (last.sharded, last.replicated))
+            found = self.totals(outputs, targets, real)
+            pending.append((found, jax.device_put(found, first.replicated)))
+            if len(pending) > self.run.config.max_ahead:
+                count_oldest()
+        while pending:
+            count_oldest()
+        # All processes decide by it; exactly, and so in two halves of 32 bits.
+        halves = distributed.gather(sums.view(np.uint32))[last.owner]
+        loss, error = (float(v) for v in halves.view(np.float64) / len(dataset.test_labels))
+        return {"loss": loss, "error": error}
+
+
+def fetch(loader: data.Loader, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """The next mini-batch; whatever keeps a source from giving it ends the run."""
+    try:
+        return next(loader)
+    except StopIteration:
+        raise Failed(f"step {step}: the data ran dry; check the source of the data") from None
+    except Exception as error:
+        raise Failed(f"step {step}: the data cannot be read ({error})") from error
+
+
+@contextlib.contextmanager
+def failures(checkpoints: resume.Checkpoints) -> Iterator[None]:
+    """Says of a run that cannot go on where it would start again."""
+    try:
+        yield
+    except (StageError, Failed, jax.errors.JaxRuntimeError) as error:
+        step = checkpoints.checkpointer.latest()
+        newest = "no checkpoint yet" if step is None else f"newest good checkpoint: step {step}"
+        remedy = ""
+        if isinstance(error, NonFiniteError):
+            remedy = "; lower --learning_rate in a new run, or go on with --on_nonfinite=skip"
+        raise Failed(f"{cluster.blame(error)}; {newest}{remedy}") from error
+
+
+def finite_mean(values: Sequence[float]) -> float:
+    """Of the finite ones; NaN where there are none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan
+
+
+def params_sha256(params: Sequence[Any]) -> str:
+    """A hash of parameters: path, dtype, shape and bytes of every leaf, in the order of paths."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(list(params)):
+        value = np.asarray(jax.device_get(leaf))
+        name = f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}"
+        digest.update(name.encode() + b"\0" + np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()

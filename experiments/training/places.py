@@ -1,0 +1,81 @@
+"""Where the stages of a run are, and what its processes have to have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from experiments import data
+from experiments.common.errors import UsageError
+from experiments.training.config import Config
+from fdg_jax import distributed
+
+
+def places(config: Config, num_stages: int, microbatches: int) -> list[jax.Device]:
+    """The devices of the run, those of a stage next to one another.
+
+    A method that does not cut the network has them all in its one stage. One device a stage may be
+    shared by neighbours where there are too few.
+
+    Raises:
+      UsageError: there are too few, or they do not divide a batch, or a process has none.
+    """
+    wanted, there = config.num_stages * config.devices_per_stage, jax.devices()
+    if config.devices_per_stage > 1 and wanted > len(there):
+        raise UsageError(
+            f"--devices_per_stage={config.devices_per_stage}: {config.num_stages} stages need "
+            f"{wanted} devices, there are {len(there)}; choose fewer"
+        )
+    devices = there[:wanted]
+    group = len(devices) // num_stages or 1
+    if config.batch_size // microbatches % group:
+        whole = microbatches * group
+        raise UsageError(
+            f"--batch_size={config.batch_size}: does not divide over the {group} devices of a "
+            f"stage with --method={config.method}; choose a multiple of {whole}"
+        )
+    used, processes = {d.process_index for d in devices}, jax.process_count()
+    if len(used) < processes:
+        raise UsageError(
+            f"--num_processes={processes}: {config.num_stages} stages of "
+            f"{config.devices_per_stage} devices are all in {len(used)} of them; start as many"
+        )
+    return devices
+
+
+def shared_cuts(
+    cuts: list[int] | None, num_stages: int, writer: int, find: Callable[[], Sequence[int]]
+) -> list[int] | None:
+    """The cuts that all processes take; those that the writer's clock finds, where none are given.
+
+    Args:
+      cuts: those of the run that goes on, if one does.
+      num_stages: K.
+      writer: the process that finds them: config.json, which it writes, says what they cost.
+      find: finds them; called there alone.
+
+    Returns:
+      The cuts; None in the writer, which keeps what it has found, and in a run of one process.
+    """
+    if jax.process_count() == 1 or cuts is not None or num_stages == 1:
+        return cuts
+    own = jax.process_index() == writer
+    found = np.array(find() if own else [0] * (num_stages - 1), np.int32)
+    found = distributed.gather(found)[writer]
+    return None if own else [int(cut) for cut in found]
+
+
+def without_images(dataset: data.Dataset) -> data.Dataset:
+    """The same, with images that take no memory, for a process without the first stage."""
+
+    def nothing(images: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(np.uint8(0), images.shape)
+
+    return dataclasses.replace(
+        dataset,
+        train_images=nothing(dataset.train_images),
+        test_images=nothing(dataset.test_images),
+    )

@@ -1,0 +1,241 @@
+"""Going on with a run that was stopped, and stopping one so that it can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fdg_jax as fdg
+from experiments.common.errors import UsageError
+from experiments.training.config import FREE, Config
+from experiments.training.setup import Setup
+from experiments.training.timeline import PROFILE
+from experiments.training.writers import WRITERS
+from fdg_jax import distributed
+from fdg_jax.checkpoint import Checkpointer
+
+FOLDER = "checkpoints"
+# What is done where no checkpoint has been taken.
+NOTHING: dict[str, Any] = {
+    "step": 0,
+    "lines": 0,
+    "waiting": [],
+    "best": math.inf,
+    "evaluated": None,
+    "clocks": [0.0, 0, 0.0],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """A run that is in the workdir already.
+
+    Attributes:
+      config: what its config.json says.
+      finished: whether it has its summary.json, which a run writes last.
+    """
+
+    config: dict[str, Any]
+    finished: bool
+
+
+def find(config: Config) -> Earlier | None:
+    """The run to go on with; None where a new one begins (or is refused for what is there).
+
+    Raises:
+      UsageError: the run there has other settings, or its config.json cannot be read.
+    """
+    if config.overwrite:
+        return None
+    try:
+        folder = pathlib.Path(config.workdir).expanduser()
+        path = folder / "config.json"
+        if not path.is_file():
+            # A new run must not find the checkpoints of another later on.
+            if (folder / FOLDER).exists():
+                raise ValueError("it is missing, but there are checkpoints")
+            return None
+        if not config.resume:
+            return None
+        there = json.loads(path.read_text())
+        if not isinstance(there, dict) or not {"cuts", "balance"} <= there.keys():
+            raise ValueError("it is not that of a run")
+    except (OSError, RuntimeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"--workdir={config.workdir}: its config.json cannot be read ({error}); name another "
+            "folder, or add --overwrite"
+        ) from error
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
+        # A flag that came after the run was begun had its default then.
+        had = there.get(name, json.loads(json.dumps(defaults[name], default=str)))
+        if name not in FREE and had != value:
+            raise UsageError(
+                f"--{name}={_shown(value)}: the run in {config.workdir} has {name}={_shown(had)}; "
+                "give that to go on with it, name another folder, or add --overwrite"
+            )
+    return Earlier(there, (folder / "summary.json").is_file())
+
+
+def folders(config: Config) -> tuple[str, ...]:
+    """What goes, beside the files, where a new run begins."""
+    if config.overwrite and (pathlib.Path(config.workdir).expanduser() / "config.json").is_file():
+        return (FOLDER, PROFILE, *WRITERS)
+    # Folders of these names may be somebody else's.
+    return (FOLDER,)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        value = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+    return str(value)[:200]
+
+
+class Checkpoints:
+    """The checkpoints of one run: when they are due, and what is in them beside the state.
+
+    Args:
+      run: the run; its settings say when and how many.
+    """
+
+    def __init__(self, run: Setup) -> None:
+        config = run.config
+        self._run = run
+        self._every = config.checkpoint_every_steps
+        self._seconds = 60 * config.checkpoint_every_minutes
+        folder = pathlib.Path(config.workdir).expanduser() / FOLDER
+        self.checkpointer = Checkpointer(folder, run.pipe, config.keep_checkpoints)
+        self._last = time.monotonic()
+
+    def restore(self) -> tuple[fdg.PipelineState, dict[str, Any]] | None:
+        """State and extra of the newest good checkpoint, the loader where it was; None: there is
+        no checkpoint.
+
+        Raises:
+          UsageError: none is whole, or it does not fit the pipeline.
+        """
+        config, image_shape = self._run.config, self._run.dataset.image_shape
+        images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
+        labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+        try:
+            state, extra = self.checkpointer.restore((images, labels))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UsageError(
+                f"--workdir={config.workdir}: {error}; --overwrite does that"
+            ) from error
+        if not _fits(extra, state.tick):
+            raise UsageError(
+                f"--workdir={config.workdir}: the newest checkpoint does not say where the run "
+                "was; add --overwrite, which starts it anew"
+            )
+        self._run.loader.set_state(extra["loader"])
+        self.checkpointer.tidy()
+        return state, extra
+
+    @property
+    def on(self) -> bool:
+        """Whether any are taken."""
+        return self._every > 0 or self._seconds > 0
+
+    @property
+    def late(self) -> bool:
+        """Whether none has been taken for too long."""
+        return 0 < self._seconds <= time.monotonic() - self._last
+
+    def due(self, step: int, *, best: bool, late: bool) -> bool:
+        """Whether the state after ``step`` steps, the best so far or not, is to be saved."""
+        if best and self.on:
+            return True
+        return late or (self._every > 0 and step % self._every == 0)
+
+    def save(
+        self,
+        state: fdg.PipelineState,
+        step: int,
+        extra: dict[str, Any],
+        score: float | None,
+    ) -> None:
+        """Begins to write a checkpoint; nothing waits for it."""
+        extra = {"step": step, "loader": self._run.loader.get_state(), **extra}
+        self.checkpointer.save(state, step, extra, score)
+        self._last = time.monotonic()
+
+    def farewell(self, step: int) -> str:
+        """The line with which a run stops after ``step`` steps; waits for the last save."""
+        self.checkpointer.close()
+        distributed.gather(np.int32(step))  # until the last of several processes is done
+        again = (
+            "the same command without --overwrite"
+            if self._run.config.overwrite
+            else "the same command"
+        )
+        older = "" if self.checkpointer.latest() == step else " from an older checkpoint"
+        return f"stopped after step {step}; {again} goes on{older}"
+
+
+def _fits(extra: Any, step: int) -> bool:
+    """Whether ``extra`` is what a run saves beside the state after ``step`` steps; a stranger may
+    have made it."""
+    match extra:
+        case {
+            "step": int(there),
+            "lines": int(lines),
+            "waiting": list(waiting),
+            "best": int() | float(),
+            "evaluated": None | {"loss": int() | float(), "error": int() | float()},
+            "clocks": [int() | float(), int(), int() | float()],
+            "loader": {"position": int(position)},
+        }:
+            parts = [m if isinstance(m, dict) else {} for m in waiting]
+            values = [part.get(name) for part in parts for name in ("batch", "loss", "error")]
+            whole = all(isinstance(value, int | float) for value in values)
+            return whole and there == position == step and lines >= 0
+    return False
+
+
+class Stop:
+    """Notes SIGINT and SIGTERM, so that a run can end after a checkpoint.
+
+    Only the first signal is noted; the second does what it does everywhere: end the program at
+    once. Outside the main thread, where Python allows no handlers, nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
