@@ -15,7 +15,7 @@ from experiments.common.errors import UsageError
 from experiments.reporting import runs
 
 ROOT = pathlib.Path(__file__).parents[2]
-RESULTS = ROOT / "experiments" / "results" / "compare_quick"
+RESULTS = ROOT / "results" / "compare_quick"
 
 
 class Page(html.parser.HTMLParser):
