@@ -1,6 +1,6 @@
 """Two processes with a core each against one process with one core: what the second core brings.
 
-    python -m experiments.pinned
+    python -m experiments.two_processes
 
 FDG with K = 2 on the network of the benchmark, one stage a process, against the same two stages,
 and against plain back-propagation, in one process. Every process is pinned to one core. They take
@@ -103,7 +103,7 @@ def measure(case: str) -> dict[str, Any]:
     started = []
     try:
         for i in range(CASES[case][0]):
-            program = [sys.executable, "-m", "experiments.pinned", *own, f"--process_id={i}"]
+            program = [sys.executable, "-m", "experiments.two_processes", *own, f"--process_id={i}"]
             started.append(
                 subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             )

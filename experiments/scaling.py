@@ -1,6 +1,6 @@
 """What many devices would reach: K stages times data parallelism, simulated.
 
-    python -m experiments.scale
+    python -m experiments.scaling
 
 No device is used and nothing is trained. A mini-batch has --images a device. Each of the K stages
 has D / K devices; they share every mini-batch, and after a backward they sum the gradients of the
