@@ -17,7 +17,7 @@ from experiments import data
 from experiments.training import measured, setup
 from experiments.training.config import Config
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 LAYERS = fdg.models.create("small_resnet")
 NETWORK = {"model": "small_resnet", "num_classes": 10}
 

@@ -18,7 +18,7 @@ from experiments.common.errors import UsageError
 from experiments.training import resume
 from experiments.training.config import Config
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 TIMES = ("images_per_second", "seconds")
 STEPS, DEADLINE = 120, 120
 

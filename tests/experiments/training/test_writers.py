@@ -14,7 +14,7 @@ from experiments.common.errors import UsageError
 from experiments.common.workdir import Workdir
 from experiments.training import config, resume, writers
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 needs_tensorboard = pytest.mark.skipif(
     importlib.util.find_spec("tensorboardX") is None, reason="needs the extra tensorboard"
 )
@@ -108,7 +108,7 @@ def test_wandb_offline_keeps_one_run(tmp_path, monkeypatch):
     """In a process of its own: wandb starts threads and a service."""
     code = (
         "import pathlib\n"
-        "from tests.experiments.test_writers import stopped_and_resumed, straight\n"
+        "from tests.experiments.training.test_writers import stopped_and_resumed, straight\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
         "straight(folder / 'straight', 'wandb', stopped_and_resumed(folder / 'run', 'wandb'))\n"
     )
