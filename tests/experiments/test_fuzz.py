@@ -46,7 +46,7 @@ def no_network(monkeypatch):
 
 
 def until_the_first_file(arguments: list[str], make: bool = True) -> str:
-    """Does with flags what `training.run` does before it writes; says how far that went."""
+    """Does with flags what `loop.run` does before it writes; says how far that went."""
     values = flags.FlagValues()
     settings.define_flags(values)
     try:
