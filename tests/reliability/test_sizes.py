@@ -160,7 +160,7 @@ def test_cache_entries_take_no_memory_before_their_size_is_checked(tmp_path):
 def test_checkpoints_take_no_memory_before_their_size_is_checked(tmp_path):
     said = limited(
         "import shutil, pathlib\n"
-        "from tests import damage, faults\n"
+        "from tests.reliability import damage, faults\n"
         f"root = pathlib.Path('{tmp_path}')\n"
         "pipe = faults.two_checkpoints(root / 'two')\n"
         "faults.restored(pipe, root / 'two')\n",
