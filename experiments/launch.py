@@ -15,6 +15,7 @@ import contextlib
 import os
 import pathlib
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from absl import flags
 from experiments import command, measured, setup
 from experiments.errors import UsageError
 from fdg_jax import distributed
-from fdg_jax.distributed import failure_detector
+from fdg_jax.distributed import failure_detector, rendezvous
 
 FLAGS = flags.FLAGS
 # Seconds for the others to say what they know before they are killed.
@@ -124,7 +125,9 @@ class Member:
 def once(arguments: list[str], count: int, logs: pathlib.Path | None) -> Member | None:
     """Runs all processes to their end; the first that failed, or one that was asked to stop."""
     ended: queue.SimpleQueue[Member] = queue.SimpleQueue()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # With a token of their own, so that nobody else joins or ends the run.
+    token = {rendezvous.TOKEN: secrets.token_hex(16)}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **token}
     if count >= measured.cores():
         environment["XLA_FLAGS"] = setup.one_thread(environment.get("XLA_FLAGS", ""))
     address = f"127.0.0.1:{distributed.free_port()}"
