@@ -15,6 +15,7 @@ import contextlib
 import os
 import pathlib
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from experiments.common import command, machine
 from experiments.common.errors import UsageError
 from experiments.training import setup
 from fdg_jax import distributed
-from fdg_jax.distributed import failure_detector
+from fdg_jax.distributed import failure_detector, rendezvous
 
 FLAGS = flags.FLAGS
 # Seconds for the others to say what they know before they are killed.
@@ -125,7 +126,9 @@ class Member:
 def once(arguments: list[str], count: int, logs: pathlib.Path | None) -> Member | None:
     """Runs all processes to their end; the first that failed, or one that was asked to stop."""
     ended: queue.SimpleQueue[Member] = queue.SimpleQueue()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # With a token of their own, so that nobody else joins or ends the run.
+    token = {rendezvous.TOKEN: secrets.token_hex(16)}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **token}
     if count >= machine.cores():
         environment["XLA_FLAGS"] = setup.one_thread(environment.get("XLA_FLAGS", ""))
     address = f"127.0.0.1:{distributed.free_port()}"

@@ -8,16 +8,18 @@ what is said here.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import ipaddress
+import os
 import socket
 import time
 
 import jax
 import numpy as np
 
-from fdg_jax.distributed import failure_detector
+from fdg_jax.distributed import failure_detector, rendezvous
 from fdg_jax.distributed.collectives import CONNECT_SECONDS, gather
 from fdg_jax.distributed.shutdown import deadline
 
@@ -43,6 +45,11 @@ def initialize(
     From here on the end of a process, unless it ends well, ends the others at once, with status 69
     and a line that names it.
 
+    Process 0 listens at the coordinator's address alone, or where the environment variable
+    JAX_COORDINATOR_BIND_ADDRESS, "host:port", says. With FDG_RUN_TOKEN, a secret that is the same
+    in every process, only those join who know it. Without it, whoever reaches the port may join, or
+    end the run.
+
     Args:
       coordinator: "host:port" of process 0, the same in every process.
       num_processes: how many there are.
@@ -52,7 +59,8 @@ def initialize(
 
     Raises:
       ValueError: arguments that do not fit together; a port that is taken; a coordinator that
-        cannot be reached; a process that does not come; on CPUs of several machines, a machine
+        cannot be reached, or is no address of process 0's machine; a process that does not come, or
+        has another token; on CPUs of several machines, a machine
         whose own name stands for an address of its own alone; processes with different numbers
         of devices.
     """
@@ -71,7 +79,8 @@ def initialize(
                 f"num_processes={num_processes}"
             )
         # Before JAX starts: on the port where its service will listen, and with plain words.
-        own_host = _call(process_id, num_processes, coordinator, seconds)
+        bind = os.environ.get(rendezvous.BIND)
+        own_host = _call(process_id, num_processes, coordinator, seconds, bind)
     transfers = _cpu_alone()
     if transfers:
         if (detector := failure_detector.current) is not None and detector.apart():
@@ -94,6 +103,8 @@ def initialize(
                 # Ours ends first: at its own, JAX aborts the process.
                 initialization_timeout=int(seconds) + 60,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                # Else it listens on all of the machine's networks. Process 0 alone heeds it.
+                coordinator_bind_address=os.environ.get(rendezvous.BIND, coordinator),
             )
         except ValueError as error:
             raise ValueError(
@@ -102,8 +113,10 @@ def initialize(
             ) from error
         devices = jax.devices()
     if coordinator is None:
-        place = gather(_text(f"{own_host}:{free_port('')}"))[0]
-        _call(jax.process_index(), jax.process_count(), bytes(place).decode().rstrip("\0"), seconds)
+        names = [_string(name) for name in gather(_text(own_host))]
+        facing = _facing(names) if jax.process_index() == 0 else "127.0.0.1"
+        place = _string(gather(_text(f"{_bracketed(facing)}:{free_port(facing)}"))[0])
+        _call(jax.process_index(), jax.process_count(), place, seconds)
     if jax.default_backend() == "cpu" and not transfers:
         raise ValueError(
             "JAX_PLATFORMS: there is a plugin for accelerators but no accelerator; set it to cpu"
@@ -117,14 +130,32 @@ def initialize(
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that nobody listens on."""
-    with socket.create_server((host, 0)) as server:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as server:
         return int(server.getsockname()[1])
 
 
-def _call(own: int, count: int, coordinator: str, seconds: float) -> str:
+def _call(own: int, count: int, coordinator: str, seconds: float, bind: str | None = None) -> str:
     """Finds the others; from here on the end of any ends this process. This machine's address."""
-    failure_detector.current, host = failure_detector.roll_call(own, count, coordinator, seconds)
+    failure_detector.current, host = rendezvous.roll_call(own, count, coordinator, seconds, bind)
     return host
+
+
+def _facing(names: list[str]) -> str:
+    """The address by which the others reach this machine, the first of those with these names."""
+    try:
+        address = str(rendezvous.addresses(names[0], 0)[0][1][0])
+    except OSError:
+        address = "127.0.0.1"
+    others = [name for name in names if name != names[0]]
+    if others and ipaddress.ip_address(address).is_loopback:
+        # Its own name stands for itself alone; the kernel knows which address faces another.
+        with contextlib.suppress(OSError):
+            family, place = rendezvous.addresses(others[0], 1)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(place)  # sends nothing
+                address = str(probe.getsockname()[0])
+    return address
 
 
 def _cpu_alone() -> bool:
@@ -151,18 +182,26 @@ def _check_name(name: str) -> None:
 
 def _set_transfers(host: str) -> None:
     """What device_put between processes needs on CPUs; accelerators bring their own."""
-    address = socket.gethostbyname(host)
+    address = str(rendezvous.addresses(host, 0)[0][1][0])
     settings = {
         "jax_force_dcn_cross_host_transfers": True,
         # A port of 0 would hang.
-        "jax_cross_host_transfer_socket_address": f"{address}:{free_port(address)}",
+        "jax_cross_host_transfer_socket_address": f"{_bracketed(address)}:{free_port(address)}",
         "jax_cross_host_transfer_transfer_size": _CHUNK,
         # The other process may still be compiling; of one that is dead the heartbeat tells.
         "jax_cross_host_transfer_timeout_seconds": _PATIENCE,
-        "jax_cross_host_transport_addresses": ",".join([f"{address}:0"] * _SOCKETS),
+        "jax_cross_host_transport_addresses": ",".join([f"{_bracketed(address)}:0"] * _SOCKETS),
     }
     for name, value in settings.items():
         jax.config.update(name, value)
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def _string(value: np.ndarray) -> str:
+    return bytes(value).decode().rstrip("\0")
 
 
 def _text(value: str) -> np.ndarray:

@@ -12,13 +12,16 @@ import os
 import sys
 import time
 
-from fdg_jax.distributed import failure_detector
+from fdg_jax.distributed import failure_detector, rendezvous
 
 
 def main() -> None:
     own, count, coordinator, deed = sys.argv[1:]
     failure_detector.PROBES = dict.fromkeys(failure_detector.PROBES, 1)
-    living, _ = failure_detector.roll_call(int(own), int(count), coordinator, 60)
+    try:
+        living, _ = rendezvous.roll_call(int(own), int(count), coordinator, 60)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     print("here", flush=True)
     if deed == "leave":
         return

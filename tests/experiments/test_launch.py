@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -39,6 +40,7 @@ def test_the_first_failure_ends_all_and_is_shown(tmp_path):
         tmp_path,
         "pathlib.Path(sys.argv[1], str(me)).write_text(str(os.getpid()))\n"
         "print('I am', me, *sys.argv[2:], flush=True)\n"
+        "print('token', os.environ['FDG_RUN_TOKEN'], flush=True)\n"
         "if me == 1: time.sleep(1); sys.exit(7)\n"
         "time.sleep(1000)\n",
     )
@@ -49,6 +51,7 @@ def test_the_first_failure_ends_all_and_is_shown(tmp_path):
     [found] = processes.run([command])
     assert found.status == 7
     assert found.text.splitlines()[-1] == "process 1 of 3 ended with status 7; all are ended"
+    assert len(set(re.findall(r"token ([0-9a-f]{32})$", found.text, re.MULTILINE))) == 1
     for i in range(3):
         assert f"[{i}] I am {i} --a=1 --coordinator=127.0.0.1:" in found.text
         assert (logs / f"process-{i}.log").read_text().startswith(f"I am {i} ")
