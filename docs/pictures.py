@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 import fdg_jax as fdg
 from experiments.common import gantt
 from fdg_jax.analysis.costs import Costs
-from fdg_jax.analysis.simulate import GRADIENTS, simulate
+from fdg_jax.analysis.simulate import simulate
+from fdg_jax.engine.gradient_rule import RULES
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 SCHEDULES = {"back-propagation": "backprop", "DDG": "ddg", "FDG": "fdg"}
@@ -50,7 +51,7 @@ def memory() -> bytes:
     """Bytes held in four stages, by choice of gradient."""
     sizes = {"input_bytes": [2] * 4, "residual_bytes": [30] * 4, "parameter_bytes": [10] * 4}
     costs = Costs(forward=[1] * 4, backward=[2] * 4, optimizer=1, **sizes)
-    runs = {g: simulate(fdg.schedule.fdg(4), costs, gradient=g) for g in GRADIENTS}
+    runs = {g: simulate(fdg.schedule.fdg(4), costs, gradient=g) for g in RULES}
     figure, axis = _figure()
     _bars(axis, {name: [run.peak_bytes(k) for k in range(4)] for name, run in runs.items()})
     axis.set_ylabel("MB held by FDG")

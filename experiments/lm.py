@@ -158,7 +158,7 @@ def run(settings: Settings) -> dict[str, Any]:
     pipe, stages = make(settings, len(source.vocabulary))
     example = jax.ShapeDtypeStruct((settings.batch_size, settings.context), jnp.int32)
     key = jax.random.fold_in(jax.random.key(settings.seed), setup.MODEL_KEY)
-    state = pipe.init(key, example)
+    state = pipe.init(key, example, example)
 
     out = workdir.Workdir(settings.workdir, overwrite=settings.overwrite)
     table = described_stages(pipe, stages, settings, pipe.params(state))
@@ -188,7 +188,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     tokens = settings.batch_size * settings.context  # of a mini-batch
     evaluate = evaluation(pipe, source, settings)
-    waiting: collections.deque[dict[str, Any]] = collections.deque()
+    waiting: collections.deque[fdg.Metrics] = collections.deque()
     seconds, logged_batch, logged_seconds = 0.0, 0, 0.0
 
     def record(step: int, split: str, loss: float, error: float, **speed: float) -> None:
@@ -196,12 +196,12 @@ def run(settings: Settings) -> dict[str, Any]:
         line = {"step": step, "epoch": epoch, "split": split, "loss": loss, "error": error}
         out.append_metrics({**line, **speed})
 
-    def log(done: Sequence[dict[str, Any]], step: int, now: float) -> None:
+    def log(done: Sequence[fdg.Metrics], step: int, now: float) -> None:
         nonlocal logged_batch, logged_seconds
-        values = jax.device_get([(m["loss"], m["error"]) for m in done])
+        values = jax.device_get([(m.loss, m.aux["error"]) for m in done])
         # In double precision, whatever the devices count in.
         loss, error = (float(np.mean([float(v[i]) for v in values])) for i in (0, 1))
-        seen = done[-1]["batch"] + 1
+        seen = done[-1].batch + 1
         speed = tokens * (seen - logged_batch) / max(now - logged_seconds, 1e-9)
         logged_batch, logged_seconds = seen, now
         record(seen, "train", loss, error, bytes_per_second=round(speed), seconds=round(now, 3))
@@ -223,7 +223,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 shape = (settings.context, settings.batch_size)
                 batch = corpus.batch(source.train, *shape, settings.seed, step)
                 state, metrics = pipe.step(state, batch)
-                waiting.extend([] if metrics is None else [metrics])
+                waiting.extend(metrics)
                 # The pipeline has waited for all but the last max_ahead ticks.
                 ended = len(waiting) - settings.max_ahead - 1
                 if (step + 1) % settings.log_every_steps == 0 and ended > 0:

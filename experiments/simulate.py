@@ -23,8 +23,9 @@ from experiments.common.errors import UsageError
 from experiments.common.screen import Screen
 from experiments.training import methods
 from fdg_jax.analysis.costs import PER_STAGE, Costs
-from fdg_jax.analysis.simulate import GRADIENTS, simulate
+from fdg_jax.analysis.simulate import simulate
 from fdg_jax.analysis.timeline import Timeline
+from fdg_jax.engine.gradient_rule import RULES
 from fdg_jax.schedule import Schedule, create
 
 FLAGS = flags.FLAGS
@@ -51,7 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_float("optimizer", 1.0, "Optimizer state as a multiple of the weights.")
     flags.DEFINE_integer("microbatches", 4, "Of gpipe and one_f_one_b.")
     flags.DEFINE_integer("accumulate", None, "Of adl (else 2) and pipedream_2bw (else K).")
-    flags.DEFINE_enum("gradient", "stale", GRADIENTS, "Where the method leaves it open.")
+    flags.DEFINE_enum("gradient", "stale", RULES, "Where the method leaves it open.")
     flags.DEFINE_string("workdir", None, "Where the files go; without it there are none.")
     flags.DEFINE_enum("draw", "fdg", METHODS, "The method in the picture and the trace.")
     flags.DEFINE_integer("draw_stages", None, "Its stages; else 4 or the first of --stages.")

@@ -3,12 +3,18 @@
 from fdg_jax import methods, models, optim, schedule
 from fdg_jax.adapters import from_fn, from_linen, from_nnx
 from fdg_jax.analysis import simulate
-from fdg_jax.engine.pipeline import Pipeline, PipelineState
+from fdg_jax.engine import Pipeline, PipelineState
+from fdg_jax.engine.dispatch import Metrics
+from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.errors import ConsumedStateError, NonFiniteError, StageError
 from fdg_jax.layer import Layer, chain, repeat
 from fdg_jax.optim import (
+    StageOptimizer,
+    delay_compensation,
     delayed_sgd,
     error_feedback,
     fdg_shrink,
+    gap_aware,
     predict_weights,
     recipes,
     scale_by_basis_rotation,
@@ -21,18 +27,26 @@ from fdg_jax.partition import Partition, partition
 from fdg_jax.version import __version__
 
 __all__ = [
+    "ConsumedStateError",
+    "GradientRule",
     "Layer",
+    "Metrics",
+    "NonFiniteError",
     "Partition",
     "Pipeline",
     "PipelineState",
+    "StageError",
+    "StageOptimizer",
     "__version__",
     "chain",
+    "delay_compensation",
     "delayed_sgd",
     "error_feedback",
     "fdg_shrink",
     "from_fn",
     "from_linen",
     "from_nnx",
+    "gap_aware",
     "methods",
     "models",
     "optim",

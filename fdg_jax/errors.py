@@ -17,3 +17,13 @@ class StageError(RuntimeError):
 
 class NonFiniteError(StageError):
     """A loss, gradient, output or model state was NaN or infinite."""
+
+
+class ConsumedStateError(ValueError):
+    """A state was used a second time, after a step or drain had consumed it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "state: was consumed by an earlier step or drain; go on with the state that it "
+            "returned, or copy one before with jax.tree.map(jnp.copy, state)"
+        )

@@ -12,9 +12,12 @@ and stage k's update number v applies the mean of its parts of the gradients tha
 .. math::
     w_k^{(v+1)} = w_k^{(v)} + U_k\\left(\\tfrac{1}{|D|} \\textstyle\\sum_{n \\in D} g_k(n)\\right).
 
-With ``gradient="recompute"`` the versions are those of each stage's own backward, and every stage
-is given the input that it had at its forward: :math:`y - \\mathrm{sg}(y) + x` has the value x and
-the gradient of y. Where mini-batches are divided, n counts micro-batches.
+Where a gradient rule keeps no weights ("recompute") the versions are those of each stage's own
+backward, and every stage is given the input that it had at its forward:
+:math:`y - \\mathrm{sg}(y) + x` has the value x and the gradient of y. Where mini-batches are
+divided, n counts micro-batches.
+
+Where stages have losses of their own, :math:`L_n` is the stage's, and its input a constant.
 
 Nothing here is fast, and nothing is shared with the pipeline but the layers and the action stream.
 """
@@ -28,7 +31,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fdg_jax.engine.gradient_rule import GradientRule, gradient_rule
 from fdg_jax.layer import Layer, batch_key, typed_key
+from fdg_jax.optim import StageOptimizer
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import Key, LossFn, PyTree
 
@@ -49,20 +54,20 @@ class Result(NamedTuple):
 
 def train(
     stages: Sequence[Layer],
-    loss_fn: LossFn,
-    optimizer: Callable[[int], optax.GradientTransformation],
+    loss_fn: LossFn | Sequence[LossFn | None],
+    optimizer: Callable[[int], optax.GradientTransformation | StageOptimizer],
     schedule: Schedule,
     params: Sequence[PyTree],
     model_state: Sequence[PyTree],
     key: Key,
     batches: Sequence[tuple[PyTree, PyTree]],
-    gradient: str = "stale",
+    gradient: str | GradientRule = "stale",
 ) -> Result:
     """Trains on ``batches`` as ``schedule`` says, from the fill to the drain, exactly.
 
     Args:
       stages: K layers, input first.
-      loss_fn: ``loss_fn(outputs, labels) -> (mean loss, dict of metrics)``.
+      loss_fn: ``loss_fn(outputs, labels) -> (mean loss, dict of metrics)``, or one for every stage.
       optimizer: ``optimizer(k)`` for stage k.
       schedule: for K stages.
       params, model_state: initial, one pytree per stage.
@@ -88,6 +93,11 @@ def train(
       Zhuang et al., arXiv 1906.09108, the delayed-gradient recursion.
     """
     stages = tuple(stages)
+    rule, kinds = gradient_rule(gradient), schedule.kind_of
+    if not callable(loss_fn) and len(schedule.losses) > 1:
+        return _local(stages, loss_fn, optimizer, schedule, params, model_state, key, batches)
+    final = loss_fn if callable(loss_fn) else loss_fn[-1]
+    assert final is not None
     last, count = len(stages) - 1, schedule.microbatches
     key = typed_key(key)
     places = [sum(stage.size for stage in stages[:k]) for k in range(len(stages))]
@@ -115,11 +125,11 @@ def train(
                 inputs.append(y)
                 y, left = stage.apply(params[k], state[k], y, train=True, key=batch_key(key, n))
                 states.append(left)
-            return loss_fn(y, labels)[0], (inputs, states)
+            return final(y, labels)[0], (inputs, states)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    optimizers = [optimizer(k) for k in range(len(stages))]
+    optimizers = [StageOptimizer.of(optimizer(k)) for k in range(len(stages))]
     versions = [[p] for p in params]
     opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
     state = tuple(model_state)
@@ -127,33 +137,86 @@ def train(
     seen: dict[tuple[int, int], int] = {}  # (stage, micro-batch) -> version of its forward
     met: dict[int, tuple[Any, ...]] = {}  # micro-batch -> state, inputs, gradient of its forward
     due: list[list[PyTree]] = [[] for _ in stages]
+    extra: list[dict[str, Any]] = [{} for _ in stages]  # of the last gradient
 
     for action in (a for tick in schedule.stream(len(batches)) for a in tick):
         k, n = action.stage, action.batch * count + (action.micro or 0)
-        x, labels = _part(batches[action.batch], action.micro or 0, count)
-        if action.kind == "F":
+        kind = kinds[action.kind]
+        if kind.in_flight == "opens":
+            x, labels = _part(batches[action.batch], action.micro or 0, count)
             seen[k, n] = len(versions[k]) - 1 if action.version is None else action.version
             if k == last:
                 mixed = tuple(versions[j][seen[j, n]] for j in range(len(stages)))
                 (loss, (inputs, left)), whole = network(mixed, state, n, x, labels)
                 met[n], state = (state, inputs, whole), tuple(left)
                 losses[action.batch].append(loss)
-        elif action.kind == "B":
+        elif kind.gradient == "adds":
+            x, labels = _part(batches[action.batch], action.micro or 0, count)
             old_state, inputs, whole = met[n]
-            if gradient == "recompute":
+            if not rule.keeps_weights:
                 # Stages above k have done their backward of this batch, at versions now in `seen`.
                 seen[k, n] = len(versions[k]) - 1
                 mixed = tuple(versions[j][seen[j, n]] for j in range(len(stages)))
                 _, whole = network(mixed, old_state, n, x, labels, inputs)
-            due[k].append(whole[k])
-        else:
+            extra[k] = {
+                "stale_params": versions[k][seen[k, n]],
+                "staleness": jnp.float32(len(versions[k]) - 1 - seen[k, n]),
+            }
+            part = whole[k]
+            if (first := optimizers[k].per_gradient) is not None:
+                own = opt_states[k]
+                part, kept = first.update(part, own[0], versions[k][-1], **extra[k])
+                opt_states[k] = (kept, own[1])
+            due[k].append(part)
+        elif kind.gradient == "applies":
             scale = len(due[k]) if schedule.reduction == "mean" else 1
             reduced = jax.tree.map(lambda *g, scale=scale: sum(g) / scale, *due[k])
+            more = extra[k] if len(due[k]) == 1 else {}
             due[k] = []
-            updates, opt_states[k] = optimizers[k].update(reduced, opt_states[k], versions[k][-1])
-            versions[k].append(optax.apply_updates(versions[k][-1], updates))
+            now = versions[k][-1]
+            updates, opt_states[k] = optimizers[k].update(reduced, opt_states[k], now, **more)
+            versions[k].append(optax.apply_updates(now, updates))
     means = [jnp.mean(jnp.stack(parts)) for parts in losses]
     return Result([v[-1] for v in versions], list(state), means)
+
+
+def _local(
+    stages: Sequence[Layer],
+    losses: Sequence[LossFn | None],
+    optimizer: Callable[[int], optax.GradientTransformation | StageOptimizer],
+    schedule: Schedule,
+    params: Sequence[PyTree],
+    model_state: Sequence[PyTree],
+    key: Key,
+    batches: Sequence[tuple[PyTree, PyTree]],
+) -> Result:
+    """Every stage alone: its input a constant, its loss its own, one update a mini-batch."""
+    key = typed_key(key)
+    values, state, found = list(params), list(model_state), []
+    optimizers = [StageOptimizer.of(optimizer(k)) for k in range(len(stages))]
+    opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
+    sent: dict[tuple[int, int], PyTree] = {}  # (stage, batch) -> its input
+    for action in (a for tick in schedule.stream(len(batches)) for a in tick):
+        k, n = action.stage, action.batch
+        if schedule.kind_of[action.kind].in_flight != "opens":
+            continue
+        layer = stages[k].at(sum(stage.size for stage in stages[:k]))
+
+        def loss(p: PyTree, k: int = k, n: int = n, layer: Layer = layer) -> Any:
+            one, labels = losses[k], batches[n][1]
+            assert one is not None
+            y, left = layer.apply(p, state[k], sent[k, n], train=True, key=batch_key(key, n))
+            return one(y, labels)[0], (y, left)
+
+        sent.setdefault((k, n), batches[n][0])
+        (value, (y, state[k])), gradient = jax.value_and_grad(loss, has_aux=True)(values[k])
+        sent[k + 1, n] = y
+        extra = {"stale_params": values[k], "staleness": jnp.float32(0)}
+        updates, opt_states[k] = optimizers[k].update(gradient, opt_states[k], values[k], **extra)
+        values[k] = optax.apply_updates(values[k], updates)
+        if k == len(stages) - 1:
+            found.append(value)
+    return Result(values, state, found)
 
 
 def _pin(y: jax.Array, value: jax.Array) -> jax.Array:

@@ -172,7 +172,7 @@ def test_micro_batches_without_batch_statistics_are_backprop(make):
     def train(schedule):
         pipe = fdg.Pipeline(stages, networks.loss_fn, networks.sgd(1, 4), schedule)
         state, metrics = networks.run(pipe, data)
-        return pipe.params(state), [m["loss"] for m in metrics]
+        return pipe.params(state), [m.loss for m in metrics]
 
     whole, parts = train(fdg.schedule.backprop(4)), train(make(4, microbatches=4))
     assert networks.difference(whole, parts) <= 1e-12
@@ -185,5 +185,5 @@ def test_adl_that_accumulates_one_is_fdg_bit_for_bit():
     for schedule in (fdg.schedule.fdg(3), fdg.schedule.adl(3, accumulate=1)):
         pipe = fdg.Pipeline(stages, networks.loss_fn, networks.sgd(0.5, 3), schedule)
         state, metrics = networks.run(pipe, data)
-        final.append((pipe.params(state), [m["loss"] for m in metrics]))
+        final.append((pipe.params(state), [m.loss for m in metrics]))
     assert networks.difference(*final) == 0

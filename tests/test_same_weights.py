@@ -109,7 +109,7 @@ def test_linen_nnx_and_plain_networks_of_the_same_weights_take_the_same_path():
             model_state = jax.tree.leaves([own.model_state for own in state.stages])
             path.append(jax.device_get((metrics, pipe.params(state), model_state)))
         paths.append(path)
-    losses = [metrics["loss"] for metrics, *_ in paths[2][1:]]
+    losses = [metrics[0].loss for metrics, *_ in paths[2][1:]]
     assert losses[-1] < losses[0]
     for path in paths[:2]:
         close(path, paths[2])

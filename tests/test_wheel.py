@@ -39,9 +39,9 @@ batch = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32), np.ones
 state, losses = pipe.init(jax.random.key(0), batch[0]), []
 for _ in range(5):
     state, metrics = pipe.step(state, batch)
-    losses += [metrics["loss"]] if metrics else []
+    losses += [m.loss for m in metrics]
 state, rest = pipe.drain(state)
-losses = [float(loss) for loss in losses + [m["loss"] for m in rest]]
+losses = [float(loss) for loss in losses + [m.loss for m in rest]]
 assert len(losses) == 5 and losses[-1] < losses[0], losses
 print(fdg.__version__)
 """

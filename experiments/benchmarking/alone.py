@@ -13,10 +13,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.benchmarking.contender import Piped
 from fdg_jax.engine.dispatch import Tick
-from fdg_jax.engine.state import PipelineState, StageState
+from fdg_jax.engine.state import PipelineState, Slots, scalar
+from fdg_jax.schedule.action import ACTIVATION, COTANGENT
+from fdg_jax.schedule.ledger import LABEL
 
 
 class Alone:
@@ -35,17 +38,32 @@ class Alone:
         pipe, state = contender.pipe, contender.state
         self.schedule = contender.schedule
         self.max_ahead = pipe.max_ahead
-        self.today = contender.gradient == "recompute"
+        self.rule = pipe.rule
+        self.last = k == pipe.num_stages - 1
         # Every neighbour is the stage itself: messages then need no transfer.
         self.programs = [pipe.stages[k]] * pipe.num_stages
-        own = jax.tree.map(jnp.copy, state.stages[k]).copied()
-        self.inputs = contender.batch[0] if k == 0 else next(iter(own.activations.values()))
+        own = jax.tree.map(jnp.copy, state.stages[k])
+        waiting = {port: slots.values[0] for port, slots in own.inbox.items()}
+        self.inputs = contender.batch[0] if k == 0 else waiting[ACTIVATION]
         self.labels = contender.batch[1]
-        self.cotangent = next(iter(own.cotangents.values()), None)
-        own = own._replace(activations={}, cotangents={}, labels={})
-        stages = [StageState.fresh((), (), (), own.key, own.number) for _ in pipe.stages]
-        stages[k] = own
-        self.state = PipelineState(int(state.tick), int(state.origin), state.key, tuple(stages))
+        self.cotangent = waiting.get(COTANGENT)
+        # What is sent to a neighbour is dropped at the end of the tick.
+        none = Slots(np.zeros(0, np.int32), ())
+        nothing = own._replace(
+            params=(),
+            model_state=(),
+            opt_state=(),
+            gradient=None,
+            pending=scalar(0),
+            flights=none,
+            met=np.zeros(0, np.int32),
+            versions=none,
+            inbox={},
+            record=None,
+        )
+        stages = [nothing] * pipe.num_stages
+        stages[k] = own._replace(inbox={})
+        self.state = PipelineState(state.tick, state.origin, state.key, tuple(stages))
 
     def prepare(self, steps: int) -> None:
         """Makes what the neighbours would send in so many ticks; ready when this returns."""
@@ -60,23 +78,19 @@ class Alone:
         if len(self.tokens) >= self.max_ahead:
             jax.block_until_ready(self.tokens.popleft())
         inputs, cotangent = self.messages.pop()
-        tick = Tick(self.programs, self.schedule, self.today, self.state)
+        tick = Tick(self.programs, self.schedule, self.rule, self.state)
         actions = [a for a in self.schedule.tick(tick.batch - tick.origin) if a.stage == self.k]
         own = tick.stages[self.k]
         for action in actions:
             n = action.batch + tick.origin
             if action.kind == "F":
-                own.activations[n] = inputs
-                if self.k == tick.last:
-                    own.labels[n] = self.labels
-            elif action.kind == "B" and self.k < tick.last:
-                own.cotangents[n] = cotangent
+                own.put(ACTIVATION, n, inputs)
+                if self.last:
+                    own.put(LABEL, n, self.labels)
+            elif action.kind == "B" and not self.last:
+                own.put(COTANGENT, n, cotangent)
         tick.run(actions)
         self.state = tick.state(tick.batch + 1, tick.origin)
-        for k, other in enumerate(self.state.stages):
-            if k != self.k:
-                other.activations.clear()
-                other.cotangents.clear()
         self.tokens.append([program.token for program in tick.tokens()])
 
 

@@ -164,13 +164,13 @@ class Piped(Contender):
             gradient=choice,
             on_nonfinite=on_nonfinite,
         )
-        self.state = self.pipe.init(work.key, work.example)
+        self.state = self.pipe.init(work.key, work.example, work.labels)
         first, last = self.pipe.stages[0], self.pipe.stages[-1]
         self.batch = (
             jax.device_put(work.images, first.sharded),
             jax.device_put(work.labels, last.sharded),
         )
-        self.metrics: dict[str, Any] = {}
+        self.metrics: fdg.Metrics | None = None
 
     @property
     def fill(self) -> int:
@@ -181,13 +181,13 @@ class Piped(Contender):
         start = time.perf_counter()
         for _ in range(steps):
             self.state, metrics = self.pipe.step(self.state, self.batch)
-            self.metrics = metrics or self.metrics
+            self.metrics = metrics[-1] if metrics else self.metrics
         jax.block_until_ready((self.state, self.metrics))
         return time.perf_counter() - start
 
     @property
     def loss(self) -> float:
-        return float(self.metrics["loss"])
+        return float(self.metrics.loss) if self.metrics else float("nan")
 
 
 class Saving(Piped):
@@ -208,7 +208,7 @@ class Saving(Piped):
         start = time.perf_counter()
         for _ in range(steps):
             self.state, metrics = self.pipe.step(self.state, self.batch)
-            self.metrics = metrics or self.metrics
+            self.metrics = metrics[-1] if metrics else self.metrics
             self.count += 1
             if self.count % self.EVERY == self.EVERY // 2:
                 self.checkpointer.save(self.state, self.count)

@@ -28,7 +28,8 @@ from experiments.benchmarking.contender import Contender, Piped, Plain
 from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.simulate import simulate
 from fdg_jax.engine.dispatch import Tick, fuse
-from fdg_jax.engine.state import StageState
+from fdg_jax.engine.state import StageWork
+from fdg_jax.schedule.ledger import LABEL, METRIC
 from fdg_jax.typing import PyTree
 
 PREDICTED = ("weights", "optimizer", "in flight")
@@ -59,12 +60,10 @@ def table(contender: Contender, ticks: int = 0) -> list[dict[str, Any]]:
     peaks = [dict.fromkeys(KINDS, 0)] * contender.stages
     pipe = contender.pipe
     for _ in range(ticks):
-        tick = Tick(
-            pipe.stages, contender.schedule, contender.gradient == "recompute", contender.state
-        )
+        tick = Tick(pipe.stages, contender.schedule, pipe.rule, contender.state)
         tick.enter(*jax.tree.map(jnp.copy, contender.batch))
         actions = contender.schedule.tick(tick.batch - tick.origin)
-        for group in fuse(actions, tick.last):
+        for group in fuse(actions, contender.schedule):
             tick.run(group)
             k = group[0].stage
             kinds = bytes_of(tick.stages[k])
@@ -76,19 +75,20 @@ def table(contender: Contender, ticks: int = 0) -> list[dict[str, Any]]:
     return [_row(k, kinds, predicted[k]) for k, kinds in enumerate(peaks)]
 
 
-def bytes_of(stage: StageState) -> dict[str, int]:
+def bytes_of(stage: StageWork) -> dict[str, int]:
     """Bytes that a stage holds now, by kind; a buffer that is found twice counts where it was found
     first."""
-    flights = stage.flights.values()
-    stashes = [flight.stash for flight in flights]
+    stashes = [stash for _, stash in stage.flights.values()]
+    messages = {port: list(there.values()) for port, there in stage.inbox.items()}
+    small = [messages.pop(port, []) for port in (LABEL, METRIC)]
     return count(
         [
-            [stage.params, stage.older, [flight.params for flight in flights]],
+            [stage.params, stage.versions],
             [stage.opt_state],
             [(stash.inputs, stash.residuals) for stash in stashes],
-            [stage.activations, stage.cotangents],
+            [messages],
             [stage.gradient],
-            [stage.model_state, stage.number, stage.labels, stage.metrics, stage.record]
+            [stage.model_state, stage.number, small, stage.record]
             + [(stash.model_state, stash.number, stash.labels) for stash in stashes],
         ]
     )
@@ -115,14 +115,14 @@ def predict(contender: Piped) -> list[float]:
     inputs, residuals = [], []
     for k, (stage, own) in enumerate(zip(pipe.stages, state.stages, strict=True)):
         wanted = labels if k == last else None
-        output, _, _, left, _ = jax.eval_shape(
+        made = jax.eval_shape(
             stage.forward, own.params, own.model_state, x, wanted, own.key, own.number, own.record
         )
         inputs.append(parts * nbytes(x))
-        residuals.append(parts * nbytes(left))
-        x = output
+        residuals.append(parts * nbytes(made.residuals))
+        x = made.output
     steady = 8 * contender.stages * schedule.period
-    groups = [fuse(schedule.tick(steady + t), last) for t in range(schedule.period)]
+    groups = [fuse(schedule.tick(steady + t), schedule) for t in range(schedule.period)]
     if all(len(g) == 3 for g in itertools.chain(*groups) if g[0].stage == last):
         inputs[last] = residuals[last] = 0
     parameters = [nbytes(own.params) for own in state.stages]

@@ -10,8 +10,7 @@ from absl import flags
 from experiments.common import fields
 from experiments.common.errors import UsageError
 from experiments.training import methods, remedies
-from experiments.training.config import ORDERS, REDUCTIONS, blame
-from fdg_jax.engine.pipeline import GRADIENTS
+from experiments.training.config import GRADIENTS, ORDERS, REDUCTIONS, blame
 
 OPTIMIZERS = ("adamw", "muon")
 HELP = {

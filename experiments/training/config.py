@@ -11,11 +11,12 @@ from typing import Any
 
 from experiments.common.errors import UsageError
 from experiments.training import methods, remedies, writers
-from fdg_jax.engine.pipeline import GRADIENTS
+from fdg_jax.engine.gradient_rule import RULES
 
 LR_SCHEDULES = ("milestones", "cosine", "constant")
 OPTIMIZERS = ("sgd", "muon")
 ORDERS = ("forward_first", "backward_first")
+GRADIENTS = tuple(RULES)
 REDUCTIONS = ("mean", "sum")
 UNROLL = ("auto", "yes", "no")
 DTYPES = ("float32", "bfloat16")

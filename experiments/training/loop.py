@@ -59,8 +59,11 @@ def run(config: Config) -> dict[str, Any]:
     model_key = jax.random.fold_in(root, setup.MODEL_KEY)
     height, width, channels = run.dataset.image_shape
     example = jax.ShapeDtypeStruct((config.batch_size, height, width, channels), jnp.float32)
+    targets = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
     saved = checkpoints.restore() if earlier is not None else None
-    state, past = saved if saved is not None else (pipe.init(model_key, example), resume.NOTHING)
+    if saved is None:
+        saved = (pipe.init(model_key, example, targets), resume.NOTHING)
+    state, past = saved
 
     watch = timeline.Watch(run, past["step"])
 
@@ -144,7 +147,7 @@ def run(config: Config) -> dict[str, Any]:
             f"epoch {epoch:6.2f}  step {step:6d}  {run.split} loss {result['loss']:.4f}  "
             f"{run.split} error {100 * result['error']:5.2f} %  {train_seconds:7.1f} s"
         )
-        if any(left_out := pipe.left_out(state)):
+        if any(left_out := pipe.skipped(state)):
             screen.line(f"not finite and left out, per stage: {', '.join(map(str, left_out))}")
         return result
 
@@ -175,8 +178,7 @@ def run(config: Config) -> dict[str, Any]:
             images, number = put((images, np.int32(step)), (first.sharded, first.replicated))
             x = augment(augment_key, number, images, mean, std)
             state, metrics = pipe.step(state, (x, labels))
-            if metrics is not None:
-                waiting.append(metrics)
+            waiting.extend(map(line_of, metrics))
             if (step + 1) % config.log_every_steps == 0:
                 # The pipeline has waited for all but the last max_ahead ticks.
                 count = len(waiting) - config.max_ahead - 1
@@ -204,7 +206,7 @@ def run(config: Config) -> dict[str, Any]:
         jax.block_until_ready(state)
         if evaluated is None:  # else nothing has been trained since
             train_seconds += time.perf_counter() - clock
-        waiting.extend(rest)
+        waiting.extend(map(line_of, rest))
         if waiting:
             log(list(waiting), run.total_steps, train_seconds)
             waiting.clear()
@@ -215,7 +217,7 @@ def run(config: Config) -> dict[str, Any]:
                 save(state, run.total_steps, train_seconds, evaluated["error"])
 
     # --- Results.
-    left_out = pipe.left_out(state)
+    left_out = pipe.skipped(state)
     params = [distributed.fetch(tree, last.replicated) for tree in pipe.true_params(state)]
     if not writes:
         distributed.gather(np.int32(run.total_steps))  # until the results are written
@@ -242,6 +244,11 @@ def run(config: Config) -> dict[str, Any]:
     conclude(screen, run, summary)
     distributed.gather(np.int32(run.total_steps))
     return summary
+
+
+def line_of(metrics: fdg.Metrics) -> dict[str, Any]:
+    """What a log line is made of."""
+    return {"batch": metrics.batch, "loss": metrics.loss, "error": metrics.aux["error"]}
 
 
 class Evaluation:

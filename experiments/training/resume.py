@@ -136,7 +136,7 @@ class Checkpoints:
             raise UsageError(
                 f"--workdir={config.workdir}: {error}; --overwrite does that"
             ) from error
-        if not _fits(extra, state.tick):
+        if not _fits(extra, int(state.tick)):
             raise UsageError(
                 f"--workdir={config.workdir}: the newest checkpoint does not say where the run "
                 "was; add --overwrite, which starts it anew"

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fdg_jax.schedule.action import Action
+from fdg_jax.engine.gradient_rule import GradientRule, gradient_rule
+from fdg_jax.schedule import Action, Schedule
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Costs:
       forward: seconds, one per stage.
       backward: seconds, one per stage.
       update: seconds, one per stage; empty is 0.
+      weights: of the backward, the seconds of the half for the weights, where a schedule splits it;
+        one per stage; empty is half of it.
       transfer: seconds that a message between neighbours takes, one per hop (K - 1) or the same for
         all; activations and gradients alike. Transfers overlap with computing and with each other.
       latency: seconds that every message takes on top, however small: not divided by M.
@@ -42,6 +45,7 @@ class Costs:
     residual_bytes: Sequence[float] = ()
     parameter_bytes: Sequence[float] = ()
     optimizer: float = 0
+    weights: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         stages = len(self.forward)
@@ -54,6 +58,8 @@ class Costs:
             values = tuple(getattr(self, name))
             if not values and name not in ("forward", "backward"):
                 values = (0,) * stages
+                if name == "weights":
+                    values = tuple(seconds / 2 for seconds in self.backward)
             object.__setattr__(self, name, values)
             if len(values) != stages:
                 raise ValueError(
@@ -73,26 +79,43 @@ class Costs:
         if not any((*self.forward, *self.backward)):
             raise ValueError("forward, backward: all 0; at least one stage must take some time")
 
-    def seconds(self, action: Action, microbatches: int = 1, gradient: str = "stale") -> float:
+    def seconds(
+        self, action: Action, schedule: Schedule, gradient: str | GradientRule = "stale"
+    ) -> float:
         """How long an action takes.
 
         Args:
           action: what.
-          microbatches: M.
-          gradient: a backward that runs the forward again takes forward + backward.
+          schedule: whose.
+          gradient: the gradient rule; a backward that runs the forward again takes that on top.
 
         Returns:
           Seconds.
         """
-        k = action.stage
-        if action.kind == "U":
+        kind, k = schedule.kind_of[action.kind], action.stage
+        if kind.gradient == "applies":
             return self.update[k]
-        again = action.kind == "B" and gradient != "stale"
-        whole = self.forward[k] if action.kind == "F" or again else 0
-        return (whole + (self.backward[k] if action.kind == "B" else 0)) / microbatches
+        if kind.in_flight == "opens":
+            return self.forward[k] / schedule.microbatches
+        whole = self.backward[k]
+        if kind.in_flight == "reads":
+            whole -= self.weights[k]
+        elif not kind.gives and schedule.splits_backward:
+            whole = self.weights[k]
+        if not gradient_rule(gradient).keeps_residuals:
+            whole += self.forward[k]
+        return whole / schedule.microbatches
 
 
-PER_STAGE = ("forward", "backward", "update", "input_bytes", "residual_bytes", "parameter_bytes")
+PER_STAGE = (
+    "forward",
+    "backward",
+    "update",
+    "input_bytes",
+    "residual_bytes",
+    "parameter_bytes",
+    "weights",
+)
 
 
 def _check_number(name: str, value: float) -> None:

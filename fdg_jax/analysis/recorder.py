@@ -32,8 +32,9 @@ from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.simulate import enough, simulate
 from fdg_jax.analysis.timeline import Event, Timeline
 from fdg_jax.engine.dispatch import fuse
+from fdg_jax.engine.gradient_rule import GradientRule, gradient_rule
 from fdg_jax.engine.pipeline import Pipeline
-from fdg_jax.schedule.action import Action, needs
+from fdg_jax.schedule.action import Action
 from fdg_jax.schedule.schedule import Schedule
 from fdg_jax.typing import PyTree
 
@@ -128,7 +129,7 @@ class Recorder:
             raise ValueError("batches: nothing has been recorded; take steps before timeline()")
         zero = min(event.start for event in events)
         events = [replace(e, start=e.start - zero, end=e.end - zero) for e in events]
-        schedule, gradient = self._pipe.schedule, self._pipe.gradient
+        schedule, gradient = self._pipe.schedule, gradient_rule(self._pipe.gradient)
         costs = costs_of(schedule, gradient, events)
         baseline = simulate(schedule, costs, 1, gradient, self._device).baseline
         return Timeline(schedule, costs, gradient, events, baseline)
@@ -170,6 +171,7 @@ class Recorder:
         last: dict[int, int] = {}  # of each device
         entered: dict[int, int] = {}  # mini-batch -> its inputs
         made: dict[Action, int] = {}
+        kinds = self._pipe.schedule.kind_of
         found = []
         for place, program in enumerate(self._programs):
             sources: list[int | None] = []
@@ -178,12 +180,11 @@ class Recorder:
             else:
                 first = program.actions[0]
                 sources.append(last.get(program.device))
-                if first.kind == "F" and first.stage == 0:
+                if first.stage == 0 and kinds[first.kind].in_flight == "opens":
                     sources.append(entered.get(first.batch))
-                if first.kind != "U":
-                    sources += [made.get(need) for need in needs(first, self._pipe.num_stages)]
+                sources += [made.get(need) for need in self._pipe.schedule.needs(first)]
                 last[program.device] = place
-                made |= {replace(action, version=None): place for action in program.actions}
+                made |= {action._replace(version=None): place for action in program.actions}
             found.append([source for source in sources if source is not None])
         return found
 
@@ -216,7 +217,7 @@ class _Queue(threading.Thread):
             self.ends[place] = time.perf_counter()
 
 
-def costs_of(schedule: Schedule, gradient: str, events: Sequence[Event]) -> Costs:
+def costs_of(schedule: Schedule, gradient: str | GradientRule, events: Sequence[Event]) -> Costs:
     """What actions took, from the means of programs.
 
     Where forward, backward and update of a stage are always one program, all of it is called
@@ -224,7 +225,7 @@ def costs_of(schedule: Schedule, gradient: str, events: Sequence[Event]) -> Cost
 
     Args:
       schedule: of the events.
-      gradient: of the pipeline; a backward that runs the forward again is counted without it.
+      gradient: the rule of the pipeline; a forward that is run again does not count.
       events: measured ones.
 
     Returns:
@@ -235,18 +236,20 @@ def costs_of(schedule: Schedule, gradient: str, events: Sequence[Event]) -> Cost
         kinds = "".join(action.kind for action in event.actions)
         seconds.setdefault((event.action.stage, kinds), []).append(event.end - event.start)
     mean = {key: statistics.fmean(values) for key, values in seconds.items()}
-    forward, backward, update = [], [], []
+    again = not gradient_rule(gradient).keeps_residuals
+    forward, backward, update, weights = [], [], [], []
     for k in range(schedule.num_stages):
-        f = mean.get((k, "F"), 0.0)
+        f, w = mean.get((k, "F"), 0.0), mean.get((k, "W"), 0.0)
         both, all_three = mean.get((k, "BU"), 0.0), mean.get((k, "FBU"), 0.0)
         b = mean.get((k, "B"), both or max(all_three - f, 0.0))
         u = mean.get((k, "U"), max(both - b, all_three - f - b, 0.0))
-        if gradient != "stale" and f:
-            b = max(b - f, 0.0)
+        if again and f:
+            b, w = max(b - f, 0.0), max(w - f, 0.0)
         forward.append(f * schedule.microbatches)
-        backward.append(b * schedule.microbatches)
+        backward.append((b + w) * schedule.microbatches)
+        weights.append(w * schedule.microbatches)
         update.append(u)
-    return Costs(forward, backward, update)
+    return Costs(forward, backward, update, weights=weights if schedule.splits_backward else ())
 
 
 def expected(run: Timeline) -> Timeline:
@@ -261,19 +264,21 @@ def expected(run: Timeline) -> Timeline:
     Raises:
       ValueError: the schedule is not that of the events.
     """
-    schedule, last = run.schedule, run.schedule.num_stages - 1
+    schedule = run.schedule
     device = {event.action.stage: event.device for event in run.events}
     shared = [device.get(k, k) for k in range(schedule.num_stages)]
     seen = {(a.kind, a.batch, a.micro, a.stage) for event in run.events for a in event.actions}
     batches = [n for _, n, _, _ in seen]
-    drained = ("B", max(batches), None if schedule.microbatches == 1 else 0, 0) in seen
+    closing = [kind.name for kind in schedule.kinds if kind.in_flight == "closes"]
+    micro = None if schedule.microbatches == 1 else 0
+    drained = any((kind, max(batches), micro, 0) in seen for kind in closing)
     # A long time after the fill every period is like the last.
     shift = max(min(batches) - enough(schedule), 0) // schedule.period * schedule.period
     count = max(batches) + 1 - shift + (0 if drained else enough(schedule))
     whole = simulate(schedule, run.costs, count, run.gradient, shared)
     left, events = iter(whole.events), []
     for actions in schedule.stream(count):
-        for group in fuse(actions, last):
+        for group in fuse(actions, schedule):
             parts = [next(left) for _ in group]
             moved = tuple(_later(action, shift, schedule) for action in group)
             first = moved[0]
@@ -292,4 +297,4 @@ def _later(action: Action, batches: int, schedule: Schedule) -> Action:
     version = action.version
     if version is not None:
         version += batches // schedule.period
-    return replace(action, batch=action.batch + batches, version=version)
+    return action._replace(batch=action.batch + batches, version=version)

@@ -9,23 +9,21 @@ Nothing is trained and no device is needed. FDG with two stages, forward 1 s, ba
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.timeline import Event, Timeline
+from fdg_jax.engine.gradient_rule import STALE, GradientRule, gradient_rule
 from fdg_jax.schedule import Action, Schedule, backprop
-from fdg_jax.schedule.action import needs
-
-GRADIENTS = ("stale", "recompute_stale", "recompute")
 
 
 def simulate(
     schedule: Schedule,
     costs: Costs,
     batches: int | None = None,
-    gradient: str = "stale",
+    gradient: str | GradientRule = "stale",
     shared: Sequence[int] | None = None,
 ) -> Timeline:
     """Start and end of every action of a run.
@@ -45,7 +43,7 @@ def simulate(
       schedule: who does what when.
       costs: of its stages.
       batches: how many enter; None: enough for a steady state.
-      gradient: "stale", "recompute_stale" or "recompute"; the latter two run forwards twice.
+      gradient: the gradient rule; "recompute_stale" and "recompute" run forwards twice.
       shared: the device of each stage, any whole numbers; None: one device per stage. No transfer
         between stages of one device.
 
@@ -72,16 +70,15 @@ def simulate(
         )
     if batches is not None and batches < 1:
         raise ValueError(f"batches={batches}: must be 1 or more")
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient={gradient!r}: allowed are {', '.join(GRADIENTS)}")
+    rule = gradient_rule(gradient)
     devices = list(range(stages)) if shared is None else list(shared)
     if len(devices) != stages:
         raise ValueError(f"shared: {len(devices)} devices for {stages} stages; give one per stage")
     # Three batches of backprop: the first ends when the second enters, the second when the third.
     plain = backprop(stages)
-    baseline = Timeline(plain, costs, "stale", _walk(plain, costs, 3, "stale", devices), 1.0)
-    events = _walk(schedule, costs, batches or enough(schedule), gradient, devices)
-    return Timeline(schedule, costs, gradient, events, baseline.throughput)
+    baseline = Timeline(plain, costs, STALE, _walk(plain, costs, 3, STALE, devices), 1.0)
+    events = _walk(schedule, costs, batches or enough(schedule), rule, devices)
+    return Timeline(schedule, costs, rule, events, baseline.throughput)
 
 
 def enough(schedule: Schedule) -> int:
@@ -98,33 +95,33 @@ def enough(schedule: Schedule) -> int:
       >>> enough(fdg(2)), enough(fdg(64))
       (20, 516)
     """
-    for fill, actions in enumerate(schedule.stream(10**9)):
-        if any(action.kind == "B" and action.stage == 0 for action in actions):
-            return 4 * (fill + 1) + 8 * schedule.period
-    raise AssertionError("a stream without a backward")
+    return schedule.start + 4 * (schedule.fill + 1) + 8 * schedule.period
 
 
 def _walk(
-    schedule: Schedule, costs: Costs, batches: int, gradient: str, devices: Sequence[int]
+    schedule: Schedule,
+    costs: Costs,
+    batches: int,
+    rule: GradientRule,
+    devices: Sequence[int],
 ) -> list[Event]:
     """The events in the order of the stream."""
-    count = schedule.microbatches
     assert isinstance(costs.transfer, tuple)
-    hops = [seconds / count + costs.latency for seconds in costs.transfer]
+    hops = [seconds / schedule.microbatches + costs.latency for seconds in costs.transfer]
+    seconds_of = functools.cache(lambda kind, k: costs.seconds(Action(kind, 0, k), schedule, rule))
     free: dict[int, float] = dict.fromkeys(devices, 0)
-    done: dict[Action, float] = {}
+    done: dict[tuple[str, int, int | None, int], float] = {}
     events = []
     for action in itertools.chain.from_iterable(schedule.stream(batches)):
-        k, device = action.stage, devices[action.stage]
+        kind, batch, k, micro, _ = action
+        device = devices[k]
         start = free[device]
-        if action.kind != "U":
-            for need in needs(action, schedule.num_stages):
-                hop = 0 if devices[need.stage] == device else hops[min(k, need.stage)]
-                # Nothing is added where there is no way to go: fractions stay exact.
-                start = max(start, done[need] + hop if hop else done[need])
-        end = start + costs.seconds(action, count, gradient)
-        free[device] = end
-        if action.kind != "U":
-            done[action if action.version is None else replace(action, version=None)] = end
+        for source, stage in schedule.sources[kind][k]:
+            hop = 0 if devices[stage] == device else hops[min(k, stage)]
+            end = done[source, batch, micro, stage]
+            # Nothing is added where there is no way to go: fractions stay exact.
+            start = max(start, end + hop if hop else end)
+        free[device] = end = start + seconds_of(kind, k)
+        done[kind, batch, micro, k] = end
         events.append(Event(action, start, end, device))
     return events

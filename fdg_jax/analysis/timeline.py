@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fdg_jax.analysis.costs import Costs
+from fdg_jax.analysis.memory import Held, bytes_of, held
+from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.schedule.action import Action
 from fdg_jax.schedule.schedule import Schedule
-
-if TYPE_CHECKING:
-    from fdg_jax.analysis.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,14 @@ class Timeline:
     Args:
       schedule: who did what when.
       costs: what an action took, and how large things are.
-      gradient: "stale", "recompute_stale" or "recompute".
+      gradient: the gradient rule.
       events: in the order of the schedule's stream.
       baseline: batches per second of back-propagation on the same costs.
     """
 
     schedule: Schedule
     costs: Costs
-    gradient: str
+    gradient: GradientRule
     events: Sequence[Event]
     baseline: float
 
@@ -157,19 +156,7 @@ class Timeline:
         Raises:
           ValueError: no such stage.
         """
-        flying: set[int] = set()
-        returned: set[int] = set()
-        peak = 0
-        for action in self.order(k):
-            if action.kind == "F":
-                flying.add(action.batch)
-                peak = max(peak, len(flying))
-            elif action.kind == "B":
-                returned.add(action.batch)
-            else:
-                flying -= returned
-                returned.clear()
-        return peak
+        return max(held.batches for held in self._held(k))
 
     def microbatches_in_flight(self, k: int) -> int:
         """The most micro-batches that stage k has forwarded and not yet back-propagated.
@@ -185,7 +172,7 @@ class Timeline:
         Raises:
           ValueError: no such stage.
         """
-        return self._held(k)[0]
+        return max(held.flights for held in self._held(k))
 
     def weight_versions(self, k: int) -> int:
         """The most versions of its weights that stage k holds at a time, today's included.
@@ -199,7 +186,7 @@ class Timeline:
         Raises:
           ValueError: no such stage.
         """
-        return self._held(k)[1]
+        return max(held.versions for held in self._held(k))
 
     def peak_bytes(self, k: int) -> float:
         """The most bytes that stage k holds at a time.
@@ -221,7 +208,9 @@ class Timeline:
         Raises:
           ValueError: no such stage.
         """
-        return self._held(k)[2]
+        return max(
+            bytes_of(held, self.costs, k, self.schedule, self.gradient) for held in self._held(k)
+        )
 
     def chrome_trace(self, name: str | None = None, number: int = 0) -> dict[str, Any]:
         """The events as a trace for Perfetto or chrome://tracing, one row a stage.
@@ -276,10 +265,15 @@ class Timeline:
     def _steady(self) -> tuple[int, float, float]:
         """A number of batches that is a whole number of periods, and when they begin and end."""
         first = [(action, e) for e in self._by_stage[0] for action in e.actions]
-        finished = {action.batch: e.end for action, e in first if action.kind == "B"}
-        entered = max((e.start for a, e in first if a.kind == "F" and not a.micro), default=0)
+        kinds = self.schedule.kind_of
+        finished = {a.batch: e.end for a, e in first if kinds[a.kind].in_flight == "closes"}
+        entered = max(
+            (e.start for a, e in first if kinds[a.kind].in_flight == "opens" and not a.micro),
+            default=0,
+        )
         # From the last batch on the pipeline drains.
         times = [finished[n] for n in sorted(finished) if finished[n] <= entered]
+        times = times[self.schedule.start :]
         count, step = len(times), self.schedule.period
         if count <= step:
             raise ValueError(
@@ -291,32 +285,8 @@ class Timeline:
         length = next((p for p in lengths if _periodic(times, p)), lengths[-1])
         return length, times[-1 - length], times[-1]
 
-    def _held(self, k: int) -> tuple[int, int, float]:
-        """Peaks of micro-batches in flight, of weight versions, and of bytes."""
-        costs, count = self.costs, self.schedule.microbatches
-        each = costs.input_bytes[k] / count
-        if self.gradient == "stale":
-            each += costs.residual_bytes[k] / count
-        flights: dict[tuple[int, int | None], int] = {}  # (batch, micro) -> weight version
-        met: Counter[int] = Counter()  # weight version -> flights that keep it
-        updates, most, versions, held = 0, 0, 1, 0.0
-        for action in self.order(k):
-            part = (action.batch, action.micro)
-            if action.kind == "F":
-                flights[part] = updates if action.version is None else action.version
-                met[flights[part]] += self.gradient != "recompute"
-            elif action.kind == "B":
-                version = flights.pop(part)
-                met[version] -= self.gradient != "recompute"
-                met += Counter()  # drops those that nobody keeps
-            else:
-                updates += 1
-            kept = range(max(updates - self.schedule.versions + 1, 0), updates + 1)
-            distinct = len(met.keys() | set(kept))
-            most, versions = max(most, len(flights)), max(versions, distinct)
-            weights = costs.parameter_bytes[k] * (distinct + costs.optimizer)
-            held = max(held, weights + len(flights) * each)
-        return most, versions, held
+    def _held(self, k: int) -> list[Held]:
+        return list(held(self.schedule, self.gradient, self.order(k)))
 
 
 def _periodic(times: list[float], period: int) -> bool:

@@ -5,7 +5,7 @@
       arrays/stage_0/   one Orbax entry per stage: the causes of its state (snapshot.py)
       arrays/stage_1/
 
-Where a run has several processes, each writes the stages that it has (process_part.py), and the
+Where a run has several processes, each writes the stages that it has (array_store.py), and the
 process of the last stage writes the manifest. They share the file system, and any number of
 processes, one too, can go on from it.
 
@@ -27,13 +27,14 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
-from fdg_jax import distributed
-from fdg_jax.checkpoint import manifest, process_part, restore, snapshot
+from fdg_jax.checkpoint import array_store, manifest, restore, snapshot
+from fdg_jax.checkpoint.array_store import leaf
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.pipeline import Pipeline
+from fdg_jax.engine.placement import gather
 from fdg_jax.engine.state import PipelineState
+from fdg_jax.errors import ConsumedStateError
 from fdg_jax.typing import PyTree
 
 _GRACE = 5.0  # seconds
@@ -88,12 +89,13 @@ class Checkpointer:
         self._mine = [k for k, owner in enumerate(owners) if owner == here]
         self._writer = owners[-1] == here
         # What a run that was killed has left half written is not for this one to finish.
-        mark = int(distributed.gather(np.frombuffer(os.urandom(4), np.uint32))[0, 0])
+        mark = int(gather(np.frombuffer(os.urandom(4), np.uint32))[0, 0])
         self._mark = f".{mark:08x}" if jax.process_count() > 1 else ""
         self._abandoned = threading.Event()
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._damaged: set[int] = set()
+        self._stored: set[Any] = set()
 
     def save(
         self, state: PipelineState, step: int, extra: Any = None, score: float | None = None
@@ -115,18 +117,27 @@ class Checkpointer:
             newest ones.
 
         Raises:
-          ValueError: step < 0.
+          ValueError: step < 0; ``extra`` or an array of a dtype that could not be read back; a
+            state that has been consumed. Nothing is written then.
         """
         if step < 0:
             raise ValueError(f"step={step}: must not be negative; count steps from 0")
+        manifest.check_extra(extra)
         self.wait()
         counts, names, copies = [], [], []
-        for k, stage in enumerate(s.copied() for s in state.stages):
+        for k, stage in enumerate(state.stages):
             leaves = {n: jax.tree.leaves(tree) for n, tree in snapshot.sections(stage).items()}
+            arrays = [array for found in leaves.values() for array in found]
+            self._check_dtypes(arrays)
             counts.append(snapshot.numbers(stage))
             names.append({n: len(found) for n, found in leaves.items()})
             copy = self._whole.get(k, self._copy)
-            copies.append(copy([leaf for found in leaves.values() for leaf in found]))
+            try:
+                copies.append(copy(arrays))
+            except (RuntimeError, ValueError) as error:
+                if "has been deleted" in str(error):
+                    raise ConsumedStateError from error
+                raise
         body = {
             **self._configuration,
             "step": step,
@@ -207,9 +218,16 @@ class Checkpointer:
         if kind is not None and jax.process_count() > 1:
             # Another process may have ended, and then its part does not come.
             threading.Timer(_GRACE, self._abandoned.set).start()
-        # Whoever presses Ctrl-C twice does not want to wait: what is half written is passed over.
-        if kind is None or issubclass(kind, Exception):
-            self.close()
+        # Whatever ends the block: the save that is under way is not lost. A second Ctrl-C ends the
+        # wait, and what is half written then is passed over.
+        self.close()
+
+    def _check_dtypes(self, arrays: list[jax.Array]) -> None:
+        """Refuses dtypes that the store does not have; each is looked at once."""
+        dtypes = {array.dtype for array in arrays if array.dtype not in self._stored}
+        keys = {d for d in dtypes if jax.dtypes.issubdtype(d, jax.dtypes.prng_key)}
+        array_store.check(dtypes - keys)
+        self._stored |= dtypes
 
     def _folder(self, step: int) -> pathlib.Path:
         return manifest.folder(self.directory, step)
@@ -259,10 +277,7 @@ class Checkpointer:
                 own = dict(zip(_leaves(sizes), copies.pop(0), strict=True))
                 signed = {leaf: manifest.signature(array) for leaf, array in own.items()}
                 body["sections"].append(
-                    [
-                        [n, [signed[restore.leaf(n, i)] for i in range(size)]]
-                        for n, size in sizes.items()
-                    ]
+                    [[n, [signed[leaf(n, i)] for i in range(size)]] for n, size in sizes.items()]
                 )
                 if k in self._mine:
                     # Waits for the devices, in this thread; the copies are freed on the way.
@@ -283,7 +298,7 @@ class Checkpointer:
             partial.rename(final)
         except BaseException:
             if self._mark:
-                process_part.fail(partial / restore.ARRAYS)
+                array_store.fail(partial / restore.ARRAYS)
             else:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -296,17 +311,11 @@ class Checkpointer:
 
     def _write_arrays(self, folder: pathlib.Path, arrays: dict[int, dict[str, np.ndarray]]) -> None:
         """This process's stages; the writer of the manifest waits for those of the others."""
-        # On a disk that fills while it writes, Orbax shows a traceback for each of its threads.
         self._check_room([array.nbytes for own in arrays.values() for array in own.values()])
-        # Orbax takes no array without elements; the manifest has all that there is to such.
-        entries = {k: {n: v for n, v in own.items() if v.size} for k, own in arrays.items()}
-        if not self._mark:
-            ocp.save_checkpointables(folder, {restore.entry(k): v for k, v in entries.items()})
-            return
-        for k, own in entries.items():
-            process_part.write(folder, k, own)
+        for k, own in arrays.items():
+            array_store.write(folder, k, own)
         if self._writer:
-            process_part.wait(folder, self.pipe.num_stages, self._abandoned)
+            array_store.wait(folder, self.pipe.num_stages, self._abandoned)
 
     def _check_room(self, sizes: list[int]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -326,8 +335,8 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def _copies(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.copy(leaf) for leaf in leaves]
+    return [jnp.copy(snapshot.raw(leaf)) for leaf in leaves]
 
 
 def _leaves(sizes: dict[str, int]) -> list[str]:
-    return [restore.leaf(section, i) for section, size in sizes.items() for i in range(size)]
+    return [leaf(section, i) for section, size in sizes.items() for i in range(size)]

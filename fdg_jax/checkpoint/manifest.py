@@ -18,7 +18,7 @@ import numpy as np
 from fdg_jax.engine.pipeline import Pipeline
 from fdg_jax.typing import Key, PyTree
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 # Where these differ a checkpoint cannot be restored; in the rest only the last bits may differ.
 BINDING = ("format", "stages", "schedule", "gradient")
@@ -47,14 +47,11 @@ def configuration(pipe: Pipeline) -> dict[str, Any]:
       Values by name; those named in `BINDING` must be equal, the others should be.
     """
     schedule = pipe.schedule
-    # Orders and options of a schedule show in its actions.
-    actions = hashlib.sha256(str(schedule).encode()).hexdigest()[:8]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "format": FORMAT,
         "stages": pipe.num_stages,
-        "schedule": f"{schedule.name} (microbatches {schedule.microbatches}, reduction "
-        f"{schedule.reduction}, versions {schedule.versions}, actions {actions})",
+        "schedule": f"{schedule.name} ({schedule.fingerprint})",
         "gradient": pipe.gradient,
         "jax": jax.__version__,
         "platform": pipe.stages[0].mesh.devices.flat[0].platform,
@@ -257,6 +254,28 @@ def encoded(extra: Any) -> str:
     if isinstance(extra, bytes):
         return "bytes:" + base64.b64encode(extra).decode()
     return "json:" + json.dumps(extra, default=lambda value: jax.device_get(value).tolist())
+
+
+def check_extra(extra: Any) -> None:
+    """Refuses what `encoded` could not write; waits for no device.
+
+    Raises:
+      ValueError: it is neither bytes nor what JSON can hold.
+    """
+
+    def array(value: Any) -> int:
+        if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+            return 0
+        raise TypeError(f"{type(value).__name__} is not JSON")
+
+    try:
+        if not isinstance(extra, bytes):
+            json.dumps(extra, default=array)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"extra: cannot be stored ({error}); give bytes, or what JSON can hold: numbers, text, "
+            "lists, dictionaries with text for keys, arrays"
+        ) from error
 
 
 def decoded(text: str) -> Any:

@@ -19,7 +19,7 @@ import optax
 
 from fdg_jax.engine.pipeline import Pipeline
 from fdg_jax.engine.stage import Stage
-from fdg_jax.engine.state import PipelineState, StageState
+from fdg_jax.engine.state import PipelineState, StageState, scalar
 from fdg_jax.layer import chain
 from fdg_jax.optim import without_prediction
 from fdg_jax.partition.layerwise import difference, join, separate
@@ -27,7 +27,11 @@ from fdg_jax.typing import PyTree
 
 
 def convert(
-    source: Pipeline, state: PipelineState, target: Pipeline, example_inputs: PyTree
+    source: Pipeline,
+    state: PipelineState,
+    target: Pipeline,
+    example_inputs: PyTree,
+    example_labels: PyTree = None,
 ) -> PipelineState:
     """The state of one pipeline as that of another, which cuts the same network elsewhere.
 
@@ -48,7 +52,7 @@ def convert(
         choice of gradient and devices, and an optimizer of the same structure; rates and shrinking
         may be others. Its state may hold copies of the params, array by array (momentum, Adam's
         moments), and arrays that are the same in all stages (counts of updates).
-      example_inputs: an input with its batch axis; only shapes and dtypes are looked at.
+      example_inputs, example_labels: as for `Pipeline.init`.
 
     Returns:
       The state of ``target`` as after a drain of as many batches, on its devices. What is left out
@@ -75,8 +79,9 @@ def convert(
       >>> [[round(float(w), 3) for w in stage] for stage in two.params(state)]
       [[0.9, 0.9], [0.9]]
     """
-    template = _arrays(jax.eval_shape(target.init, jax.random.key(0), example_inputs))
-    _check(_abstract(source, _arrays(state)), _abstract(target, template))
+    template = target.template((example_inputs, example_labels))
+    shapes_of = _arrays(template)
+    _check(_abstract(source, _arrays(state)), _abstract(target, shapes_of))
     state, _ = source.drain(state)
     source.check()
     # Compiled, so that the weights have the bits that `Pipeline.true_params` gives.
@@ -90,17 +95,21 @@ def convert(
     shared = {name: _same(name, values) for name, values in parts.shared.items()}
     version = _same("version", [s.version for s in state.stages])
     # Micro-batches are counted as if all batches had been divided as they are from now on.
-    number = np.int32(state.tick * target.schedule.microbatches)
-    made, first = [], 0
-    for stage, (_, _, opt_state) in zip(target.stages, template, strict=True):
+    tick = int(state.tick)
+    number = np.int32(tick * target.schedule.microbatches)
+    made: list[StageState] = []
+    first = 0
+    for stage, shapes in zip(target.stages, template.stages, strict=True):
         mine = slice(first, first := first + stage.layer.size)
         joined = {name: join(stage.layer, trees[mine]) for name, trees in parts.layers.items()}
-        slots, structure = _slots(stage, opt_state)
+        slots, structure = _slots(stage, shapes.opt_state)
         whole = jax.tree.unflatten(structure, [(joined | shared)[name] for name in slots])
         own = joined["params"], joined["model_state"], whole, state.key, number, target.record()
-        fresh = StageState.fresh(*_own(stage, own))
-        made.append(fresh._replace(version=version, base=version))
-    return PipelineState(state.tick, state.tick, state.key, tuple(made))
+        names = ("params", "model_state", "opt_state", "key", "number", "record")
+        placed = dict(zip(names, _own(stage, own), strict=True))
+        fresh = target.blank(len(made), shapes)._replace(**placed)
+        made.append(fresh._replace(version=scalar(version), base=scalar(version)))
+    return PipelineState(scalar(tick), scalar(tick), state.key, tuple(made))
 
 
 # Params, model state and optimizer state of one stage.

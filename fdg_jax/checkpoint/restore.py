@@ -6,30 +6,25 @@ memory is taken; nothing in a checkpoint names a file, a class or a program that
 
 from __future__ import annotations
 
-import math
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import tensorstore as ts
 
-from fdg_jax.checkpoint import manifest, snapshot
-from fdg_jax.engine import ledger
+from fdg_jax.checkpoint import array_store, manifest, snapshot
+from fdg_jax.checkpoint.array_store import leaf
 from fdg_jax.engine.pipeline import Pipeline
-from fdg_jax.engine.placement import absent, put
-from fdg_jax.engine.state import PipelineState
+from fdg_jax.engine.placement import put
+from fdg_jax.engine.state import PipelineState, StageState, scalar
 from fdg_jax.typing import PyTree
 
 ARRAYS = "arrays"
 # How large the files of a checkpoint may be: for a byte of its arrays, which may grow when they are
 # compressed; for each array, of which there are descriptions and entries of an index; in all.
 _BYTE, _EACH, _REST = 2, 1 << 13, 1 << 20
-
-Abstract = dict[str, jax.ShapeDtypeStruct]
 
 
 def load(
@@ -60,105 +55,39 @@ def load(
     manifest.check(body, step, pipe.num_stages)
     _check_counts(pipe, body)
     key, extra = manifest.random_key(body.get("key")), manifest.decoded(body["extra"])
-    templates = snapshot.templates(pipe, example)
-    abstract = [_abstract(pipe, folder, body, templates, k) for k in range(pipe.num_stages)]
-    leaves = [array for own in abstract for array in own.values()]
+    template = pipe.template(example)
+    expected = [
+        _expected(folder, k, own, body["sections"][k]) for k, own in enumerate(template.stages)
+    ]
+    leaves = [array for own in expected for array in own.values()]
     size = sum(array.size * array.dtype.itemsize for array in leaves)
     manifest.verify(folder, body, _BYTE * size + _EACH * len(leaves) + _REST)
     # All is read before any of it is used: what comes after this is no question of the checkpoint.
     arrays = [
-        read(folder / ARRAYS / entry(k), own) if pipe.stages[k].here else elsewhere(own)
-        for k, own in enumerate(abstract)
+        array_store.read(folder / ARRAYS, k, own)
+        if pipe.stages[k].here
+        else array_store.elsewhere(own)
+        for k, own in enumerate(expected)
     ]
     stages = []
-    for k, (stage, template) in enumerate(zip(pipe.stages, templates, strict=True)):
+    for k, (stage, own) in enumerate(zip(pipe.stages, template.stages, strict=True)):
         # Programs of this stage's devices donate these: they must be buffers of JAX's own.
         there = dict(zip(arrays[k], copy(list(arrays[k].values())), strict=True))
-        parts = {
-            name: jax.tree.unflatten(
-                jax.tree.structure(template[name.partition(".")[0]]),
-                [there[leaf(name, i)] for i in range(len(found))],
-            )
-            for name, found in body["sections"][k]
-        }
-        own_key = put(key, stage.replicated)
-        today = pipe.gradient == "recompute"
-        # Whether anybody looks may change from one run to the next.
+        parts = {}
+        for name, found in body["sections"][k]:
+            if name == "record" and own.record is None:
+                continue
+            like, structure = jax.tree.flatten(snapshot.template(own, name))
+            pairs = zip((there[leaf(name, i)] for i in range(len(found))), like, strict=True)
+            parts[name] = jax.tree.unflatten(structure, [snapshot.unraw(*pair) for pair in pairs])
+        # Whether anybody checks may change from one run to the next.
         fresh = put(pipe.record(), stage.replicated)
         record = fresh if fresh is None else parts.get("record", fresh)
+        own_key = put(key, stage.replicated)
         counts = body["counts"][k]
-        stages.append(snapshot.rebuild(stage, today, own_key, counts, parts, record))
-    return PipelineState(body["tick"], body["origin"], key, tuple(stages)), extra
-
-
-def read(folder: pathlib.Path, expected: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The arrays of one stage, as Orbax wrote them.
-
-    They are read by the store that Orbax keeps them in, which checks dtype and shape before it
-    reads; what Orbax writes beside them, such as names of its classes, is not looked at.
-
-    Args:
-      folder: the stage's entry.
-      expected: shape, dtype and sharding of each array, by name.
-
-    Returns:
-      Arrays by name.
-
-    Raises:
-      Damaged: one is missing, cannot be read, or is another.
-    """
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})
-    opened, found = {}, {}
-    try:
-        for name, like in expected.items():
-            if like.size:  # Orbax takes no array without elements
-                opened[name] = ts.open(
-                    spec(folder, name),
-                    read=True,
-                    open=True,
-                    context=context,
-                    dtype=ts.dtype(str(like.dtype)),
-                    shape=like.shape,
-                )
-        for name, future in opened.items():
-            store = future.result()
-            # A chunk is decoded as a whole: it must not be larger than the array.
-            piece = store.chunk_layout.write_chunk.shape or ()
-            if math.prod(n or 0 for n in piece) > expected[name].size:
-                raise ValueError(f"{name} is stored in pieces larger than itself")
-            found[name] = store.read()
-        values = {name: future.result() for name, future in found.items()}
-    except (ValueError, TypeError, OSError, NotImplementedError) as error:
-        reason = str(error).partition(" [tensorstore_spec=")[0]
-        raise manifest.Damaged(f"{folder.name}: {reason}") from error
-    return {
-        name: put(values[name] if like.size else np.zeros(like.shape, like.dtype), like.sharding)
-        for name, like in expected.items()
-    }
-
-
-def elsewhere(expected: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The arrays of a stage that another process has: here their shapes alone."""
-    return {name: absent(like, like.sharding) for name, like in expected.items()}
-
-
-def spec(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """Where TensorStore finds an array of a stage's entry."""
-    files = {"driver": "file", "path": f"{folder}/"}
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "ocdbt", "base": files, "path": f"{name}/"},
-    }
-
-
-def entry(k: int) -> str:
-    """The name of stage k's entry."""
-    return f"stage_{k}"
-
-
-def leaf(section: str, i: int) -> str:
-    """The name of an array of a section."""
-    return f"{section}/{i}"
+        blank = pipe.blank(k, own)
+        stages.append(snapshot.rebuild(stage, blank, own_key, counts, parts, record))
+    return PipelineState(scalar(body["tick"]), scalar(body["origin"]), key, tuple(stages)), extra
 
 
 def _agree(pipe: Pipeline, folder: pathlib.Path, body: dict[str, Any]) -> None:
@@ -175,39 +104,34 @@ def _agree(pipe: Pipeline, folder: pathlib.Path, body: dict[str, Any]) -> None:
 def _check_counts(pipe: Pipeline, body: dict[str, Any]) -> None:
     """What is in flight follows from schedule and counts; a checkpoint that has more or less is
     none of this pipeline, and would fail in some later step."""
-    origin, today = body["origin"], pipe.gradient == "recompute"
-    there = ledger.inventory(pipe.schedule, body["tick"] - origin)
-    for k, holding in enumerate(there):
+    origin = body["origin"]
+    for k, own in enumerate(pipe.schedule.holdings(body["tick"] - origin)):
         base = body["counts"][k]["base"]
-        counts, names = ledger.numbers(holding, pipe.schedule, origin, base, today)
+        counts = snapshot.foretold(own, pipe.schedule, pipe.rule, origin, base)
         found = sorted(name for name, _ in body["sections"][k])
         if "record" in found:  # there or not, as the run that saved chose
             found.remove("record")
         if body["counts"][k] != counts:
             raise manifest.Damaged(f"{manifest.NAME}: the counts of stage {k} do not fit the tick")
-        if found != sorted(names):
+        if found != sorted(snapshot.names(counts)):
             raise manifest.Damaged(
                 f"{manifest.NAME}: the sections of stage {k} do not fit the tick"
             )
 
 
-def _abstract(
-    pipe: Pipeline,
-    folder: pathlib.Path,
-    body: dict[str, Any],
-    templates: list[dict[str, PyTree]],
-    k: int,
-) -> Abstract:
+def _expected(
+    folder: pathlib.Path, k: int, own: StageState, sections: list[Any]
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, dtype and place of every array of a stage, none of them larger than the pipeline's."""
-    own: Abstract = {}
-    for name, found in body["sections"][k]:
-        kind = name.partition(".")[0]
-        template = templates[k][kind]
-        what, exact = f"{folder}: stage {k}, {name}", kind in snapshot.FIXED
-        manifest.fit(what, found, template, exact=exact)
-        places = jax.tree.leaves(snapshot.place(pipe.stages[k], kind, template))
-        for i, ((dtype, shape), place) in enumerate(zip(found, places, strict=True)):
-            own[leaf(name, i)] = jax.ShapeDtypeStruct(
-                tuple(shape), jnp.dtype(dtype), sharding=place
+    expected: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, found in sections:
+        if name == "record" and own.record is None:  # this pipeline does not check
+            continue
+        like = jax.tree.map(snapshot.stored, snapshot.template(own, name))
+        exact = name.partition(".")[0] in snapshot.FIXED
+        manifest.fit(f"{folder}: stage {k}, {name}", found, like, exact=exact)
+        for i, ((dtype, shape), one) in enumerate(zip(found, jax.tree.leaves(like), strict=True)):
+            expected[leaf(name, i)] = jax.ShapeDtypeStruct(
+                tuple(shape), jnp.dtype(dtype), sharding=one.sharding
             )
-    return own
+    return expected

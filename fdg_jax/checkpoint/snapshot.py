@@ -1,16 +1,15 @@
-"""A state by its causes: what has to be kept of it so that all of it can be made again.
+"""What is kept of a state, so that all of it can be made again.
 
-A batch in flight holds residuals, and those follow from what its forward met: the stage's input, a
-version of the weights, a model state, the labels, the root key and a number. Sections name those
-causes; residuals are what the stage's own forward program makes of them, to the bit.
+Residuals are not kept: they follow from what a forward met (the stage's input, a version of the
+weights, a model state, the labels, the root key and a number), and the stage's own forward program
+makes the same bits of them. Neither are empty slots. The rest goes by sections:
 
-    params  model_state  opt_state  number      today's
-    gradient                                    accumulated and not yet applied, if any
-    record                                      of what was not finite, if anybody looks
-    version.7                                   weights after 7 updates, once for all that met them
-    flight.12                                   what micro-batch 12 met, beside its weights
+    params  model_state  opt_state  number      the newest
+    gradient                                    sum of those not yet applied, if any
+    record                                      of what was not finite, if it is checked
+    versions.7                                  weights after 7 updates, once for all that met them
+    flights.12                                  what micro-batch 12 left, without residuals
     activation.13  cotangent.11  label.13       messages not yet consumed
-    metrics.3.0                                 of part 0 of mini-batch 3, not yet averaged
 """
 
 from __future__ import annotations
@@ -18,18 +17,19 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from fdg_jax.engine import nonfinite
+from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.nonfinite import Record
-from fdg_jax.engine.pipeline import Pipeline
-from fdg_jax.engine.residuals import Stash, split_inexact
+from fdg_jax.engine.residuals import Stash
 from fdg_jax.engine.stage import Stage
-from fdg_jax.engine.state import Flight, StageState
+from fdg_jax.engine.state import StageState, StageWork
+from fdg_jax.schedule import Schedule
+from fdg_jax.schedule.ledger import Holding
 from fdg_jax.typing import Key, PyTree
 
 # Sections whose shapes follow from the network and the optimizer alone, not from the batch.
-FIXED = ("params", "model_state", "opt_state", "number", "gradient", "version", "record")
+FIXED = ("params", "model_state", "opt_state", "number", "gradient", "versions", "record")
+_ALWAYS = ("params", "model_state", "opt_state", "number")
 
 
 def sections(stage: StageState) -> dict[str, PyTree]:
@@ -41,175 +41,162 @@ def sections(stage: StageState) -> dict[str, PyTree]:
     Returns:
       Pytrees by name.
     """
-    found: dict[str, PyTree] = {
-        "params": stage.params,
-        "model_state": stage.model_state,
-        "opt_state": stage.opt_state,
-        "number": stage.number,
-    }
-    if stage.gradient is not None:
+    found: dict[str, PyTree] = {name: getattr(stage, name) for name in _ALWAYS}
+    if int(stage.pending):
         found["gradient"] = stage.gradient
     if stage.record is not None:
         found["record"] = stage.record
-    versions = dict(stage.older)
-    for n, flight in stage.flights.items():
-        if flight.params is not None:
-            versions.setdefault(flight.version, flight.params)
-        stash = flight.stash
-        found[f"flight.{n}"] = {
-            "inputs": stash.inputs,
-            "labels": stash.labels,
-            "model_state": stash.model_state,
-            "number": stash.number,
-        }
-    versions.pop(stage.version, None)  # is `params`
-    found |= {f"version.{version}": params for version, params in versions.items()}
-    found |= {f"activation.{n}": tree for n, tree in stage.activations.items()}
-    found |= {f"cotangent.{n}": tree for n, tree in stage.cotangents.items()}
-    found |= {f"label.{n}": tree for n, tree in stage.labels.items()}
-    for batch, parts in stage.metrics.items():
-        found |= {f"metrics.{batch}.{i}": part for i, part in enumerate(parts)}
+    found |= {f"versions.{version}": params for version, params in stage.versions.items()}
+    for n, stash in stage.flights.items():
+        found[f"flights.{n}"] = stash._replace(residuals=None)
+    for port, slots in stage.inbox.items():
+        found |= {f"{port}.{n}": value for n, value in slots.items()}
     return found
+
+
+def template(stage: StageState, name: str) -> PyTree:
+    """The shapes, dtypes and places of a section.
+
+    Args:
+      stage: of `Pipeline.template`.
+      name: of the section.
+
+    Returns:
+      A pytree of ``jax.ShapeDtypeStruct``; None where such a stage has no such section.
+    """
+    kind = name.partition(".")[0]
+    slots = {"versions": stage.versions, "flights": stage.flights, **stage.inbox}
+    if kind not in slots:
+        return getattr(stage, kind, None) if kind in FIXED else None
+    if not slots[kind].values:
+        return None
+    value = slots[kind].values[0]
+    return value._replace(residuals=None) if isinstance(value, Stash) else value
 
 
 def numbers(stage: StageState) -> dict[str, Any]:
-    """What a stage counts, fit for JSON.
-
-    Args:
-      stage: a state of a stage whose counts are plain integers (`StageState.copied`).
-
-    Returns:
-      Its counts, the versions that it keeps, and the version that each batch in flight met.
-    """
+    """What a stage counts, and what is in its slots, fit for JSON."""
+    own = StageWork(stage)
     return {
-        "held": stage.held,
-        "version": stage.version,
-        "base": stage.base,
-        "older": sorted(stage.older),
-        "flights": [[n, flight.version] for n, flight in stage.flights.items()],
+        "pending": own.pending,
+        "version": own.version,
+        "base": own.base,
+        "versions": sorted(own.versions),
+        "flights": [[n, version] for n, (version, _) in own.flights.items()],
+        "inbox": {port: sorted(found) for port, found in own.inbox.items() if found},
     }
 
 
-def templates(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> list[dict[str, PyTree]]:
-    """The structure, shapes and dtypes of every section of every stage; nothing is computed.
+def foretold(
+    own: Holding, schedule: Schedule, rule: GradientRule, origin: int, base: int
+) -> dict[str, Any]:
+    """What `numbers` are for a stage: they follow from the schedule alone.
 
     Args:
-      pipe: the pipeline.
-      example: a batch ``(inputs, labels)``; only shapes and dtypes are looked at.
+      own: what the stage holds, counted from the last drain (`Schedule.holdings`).
+      schedule, rule: of the pipeline.
+      origin: the number of the first mini-batch after the last drain.
+      base: updates made before it.
 
     Returns:
-      For each stage pytrees of ``jax.ShapeDtypeStruct`` by the part of the name before the dot.
+      The same as `numbers`.
     """
-    x, labels = jax.eval_shape(lambda v: v, example)
-    key, number = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
-    count = pipe.schedule.microbatches
-    if count > 1:
-        x, labels = (_part(pipe.stages[k], tree, count) for k, tree in ((0, x), (-1, labels)))
-    found = []
-    for k, stage in enumerate(pipe.stages):
-        last = k == pipe.num_stages - 1
-        targets = labels if last else None
-        params, model_state, opt_state, _ = stage.shapes(x)
-        y, *_ = jax.eval_shape(stage.forward, params, model_state, x, targets, key, number, None)
-        metrics, cotangent = y if last else (None, split_inexact(y)[0])
-        found.append(
-            {
-                "params": params,
-                "model_state": model_state,
-                "opt_state": opt_state,
-                "number": number,
-                "gradient": params,
-                "version": params,
-                "flight": {
-                    "inputs": x,
-                    "labels": targets,
-                    "model_state": model_state,
-                    "number": number,
-                },
-                "activation": x,
-                "cotangent": cotangent,
-                "label": targets,
-                "metrics": metrics,
-                "record": jax.eval_shape(nonfinite.fresh),
-            }
-        )
-        x = y
+    parts, version = origin * schedule.microbatches, base + own.version
+    flights = sorted([n + parts, met + base] for n, (met, _) in own.flights.items())
+    kept = set(range(max(base, version - schedule.versions + 1), version))
+    if rule.keeps_weights:
+        kept |= {met for _, met in flights}
+    return {
+        "pending": own.pending,
+        "version": version,
+        "base": base,
+        "versions": sorted(kept - {version}),
+        "flights": flights,
+        "inbox": {
+            port: sorted(n + parts for n in found) for port, found in own.inbox.items() if found
+        },
+    }
+
+
+def names(counts: dict[str, Any]) -> list[str]:
+    """The sections that a stage with these `numbers` has, but for its record."""
+    found = [*_ALWAYS, *(["gradient"] if counts["pending"] else [])]
+    found += [f"versions.{version}" for version in counts["versions"]]
+    found += [f"flights.{n}" for n, _ in counts["flights"]]
+    found += [f"{port}.{n}" for port, there in counts["inbox"].items() for n in there]
     return found
-
-
-def place(stage: Stage, kind: str, template: PyTree) -> PyTree:
-    """Where a section's arrays live on a stage's devices; ``kind`` is its name before the dot."""
-    if kind == "opt_state":
-        return stage.shared(template)
-    if kind in FIXED or kind == "metrics":
-        return jax.tree.map(lambda leaf: stage.replicated, template)
-    shardings = jax.tree.map(stage.placement, template)
-    if kind == "flight":
-        whole = {name: template[name] for name in ("model_state", "number")}
-        shardings |= jax.tree.map(lambda leaf: stage.replicated, whole)
-    return shardings
 
 
 def rebuild(
     stage: Stage,
-    today: bool,
+    blank: StageState,
     key: Key,
     counts: dict[str, Any],
     parts: dict[str, PyTree],
     record: Record,
 ) -> StageState:
-    """The state of a stage out of its causes.
+    """The state of a stage out of its sections.
 
     Args:
       stage: whose forward program makes the residuals again, where it keeps any.
-      today: whether a backward uses the weights of its own day: batches in flight hold none then.
+      blank: a state of the stage with empty slots.
       key: the root key, on this stage's devices.
       counts: as `numbers` gave them.
       parts: as `sections` gave them, on this stage's devices.
-      record: the stage's, on its devices, or None where nobody looks.
+      record: the stage's, on its devices, or None where it is not checked.
 
     Returns:
-      The state that the causes were taken from, bit for bit.
+      The state that the sections were taken from, bit for bit.
     """
-    weights = {int(n): tree for n, tree in _numbered(parts, "version")}
-    weights[counts["version"]] = parts["params"]
-    flights = {}
+    own = StageWork(blank)
+    own.params, own.model_state = parts["params"], parts["model_state"]
+    own.opt_state, own.number = parts["opt_state"], parts["number"]
+    own.key, own.record = key, record
+    own.version, own.base, own.pending = counts["version"], counts["base"], counts["pending"]
+    own.gradient = parts.get("gradient")
+    own.versions = {v: parts[f"versions.{v}"] for v in counts["versions"]}
     for n, version in counts["flights"]:
-        met = parts[f"flight.{n}"]
-        params = None if today else weights[version]
-        stash = Stash(met["inputs"], met["labels"], met["model_state"], met["number"], None)
-        if stage.keep_residuals:
-            *_, residuals, _ = stage.forward(
-                params, stash.model_state, stash.inputs, stash.labels, key, stash.number, record
+        stash: Stash = parts[f"flights.{n}"]
+        if stage.rule.keeps_residuals:
+            made = stage.forward(
+                own.weights(version),
+                stash.model_state,
+                stash.inputs,
+                stash.labels,
+                key,
+                stash.number,
+                record,
             )
-            stash = stash._replace(residuals=residuals)
-        flights[n] = Flight(params, version, stash)
-    metrics: dict[int, list[Any]] = {}
-    for name, tree in _numbered(parts, "metrics"):
-        metrics.setdefault(int(name.split(".")[0]), []).append(tree)
-    return StageState(
-        params=parts["params"],
-        model_state=parts["model_state"],
-        opt_state=parts["opt_state"],
-        key=key,
-        number=parts["number"],
-        older={version: weights[version] for version in counts["older"]},
-        gradient=parts.get("gradient"),
-        held=counts["held"],
-        version=counts["version"],
-        base=counts["base"],
-        flights=flights,
-        activations={int(n): tree for n, tree in _numbered(parts, "activation")},
-        cotangents={int(n): tree for n, tree in _numbered(parts, "cotangent")},
-        labels={int(n): tree for n, tree in _numbered(parts, "label")},
-        metrics=metrics,
-        record=record,
-    )
+            stash = stash._replace(residuals=made.residuals)
+        own.flights[n] = (version, stash)
+    for port, there in counts["inbox"].items():
+        for n in there:
+            own.put(port, n, parts[f"{port}.{n}"])
+    return own.packed(stage.zeros)
 
 
-def _numbered(parts: dict[str, PyTree], kind: str) -> list[tuple[str, PyTree]]:
-    return [(n.partition(".")[2], tree) for n, tree in parts.items() if n.startswith(kind + ".")]
+def raw(leaf: Any) -> Any:
+    """An array as it is stored: a random key is its numbers; traceable."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _part(stage: Stage, tree: PyTree, count: int) -> PyTree:
-    return jax.eval_shape(lambda v: stage.split(v, count=count)[0], tree)
+def stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of `raw`, with the same sharding."""
+    if not _is_key(leaf):
+        return leaf
+    found = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=leaf.sharding)
+
+
+def unraw(array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """What `raw` was given, of the dtype of a template's leaf."""
+    if not _is_key(leaf):
+        return array
+    for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if jax.eval_shape(lambda impl=impl: jax.random.key(0, impl=impl)).dtype == leaf.dtype:
+            return jax.random.wrap_key_data(array, impl=impl)
+    raise ValueError(f"key: JAX makes no keys of dtype {leaf.dtype} by name")
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))

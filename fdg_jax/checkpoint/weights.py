@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 import optax
 
-from fdg_jax.checkpoint import manifest, restore
+from fdg_jax.checkpoint import array_store, manifest, snapshot
+from fdg_jax.checkpoint.array_store import leaf
 from fdg_jax.checkpoint.restore import ARRAYS
 from fdg_jax.layer import Layer, chain
 from fdg_jax.optim import true_params
@@ -90,20 +90,18 @@ def read(
         signatures = dict(body["sections"][k])
         for name, template in zip(names, templates, strict=True):
             what = f"{folder}: stage {k}, {name}"
-            manifest.fit(what, signatures.get(name, []), template[k], exact=True)
-            leaves = jax.tree.leaves(template[k])
-            own |= {restore.leaf(name, i): leaf for i, leaf in enumerate(leaves)}
+            like = jax.tree.map(snapshot.stored, template[k])
+            manifest.fit(what, signatures.get(name, []), like, exact=True)
+            own |= {leaf(name, i): one for i, one in enumerate(jax.tree.leaves(like))}
     manifest.verify(folder, body)
-    found = [
-        restore.read(folder / ARRAYS / restore.entry(k), own) for k, own in enumerate(expected)
-    ]
+    found = [array_store.read(folder / ARRAYS, k, own) for k, own in enumerate(expected)]
     parts: list[list[PyTree]] = []
     for name, template in zip(names, templates, strict=True):
         parts.append([])
         for k, tree in enumerate(template):
-            count = len(jax.tree.leaves(tree))
-            arrays = [np.asarray(found[k][restore.leaf(name, i)]) for i in range(count)]
-            parts[-1].append(jax.tree.unflatten(jax.tree.structure(tree), arrays))
+            likes, structure = jax.tree.flatten(tree)
+            arrays = [snapshot.unraw(found[k][leaf(name, i)], like) for i, like in enumerate(likes)]
+            parts[-1].append(jax.tree.unflatten(structure, jax.device_get(arrays)))
     if optimizer is not None:
         pairs = zip(parts[0], parts.pop(), strict=True)
         # Compiled, so that they have the bits that `Pipeline.true_params` gives.

@@ -1,4 +1,4 @@
-"""Whether a batch fits the network and the loss, found out by tracing alone."""
+"""Whether a batch fits the network, the loss and the optimizer, found out by tracing alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState
-from fdg_jax.typing import LossFn, PyTree
+from fdg_jax.engine.template import part_of
+from fdg_jax.partition.layerwise import difference
+from fdg_jax.typing import PyTree
 
 
 def signature(tree: PyTree) -> Any:
@@ -20,21 +22,15 @@ def signature(tree: PyTree) -> Any:
 
 
 def fit(
-    stages: Sequence[Stage],
-    loss_fn: LossFn,
-    microbatches: int,
-    state: PipelineState,
-    x: PyTree,
-    labels: PyTree,
+    stages: Sequence[Stage], microbatches: int, state: PipelineState, x: PyTree, labels: PyTree
 ) -> None:
-    """Traces the network and the loss; nothing is computed.
+    """Traces the network and the losses; nothing is computed.
 
     Found in the middle of a tick, a batch that does not fit would take the donated weights of other
     stages with it.
 
     Args:
       stages: the network's stages, input first.
-      loss_fn: as in `fdg_jax.Pipeline`.
       microbatches: parts of a mini-batch.
       state: of a pipeline of these stages.
       x, labels: a mini-batch; only shapes and dtypes are looked at.
@@ -42,40 +38,81 @@ def fit(
     Raises:
       ValueError: it does not fit; the message names the stage.
     """
-    y, targets = _part(x, microbatches), _part(labels, microbatches)
+    y, targets = part_of((x, labels), microbatches)
     where = ""
     try:
         for k, (stage, own) in enumerate(zip(stages, state.stages, strict=True)):
             where = f"stage {k} ({stage.layers})"
-            y = stage.output(own.params, own.model_state, y, own.key, own.number)
-        where = "loss_fn"
-        found = jax.eval_shape(loss_fn, y, targets)
+            y, new = stage.output(own.params, own.model_state, y, own.key, own.number)
+            if found := difference(own.model_state, new):
+                raise ValueError(
+                    f"its model state changes in training: {found}; a layer must return a state "
+                    "of the structure, shapes and dtypes that its init made"
+                )
+            if stage.loss_fn is not None:
+                where = "loss_fn"
+                _check_loss(jax.eval_shape(stage.loss_fn, y, targets), microbatches)
+    except _WrongLossError:
+        raise
     except Exception as error:
         raise ValueError(f"batch {int(state.tick)}: does not fit {where}: {error}") from error
+
+
+def check_optimizer(
+    stage: Stage, k: int, params: PyTree, opt_state: PyTree, accumulates: bool
+) -> None:
+    """Traces an update; nothing is computed.
+
+    Args:
+      stage: whose optimizer is tried.
+      k: its number.
+      params, opt_state: shapes and dtypes.
+      accumulates: whether an update may have more than one gradient.
+
+    Raises:
+      ValueError: the optimizer fails, or changes structure, shapes or dtypes of params or state.
+    """
+
+    def update(params: PyTree, opt_state: PyTree, staleness: jax.Array) -> tuple[PyTree, PyTree]:
+        extra = {"stale_params": params, "staleness": staleness}
+        if not accumulates:
+            return stage.apply_one(params, opt_state, params, **extra)
+        gradient, opt_state = stage.correct(params, opt_state, params, **extra)
+        return stage.apply(params, opt_state, gradient)
+
+    late = jax.ShapeDtypeStruct((), np.float32)
+    try:
+        after = jax.eval_shape(update, params, opt_state, late)
+    except Exception as error:
+        raise ValueError(
+            f"optimizer: that of stage {k} ({stage.layers}) fails in its update: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    for name, old, new in zip(("params", "state"), (params, opt_state), after, strict=True):
+        if found := difference(old, new):
+            raise ValueError(
+                f"optimizer: that of stage {k} ({stage.layers}) changes the {name}: {found}; an "
+                "update must keep structure, shapes and dtypes"
+            )
+
+
+class _WrongLossError(ValueError):
+    """What the loss function returns is not what it must return."""
+
+
+def _check_loss(found: Any, microbatches: int) -> None:
     if not (
         isinstance(found, tuple)
         and len(found) == 2
         and getattr(found[0], "shape", None) == ()
         and isinstance(found[1], dict)
     ):
-        raise ValueError(
+        raise _WrongLossError(
             f"loss_fn: returns {found}, but must return the mean loss (a scalar) and a dict of "
             "metrics"
         )
-    if "batch" in found[1]:
-        raise ValueError('loss_fn: a metric is named "batch", which is the batch\'s number')
     if microbatches > 1 and any(leaf.ndim for leaf in jax.tree.leaves(found[1])):
-        raise ValueError(
+        raise _WrongLossError(
             f"loss_fn: returns metrics {found[1]}, but those of micro-batches are averaged: "
             "give scalars that are means over the batch"
         )
-
-
-def _part(tree: PyTree, count: int) -> PyTree:
-    """Shapes and dtypes of one of ``count`` micro-batches."""
-
-    def part(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        shape = (leaf.shape[0] // count, *leaf.shape[1:]) if leaf.shape else ()
-        return jax.ShapeDtypeStruct(shape, leaf.dtype)
-
-    return jax.tree.map(part, jax.eval_shape(lambda v: v, tree))

@@ -2,7 +2,8 @@
 
     F n@k    takes activation n of stage k  ──► output is activation n of stage k+1
     B n@k    takes cotangent n of stage k   ──► input's cotangent is cotangent n of stage k-1
-    U@k      applies what stage k has accumulated
+    W n@k    the half of a split backward that is for the weights
+    U@k      applies the sum of gradients of stage k
 
 Every call below returns before its program has run.
 """
@@ -11,22 +12,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
+from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.nonfinite import Record
 from fdg_jax.engine.placement import put
 from fdg_jax.engine.residuals import Stash
 from fdg_jax.engine.stage import Stage
-from fdg_jax.engine.state import Flight, PipelineState
-from fdg_jax.errors import StageError
-from fdg_jax.schedule import Action, Schedule
+from fdg_jax.engine.state import PipelineState, StageWork, scalar
+from fdg_jax.errors import ConsumedStateError, StageError
+from fdg_jax.schedule import Action, Kind, Schedule
+from fdg_jax.schedule.action import ACTIVATION, COTANGENT
+from fdg_jax.schedule.ledger import LABEL, METRIC
 from fdg_jax.typing import PyTree
 
-Metrics = dict[str, Any]
+
+class Metrics(NamedTuple):
+    """What is known of one mini-batch when it has reached a loss.
+
+    Attributes:
+      batch: its number.
+      loss: a scalar, perhaps not computed yet.
+      aux: the dictionary that the loss function returned.
+      stage: whose loss it is; the last one's unless stages have losses of their own.
+    """
+
+    batch: int
+    loss: jax.Array
+    aux: dict[str, Any]
+    stage: int
 
 
 class Done(NamedTuple):
@@ -47,7 +64,7 @@ class Done(NamedTuple):
 
 
 class Watch(Protocol):
-    """Somebody who sees what is dispatched, while it is; must not wait for a device."""
+    """An observer of what is dispatched, while it is; must not wait for a device."""
 
     def entered(self, batch: int, inputs: PyTree) -> None:
         """A mini-batch enters; ``inputs`` are on the first stage's devices, never donated."""
@@ -57,38 +74,39 @@ class Watch(Protocol):
 
 
 class Tick:
-    """A state being changed.
+    """A mutable working copy of a `PipelineState`.
 
     Args:
       programs: the stages.
       schedule: how mini-batches are divided, gradients reduced, versions kept.
-      today: whether a backward uses the weights of its own day, and not those of its forward.
+      rule: which weights a backward uses.
       state: what this starts from; it is not written to, but its buffers may be donated.
-      watch: who sees what is dispatched.
+      watch: observes what is dispatched.
     """
 
     def __init__(
         self,
         programs: Sequence[Stage],
         schedule: Schedule,
-        today: bool,
+        rule: GradientRule,
         state: PipelineState,
         watch: Watch | None = None,
     ) -> None:
         self.programs = programs
         self.schedule = schedule
-        self.today = today
+        self.rule = rule
         self.watch = watch
-        self.last = len(programs) - 1
         self.key = state.key
         self.batch, self.origin = int(state.tick), int(state.origin)
         self.metrics: list[Metrics] = []
         self.done: list[Done] = []
-        self.stages = [s.copied() for s in state.stages]
+        self.stages = [StageWork(s) for s in state.stages]
 
     def state(self, tick: int, origin: int) -> PipelineState:
         """What it has become."""
-        return PipelineState(tick, origin, self.key, tuple(self.stages))
+        pairs = zip(self.stages, self.programs, strict=True)
+        stages = tuple(own.packed(program.zeros) for own, program in pairs)
+        return PipelineState(scalar(tick), scalar(origin), self.key, stages)
 
     def tokens(self) -> list[Done]:
         """The programs dispatched since the last call, in order."""
@@ -96,32 +114,39 @@ class Tick:
         return tokens
 
     def enter(self, x: PyTree, labels: PyTree) -> None:
-        """One mini-batch: inputs to the first stage, labels to the last."""
-        count = self.schedule.microbatches
-        for tree, k, name in ((x, 0, "inputs"), (labels, self.last, "labels")):
-            stage, own = self.programs[k], self.stages[k]
-            sent = send(tree, stage, name, count)
-            parts = stage.split(sent, count=count) if count > 1 else [sent]
-            waiting = own.activations if name == "inputs" else own.labels
-            waiting.update({self.batch * count + m: part for m, part in enumerate(parts)})
-            if self.watch is not None and name == "inputs":
-                self.watch.entered(self.batch, sent)
+        """One mini-batch: inputs to the first stage, labels to every stage with a loss."""
+        sent = self._enter(0, ACTIVATION, x, "inputs")
+        for k in self.schedule.losses:
+            self._enter(k, LABEL, labels, "labels")
+        if self.watch is not None:
+            self.watch.entered(self.batch, sent)
+
+    def _enter(self, k: int, port: str, tree: PyTree, name: str) -> PyTree:
+        stage, count = self.programs[k], self.schedule.microbatches
+        sent = send(tree, stage, name, count)
+        for m, part in enumerate(stage.split(sent, count=count) if count > 1 else [sent]):
+            self.stages[k].put(port, self.batch * count + m, part)
+        return sent
 
     def run(self, actions: Sequence[Action]) -> None:
         """Dispatches actions in their order."""
-        for group in fuse(actions, self.last):
+        for group in fuse(actions, self.schedule):
             first = group[0]
             k = first.stage
             n = (first.batch + self.origin) * self.schedule.microbatches + (first.micro or 0)
-            kinds = "".join(action.kind for action in group)
-            group = tuple(replace(action, batch=action.batch + self.origin) for action in group)
+            if self.origin:
+                group = tuple(a._replace(batch=a.batch + self.origin) for a in group)
             since = time.perf_counter()
             try:
                 with jax.profiler.TraceAnnotation(name_of(group)):
-                    token = self.dispatch(kinds, k, n, first.version)
+                    token = self.dispatch(group, k, n)
             except Exception as error:
-                raise failure(self.programs, k, kinds, self.batch_of(n), error) from error
-            self.done.append(Done(k, kinds, self.batch_of(n), token))
+                what = "".join(action.kind for action in group)
+                raise failure(self.programs, k, what, self.batch_of(n), error) from error
+            record = self.stages[k].record
+            token = token if record is None else record
+            what = "".join(action.kind for action in group)
+            self.done.append(Done(k, what, self.batch_of(n), token))
             if self.watch is not None:
                 self.watch.dispatched(group, since, token)
 
@@ -129,109 +154,135 @@ class Tick:
         """The mini-batch that micro-batch n is part of."""
         return n // self.schedule.microbatches
 
-    def dispatch(self, kinds: str, k: int, n: int, version: int | None) -> jax.Array:
+    def dispatch(self, group: Sequence[Action], k: int, n: int) -> jax.Array:
         """One program; returns its token."""
-        match kinds:
-            case "FBU":
-                token = self.train(k, n)
-            case "F":
-                token = self.forward(k, n, version)
-            case "B":
-                token = self.backward(k, n)
-            case "BU":
-                token = self.backward_update(k, n)
-            case "U":
-                token = self.update(k)
-            case _:
-                raise AssertionError(f"no program does {kinds}")
-        record = self.stages[k].record
-        return token if record is None else record
+        kinds = [self.schedule.kind_of[action.kind] for action in group]
+        first = kinds[0]
+        if first.gradient == "applies":
+            return self.update(k)
+        if first.in_flight == "opens":
+            if len(kinds) == 1:
+                return self.forward(k, n, first, group[0].version)
+            return self.train(k, n, first, kinds[1])
+        if first.in_flight == "reads":
+            return self.backward_input(k, n, first)
+        if len(kinds) == 1:
+            return self.backward(k, n, first)
+        return self.backward_update(k, n, first)
 
-    def forward(self, k: int, n: int, version: int | None = None) -> jax.Array:
-        s = self.stages[k]
+    def forward(self, k: int, n: int, kind: Kind, version: int | None = None) -> jax.Array:
+        s, stage = self.stages[k], self.programs[k]
         version = s.version if version is None else s.base + version
-        params = s.params if version == s.version else s.older[version]
-        inputs, labels = s.activations.pop(n), s.labels.pop(n, None)
-        output, model_state, number, residuals, record = self.programs[k].forward(
-            params, s.model_state, inputs, labels, s.key, s.number, s.record
-        )
-        stash = Stash(inputs, labels, s.model_state, s.number, residuals)
-        s.flights[n] = Flight(None if self.today else params, version, stash)
-        self.stages[k] = s._replace(model_state=model_state, number=number, record=record)
-        if k < self.last:
-            self.stages[k + 1].activations[n] = send(output, self.programs[k + 1])
-        else:
-            metrics, s.cotangents[n] = output
-            self.report(n, metrics)
-        return number
+        params = s.weights(version)
+        inputs = s.take(ACTIVATION, n)
+        labels = s.take(LABEL, n) if stage.loss_fn is not None else None
+        made = stage.forward(params, s.model_state, inputs, labels, s.key, s.number, s.record)
+        stash = Stash(inputs, labels, s.model_state, s.number, made.residuals)
+        s.flights[n] = (version, stash)
+        s.model_state, s.number, s.record = made.model_state, made.number, made.record
+        if stage.loss_fn is not None:
+            s.put(COTANGENT, n, made.one)
+            self.report(k, n, made.report)
+        self.give(kind, k, n, up=made.output)
+        return made.number
 
-    def train(self, k: int, n: int) -> jax.Array:
-        """Forward, backward and update of one batch in the last stage, as one program."""
-        s = self.stages[k]
-        if s.held or s.flights or self.schedule.versions > 1:
-            self.forward(k, n)
-            return self.backward_update(k, n)
-        params, model_state, opt_state, metrics, of_inputs, number, record = self.programs[k].train(
+    def train(self, k: int, n: int, forward: Kind, backward: Kind) -> jax.Array:
+        """Forward, backward and update of one batch in a stage with a loss, as one program."""
+        s, stage = self.stages[k], self.programs[k]
+        if s.pending or s.flights or self.schedule.versions > 1:
+            self.forward(k, n, forward)
+            return self.backward_update(k, n, backward)
+        made = stage.train(
             s.params,
             s.model_state,
             s.opt_state,
-            s.activations.pop(n),
-            s.labels.pop(n),
+            s.take(ACTIVATION, n),
+            s.take(LABEL, n),
             s.key,
             s.number,
+            stage.number_on_device(0),
             s.record,
         )
-        self.stages[k] = s._replace(
-            params=params,
-            model_state=model_state,
-            opt_state=opt_state,
-            number=number,
-            version=s.version + 1,
-            record=record,
-        )
-        self.report(n, metrics)
-        self.send_back(k, n, of_inputs)
-        return number
+        s.params, s.model_state, s.opt_state, up, report, down, s.number, s.record = made
+        s.version += 1
+        s.versions.clear()
+        self.report(k, n, report)
+        self.give(forward, k, n, up=up)
+        self.give(backward, k, n, down=down)
+        return s.number
 
-    def backward(self, k: int, n: int) -> jax.Array:
-        s = self.stages[k]
-        flight, cotangent = s.flights.pop(n), s.cotangents.pop(n)
-        params = s.params if self.today else flight.params
-        gradient, of_inputs, token, record = self.programs[k].backward(
-            params, flight.stash, s.key, cotangent, s.gradient, s.record
+    def backward(self, k: int, n: int, kind: Kind) -> jax.Array:
+        s, stage = self.stages[k], self.programs[k]
+        (version, stash), message = s.flights.pop(n), s.take(kind.takes[0].name, n)
+        params = self.weights(s, version)
+        two = stage.optimizer.per_gradient is not None
+        late = stage.number_on_device(s.version - version if self.rule.keeps_weights else 0)
+        s.gradient, first, down, token, s.record = stage.backward(
+            params,
+            s.params if two else None,
+            s.opt_state[0] if two else None,
+            stash,
+            s.key,
+            message,
+            s.gradient,
+            late,
+            s.record,
         )
-        self.stages[k] = s._replace(gradient=gradient, held=s.held + 1, record=record)
-        self.send_back(k, n, of_inputs)
+        if two:
+            s.opt_state = (first, s.opt_state[1])
+        s.pending += 1
+        self.forget(s)
+        self.give(kind, k, n, down=down)
         return token
 
-    def backward_update(self, k: int, n: int) -> jax.Array:
+    def backward_input(self, k: int, n: int, kind: Kind) -> jax.Array:
+        """The half of a backward that the stage before waits for."""
+        s, stage = self.stages[k], self.programs[k]
+        (version, stash), message = s.flights[n], s.take(kind.takes[0].name, n)
+        token = stash.number
+        if stage.sends:
+            params = self.weights(s, version)
+            down, token = stage.backward_input(params, stash, s.key, message)
+            self.give(kind, k, n, down=down, own=message)
+        else:
+            self.give(kind, k, n, own=message)
+        return token
+
+    def backward_update(self, k: int, n: int, kind: Kind) -> jax.Array:
         """A backward and the update after it, as one program unless something is accumulated."""
         s, stage = self.stages[k], self.programs[k]
-        if s.held:
-            self.backward(k, n)
+        if s.pending:
+            self.backward(k, n, kind)
             return self.update(k)
-        flight, cotangent = s.flights.pop(n), s.cotangents.pop(n)
-        rest = (s.opt_state, flight.stash, s.key, cotangent, s.record)
-        current = self.today or flight.version == s.version
-        elsewhere = any(f.params is not None and f.version == s.version for f in s.flights.values())
-        if current and not elsewhere and self.schedule.versions == 1:
-            new = stage.backward_update_own(s.params, *rest)
+        (version, stash), message = s.flights.pop(n), s.take(kind.takes[0].name, n)
+        late = stage.number_on_device(s.version - version if self.rule.keeps_weights else 0)
+        rest = (s.opt_state, stash, s.key, message, late, s.record)
+        newest = not self.rule.keeps_weights or version == s.version
+        if newest and s.version not in self.met(s) and self.schedule.versions == 1:
+            made = stage.backward_update_own(s.params, *rest)
         else:
-            old = s.params if self.today else flight.params
-            new = stage.backward_update(s.params, old, *rest)
-        params, opt_state, of_inputs, token, record = new
+            made = stage.backward_update(s.params, self.weights(s, version), *rest)
+        params, opt_state, down, token, record = made
         self.updated(k, params, opt_state, record)
-        self.send_back(k, n, of_inputs)
+        self.give(kind, k, n, down=down)
         return token
+
+    def weights(self, s: StageWork, version: int) -> PyTree:
+        """The weights of a backward whose forward met ``version``."""
+        then = s.weights(version) if self.rule.keeps_weights else None
+        return self.rule.backward_params(then, s.params)
+
+    def met(self, s: StageWork) -> set[int]:
+        """The versions of the weights that batches in flight keep."""
+        return {v for v, _ in s.flights.values()} if self.rule.keeps_weights else set()
 
     def update(self, k: int) -> jax.Array:
         s, stage = self.stages[k], self.programs[k]
-        held = put(np.int32(s.held), stage.replicated)
         params, opt_state, token, record = stage.update(
             s.params,
             s.opt_state,
             s.gradient,
-            held,
+            stage.number_on_device(s.pending, np.int32),
             s.record,
             mean=self.schedule.reduction == "mean",
         )
@@ -240,45 +291,64 @@ class Tick:
 
     def updated(self, k: int, params: PyTree, opt_state: Any, record: Record) -> None:
         s = self.stages[k]
-        older = {**s.older, s.version: s.params}
-        kept = sorted(older)[len(older) - (self.schedule.versions - 1) :]
-        self.stages[k] = s._replace(
-            params=params,
-            opt_state=opt_state,
-            gradient=None,
-            held=0,
-            version=s.version + 1,
-            older={version: older[version] for version in kept},
-            record=record,
-        )
+        s.versions[s.version] = s.params
+        s.params, s.opt_state, s.record = params, opt_state, record
+        s.gradient, s.pending = None, 0
+        s.version += 1
+        self.forget(s)
+
+    def forget(self, s: StageWork) -> None:
+        """Drops older weights that neither batches in flight nor the schedule need."""
+        needed = self.met(s)
+        needed.update(range(s.version + 1 - self.schedule.versions, s.version))
+        s.versions = {v: w for v, w in s.versions.items() if v in needed}
 
     def finish(self) -> None:
         """After the last backward: what is left of an accumulation; versions count from here."""
         for k, s in enumerate(self.stages):
-            if s.held:
+            if s.pending:
                 self.update(k)
-            self.stages[k] = self.stages[k]._replace(base=self.stages[k].version, older={})
+            s.base = s.version
+            s.versions = {}
 
-    def send_back(self, k: int, n: int, of_inputs: PyTree) -> None:
-        if k > 0:
-            self.stages[k - 1].cotangents[n] = send(of_inputs, self.programs[k - 1])
+    def give(
+        self,
+        kind: Kind,
+        k: int,
+        n: int,
+        *,
+        up: PyTree = None,
+        down: PyTree = None,
+        own: PyTree = None,
+    ) -> None:
+        """Sends what an action makes where its kind says."""
+        for name, hop in kind.gives:
+            if not 0 <= k + hop < len(self.programs):
+                continue
+            value = own if hop == 0 else up if hop > 0 else down
+            if hop:
+                value = send(value, self.programs[k + hop])
+            self.stages[k + hop].put(name, n, value)
 
-    def report(self, n: int, metrics: Metrics) -> None:
-        """Metrics of a micro-batch; those of a mini-batch are the mean over its parts."""
+    def report(self, k: int, n: int, report: tuple[jax.Array, dict[str, Any]]) -> None:
+        """Loss and metrics of a micro-batch; those of a mini-batch are the mean over its parts."""
         batch, count = n // self.schedule.microbatches, self.schedule.microbatches
         if count > 1:
-            parts = self.stages[self.last].metrics.setdefault(batch, [])
-            parts.append(metrics)
+            s = self.stages[k]
+            s.put(METRIC, n, report)
+            parts = [m for m in s.inbox[METRIC] if m // count == batch]
             if len(parts) < count:
                 return
-            metrics = self.programs[self.last].average(self.stages[self.last].metrics.pop(batch))
-        self.metrics.append({"batch": batch, **metrics})
+            report = self.programs[k].average([s.take(METRIC, m) for m in parts])
+        self.metrics.append(Metrics(batch, *report, k))
 
 
 def failure(
     programs: Sequence[Stage], k: int, what: str, batch: int, error: Exception
-) -> StageError:
+) -> Exception:
     """An error that names where it came from."""
+    if "has been deleted" in str(error):
+        return ConsumedStateError()
     return StageError(
         f"stage {k} ({programs[k].layers}), mini-batch {batch}, {what}: "
         f"{type(error).__name__}: {error}",
@@ -292,23 +362,36 @@ def name_of(actions: Sequence[Action]) -> str:
     return f"{' '.join(action.label for action in actions)}@{actions[0].stage}"
 
 
-def fuse(actions: Sequence[Action], last: int) -> Iterator[tuple[Action, ...]]:
-    """Actions in groups that are one program: B, U; in the last stage F, B, U of one batch."""
+def fuse(actions: Sequence[Action], schedule: Schedule) -> Iterator[tuple[Action, ...]]:
+    """Actions in groups that are one program: B, U; in a stage with a loss F, B, U of one batch."""
+    kinds = schedule.kind_of
     i = 0
     while i < len(actions):
         a, *after = actions[i : i + 3]
-        kinds: str = a.kind
-        for b in after:
-            part = b.micro == a.micro or b.kind == "U"
-            kinds += b.kind if (b.stage, b.batch, part) == (a.stage, a.batch, True) else "-"
-        if kinds == "FBU" and a.stage == last and a.version is None:
-            size = 3
-        elif kinds.startswith("BU"):
+        b, c = (*after, None, None)[:2]
+        size = 1
+        if _learns(a, b, kinds):
             size = 2
-        else:
-            size = 1
+        elif (
+            a.version is None
+            and kinds[a.kind].in_flight == "opens"
+            and a.stage in schedule.losses
+            and b is not None
+            and (b.stage, b.batch, b.micro) == (a.stage, a.batch, a.micro)
+            and _learns(b, c, kinds)
+        ):
+            size = 3
         yield tuple(actions[i : i + size])
         i += size
+
+
+def _learns(a: Action, b: Action | None, kinds: dict[str, Kind]) -> bool:
+    """Whether the two are a whole backward and the update with its gradient."""
+    if b is None or (b.stage, b.batch) != (a.stage, a.batch):
+        return False
+    one = kinds[a.kind]
+    whole = one.gradient == "adds" and one.takes[0].name == COTANGENT
+    return whole and kinds[b.kind].gradient == "applies"
 
 
 def send(tree: PyTree, stage: Stage, name: str = "inputs", microbatches: int = 1) -> PyTree:

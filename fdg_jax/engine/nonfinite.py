@@ -4,9 +4,9 @@ A guarded stage keeps a small record on its own devices, an int32 array that eve
 programs takes and returns. The record is also the token by which the host sees that a program has
 ended, so looking at it costs no wait.
 
-    record = [left out, first forward, first backward, pending]
+    record = [skipped, first forward, first backward, pending]
 
-    left out         micro-batches that the stage did not learn from
+    skipped          micro-batches that the stage did not learn from
     first forward    the first whose output or new model state was not finite, or -1
     first backward   the first whose loss, gradient or update was not finite, or -1
     pending          those left out of the accumulation under way
@@ -24,7 +24,7 @@ from fdg_jax.typing import PyTree
 Record = jax.Array | None
 
 ON_NONFINITE = ("ignore", "stop", "skip")
-LEFT_OUT, FORWARD, BACKWARD, PENDING = range(4)
+SKIPPED, FORWARD, BACKWARD, PENDING = range(4)
 
 
 def fresh() -> np.ndarray:
@@ -53,3 +53,27 @@ def note(record: jax.Array, place: int, ok: jax.Array, number: jax.Array) -> jax
 def leave_out(record: jax.Array, ok: jax.Array, number: jax.Array, place: int) -> jax.Array:
     """The record after a backward: one more left out unless ok, counted at ``place``."""
     return note(record, BACKWARD, ok, number).at[place].add((~ok).astype(record.dtype))
+
+
+def computed(outputs: PyTree, inputs: PyTree) -> list[jax.Array]:
+    """The outputs of a function, while it is traced, that are not merely its inputs, passed on.
+
+    A mask with -inf that goes from layer to layer is no failure of the stage.
+    """
+    known = {id(leaf) for leaf in jax.tree.leaves(inputs)}
+    return [leaf for leaf in jax.tree.leaves(outputs) if id(leaf) not in known]
+
+
+def changed(new: PyTree, old: PyTree) -> PyTree:
+    """What an update changed, and zero where it left an array's element as it was.
+
+    A constant in the parameters, such as -inf, is no failure of the update.
+    """
+
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(a.dtype, jnp.inexact):
+            return a
+        same = (a == b) | (jnp.isnan(a) & jnp.isnan(b))
+        return jnp.where(same, jnp.zeros_like(a), a)
+
+    return jax.tree.map(one, new, old)

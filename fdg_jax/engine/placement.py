@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fdg_jax.typing import PyTree
@@ -144,3 +145,18 @@ def spread(tree: PyTree, mesh: Mesh) -> PyTree:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(one, tree)
+
+
+def gather(value: np.ndarray) -> np.ndarray:
+    """What every process says; every process calls this, and waits for the others.
+
+    Args:
+      value: of the same shape and dtype in every process, of 32 bits or fewer an element.
+
+    Returns:
+      The values with a new first axis, the process.
+    """
+    if jax.process_count() == 1:
+        return value[None]
+    with jax.transfer_guard("allow"):
+        return np.asarray(multihost_utils.process_allgather(value))

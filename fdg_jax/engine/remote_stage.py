@@ -36,6 +36,17 @@ def program(
     return Elsewhere(replicated, placement, function, batched)
 
 
+def shapes(program: Callable[..., Any], *arrays: PyTree) -> PyTree:
+    """Shapes and dtypes of what a program returns; nothing is computed.
+
+    Args:
+      program: of `program`.
+      *arrays: its arguments, abstract ones with their shardings: then a later call with such arrays
+        returns the same structure, residuals included.
+    """
+    return program(*arrays) if isinstance(program, Elsewhere) else jax.eval_shape(program, *arrays)
+
+
 class Elsewhere:
     """Stands for ``jax.jit(function)``; traces it once for all inputs of the same shapes.
 
@@ -77,7 +88,8 @@ class Elsewhere:
 
         if self._batched is None:
             return spread(outputs)
-        return tuple(
+        parts = [
             spread(part) if i == self._batched else absent(part, self._replicated)
             for i, part in enumerate(outputs)
-        )
+        ]
+        return type(outputs)(*parts) if hasattr(outputs, "_fields") else tuple(parts)

@@ -1,54 +1,82 @@
-"""The state of a pipeline: what every stage has, what is in flight, what is on its way."""
+"""The state of a pipeline: what every stage has, what is in flight, what is on its way.
+
+A state is an ordinary pytree. Its structure, shapes and dtypes are the same from `Pipeline.init` to
+the end of `Pipeline.drain`: what is numbered lies in slots, and empty slots hold zeros.
+
+    numbers   [6, 7, 8, -1]         flight 6 is in slot 6 mod 4 = 2 ... : number n in slot n mod S
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from fdg_jax.engine.nonfinite import Record
-from fdg_jax.engine.residuals import Stash
+from fdg_jax.schedule.ledger import Holding
 from fdg_jax.typing import Key, PyTree
 
 
-class Flight(NamedTuple):
-    """One micro-batch that a stage has forwarded and not yet back-propagated.
+class Slots(NamedTuple):
+    """Numbered values: number n in slot n mod S.
 
     Attributes:
-      params: the weights of its forward, shared with others that met the same version; None where
-        the backward is to use those of its own day.
-      version: which version that is.
-      stash: the rest of what the backward needs.
+      numbers: int32 [S], on the host; -1 where a slot is empty.
+      values: S pytrees of one structure; zeros where a slot is empty.
     """
 
-    params: PyTree
-    version: int
-    stash: Stash
+    numbers: np.ndarray
+    values: tuple[PyTree, ...]
+
+    def items(self) -> list[tuple[int, PyTree]]:
+        """Number and value of every slot that is not empty, by number."""
+        pairs = zip(np.asarray(self.numbers).tolist(), self.values, strict=True)
+        return sorted(((n, value) for n, value in pairs if n >= 0), key=lambda pair: pair[0])
+
+    def filled(self, values: Mapping[int, PyTree], zeros: Callable[[PyTree], PyTree]) -> Slots:
+        """Slots of the same shapes that hold other values.
+
+        Args:
+          values: by number; no two of them have one slot.
+          zeros: makes zeros of the shapes and places of a value, where a slot gets empty.
+        """
+        size = len(self.values)
+        if not size and not values:
+            return self
+        numbers = np.full(size, -1, np.int32)
+        slots: list[PyTree] = [None] * size
+        for n, value in values.items():
+            numbers[n % size], slots[n % size] = n, value
+        if len(values) < size:
+            empty = [v for n, v in zip(self.numbers, self.values, strict=True) if n < 0]
+            blank = empty[0] if empty else zeros(self.values[0])
+            slots = [blank if n < 0 else v for n, v in zip(numbers, slots, strict=True)]
+        return Slots(numbers, tuple(slots))
 
 
 class StageState(NamedTuple):
-    """All that one stage has, on its own devices.
+    """All that one stage has, on its own devices; counters are int32 scalars on the host.
 
     Micro-batches are numbered through: number m of mini-batch n is n * microbatches + m, and where
     mini-batches are not divided, that is n.
 
     Attributes:
-      params, model_state, opt_state: today's.
-      older: earlier versions of the weights that the schedule asks to keep, by version.
-      gradient: sum of the gradients not yet applied, or None.
-      held: how many that are.
-      version: updates made so far.
-      base: updates made before the last fill.
+      params, model_state, opt_state: the newest.
       key: the root key.
       number: micro-batches forwarded so far, int32.
-      flights: what is in flight, by micro-batch.
-      activations: inputs sent by the stage before and not yet consumed, by micro-batch.
-      cotangents: error gradients sent by the next stage and not yet consumed, by micro-batch.
-      labels: in the last stage, labels not yet consumed, by micro-batch.
-      metrics: in the last stage, metrics of the micro-batches of an unfinished mini-batch, by
-        mini-batch.
-      record: of what was not finite (`fdg_jax.engine.nonfinite`), or None where nobody looks.
+      gradient: sum of the gradients not yet applied, zeros where there are none; None for schedules
+        in which none waits between two ticks.
+      pending: how many gradients that sum is of.
+      version: updates made so far.
+      base: updates made before the last fill.
+      flights: what each micro-batch in flight left for its backward.
+      met: int32 [S], the version of the weights of the forward of each flight, in the same slots.
+      versions: earlier weights that flights or the schedule need, by version.
+      inbox: messages not yet consumed, by port: slots by micro-batch.
+      record: of what was not finite (`nonfinite.py`), or None where it is not checked.
     """
 
     params: PyTree
@@ -56,74 +84,108 @@ class StageState(NamedTuple):
     opt_state: optax.OptState
     key: Key
     number: jax.Array
-    older: dict[int, PyTree]
     gradient: PyTree
-    held: int
-    version: int
-    base: int
-    flights: dict[int, Flight]
-    activations: dict[int, PyTree]
-    cotangents: dict[int, PyTree]
-    labels: dict[int, PyTree]
-    metrics: dict[int, list[dict[str, jax.Array]]]
+    pending: np.ndarray
+    version: np.ndarray
+    base: np.ndarray
+    flights: Slots
+    met: np.ndarray
+    versions: Slots
+    inbox: dict[str, Slots]
     record: Record
-
-    @staticmethod
-    def fresh(
-        params: PyTree,
-        model_state: PyTree,
-        opt_state: optax.OptState,
-        key: Key,
-        number: jax.Array,
-        record: Record = None,
-    ) -> StageState:
-        """A stage that no batch has entered yet."""
-        return StageState(
-            params=params,
-            model_state=model_state,
-            opt_state=opt_state,
-            key=key,
-            number=number,
-            older={},
-            gradient=None,
-            held=0,
-            version=0,
-            base=0,
-            flights={},
-            activations={},
-            cotangents={},
-            labels={},
-            metrics={},
-            record=record,
-        )
-
-    def copied(self) -> StageState:
-        """The same, with dictionaries of its own."""
-        # A tree.map over a state may have made arrays of its numbers.
-        return self._replace(
-            held=int(self.held),
-            version=int(self.version),
-            base=int(self.base),
-            older=dict(self.older),
-            flights={n: f._replace(version=int(f.version)) for n, f in self.flights.items()},
-            activations=dict(self.activations),
-            cotangents=dict(self.cotangents),
-            labels=dict(self.labels),
-            metrics={n: list(parts) for n, parts in self.metrics.items()},
-        )
 
 
 class PipelineState(NamedTuple):
     """The state of a whole pipeline; a pytree. ``jax.tree.map(jnp.copy, state)`` copies it.
 
     Attributes:
-      tick: mini-batches that have entered so far, which is the number of the next one.
-      origin: the number of the first that entered after the last drain.
+      tick: mini-batches that have entered so far, which is the number of the next one; int32.
+      origin: the number of the first that entered after the last drain; int32.
       key: the root key.
       stages: one `StageState` per stage.
     """
 
-    tick: int
-    origin: int
+    tick: np.ndarray
+    origin: np.ndarray
     key: Key
     stages: tuple[StageState, ...]
+
+
+class StageWork(Holding):
+    """A stage's state while a tick changes it: a mutable copy with dictionaries for slots.
+
+    The bookkeeping is that of `fdg_jax.schedule.ledger.Holding`, with arrays for values.
+
+    Args:
+      state: what it starts from, and what `packed` fills.
+    """
+
+    __slots__ = (
+        "base",
+        "gradient",
+        "key",
+        "model_state",
+        "number",
+        "opt_state",
+        "params",
+        "record",
+        "state",
+        "versions",
+    )
+
+    def __init__(self, state: StageState) -> None:
+        self.state = state
+        self.params, self.model_state = state.params, state.model_state
+        self.opt_state, self.key = state.opt_state, state.key
+        self.number, self.record = state.number, state.record
+        self.version, self.base = int(state.version), int(state.base)
+        self.pending = int(state.pending)
+        self.gradient = state.gradient if self.pending else None
+        size = len(state.flights.values)
+        self.flights = {n: (int(state.met[n % size]), stash) for n, stash in state.flights.items()}
+        self.versions: dict[int, PyTree] = dict(state.versions.items())
+        self.inbox = {port: dict(slots.items()) for port, slots in state.inbox.items()}
+
+    def weights(self, version: int) -> PyTree:
+        """The weights after so many updates, the newest or kept ones."""
+        return self.params if version == self.version else self.versions[version]
+
+    def packed(self, zeros: Callable[[PyTree], PyTree]) -> StageState:
+        """The state that it has become.
+
+        Args:
+          zeros: makes zeros of the shapes and places of a pytree.
+        """
+        old = self.state
+        gradient = self.gradient
+        if gradient is None and old.gradient is not None:
+            gradient = zeros(self.params) if int(old.pending) else old.gradient
+        size = len(old.flights.values)
+        met = np.zeros(size, np.int32)
+        for n, (version, _) in self.flights.items():
+            met[n % size] = version
+        flights = {n: stash for n, (_, stash) in self.flights.items()}
+        return StageState(
+            params=self.params,
+            model_state=self.model_state,
+            opt_state=self.opt_state,
+            key=self.key,
+            number=self.number,
+            gradient=gradient,
+            pending=scalar(self.pending),
+            version=scalar(self.version),
+            base=scalar(self.base),
+            flights=old.flights.filled(flights, zeros),
+            met=met,
+            versions=old.versions.filled(self.versions, zeros),
+            inbox={
+                port: slots.filled(self.inbox.get(port, {}), zeros)
+                for port, slots in old.inbox.items()
+            },
+            record=self.record,
+        )
+
+
+def scalar(value: int) -> np.ndarray:
+    """A counter of a state."""
+    return np.array(value, np.int32)

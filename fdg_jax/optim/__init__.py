@@ -13,6 +13,12 @@ Imports nothing of the rest of the library.
 """
 
 from fdg_jax.optim import recipes
+from fdg_jax.optim.compensation import (
+    DelayCompensationState,
+    GapAwareState,
+    delay_compensation,
+    gap_aware,
+)
 from fdg_jax.optim.displacement import Displacement, adam_displacement
 from fdg_jax.optim.error_feedback import ErrorFeedbackState, error_feedback
 from fdg_jax.optim.momentum import (
@@ -32,21 +38,27 @@ from fdg_jax.optim.prediction import (
 from fdg_jax.optim.rate import staleness_rate
 from fdg_jax.optim.rotation import BasisRotationState, scale_by_basis_rotation
 from fdg_jax.optim.shrink import ShrinkState, fdg_shrink
+from fdg_jax.optim.stage_optimizer import StageOptimizer
 from fdg_jax.optim.staleness import Staleness, updates_late
 
 __all__ = [
     "BasisRotationState",
+    "DelayCompensationState",
     "DelayedSGDState",
     "Displacement",
     "ErrorFeedbackState",
+    "GapAwareState",
     "PredictionState",
     "ShrinkState",
+    "StageOptimizer",
     "Staleness",
     "Stretched",
     "adam_displacement",
+    "delay_compensation",
     "delayed_sgd",
     "error_feedback",
     "fdg_shrink",
+    "gap_aware",
     "muon_dimension_numbers",
     "predict_weights",
     "recipes",

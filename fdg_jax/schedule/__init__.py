@@ -20,35 +20,45 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from fdg_jax.schedule.action import Action
-from fdg_jax.schedule.delayed import Order, adl, ddg, fdg, pipedream, pipedream_2bw
+from fdg_jax.schedule.action import Action, Kind, Port
+from fdg_jax.schedule.delayed import Order, adl, ddg, fdg, local, pipedream, pipedream_2bw
+from fdg_jax.schedule.grid import LEGEND, parse
 from fdg_jax.schedule.schedule import Schedule
-from fdg_jax.schedule.synchronous import backprop, gpipe, one_f_one_b
-
-# What stands in the cells of a grid.
-LEGEND = """\
-F3, B3, U: forward and backward of mini-batch 3, update; F3.1: of its micro-batch 1
-Two stages that have one mini-batch in one tick wait for each other; all else runs at once."""
+from fdg_jax.schedule.sequence import then
+from fdg_jax.schedule.synchronous import backprop, gpipe, one_f_one_b, zero_bubble
 
 NAMED: dict[str, Callable[..., Schedule]] = {
-    f.__name__: f for f in (backprop, fdg, ddg, pipedream, pipedream_2bw, gpipe, one_f_one_b, adl)
+    f.__name__: f
+    for f in (
+        backprop,
+        fdg,
+        ddg,
+        pipedream,
+        pipedream_2bw,
+        gpipe,
+        one_f_one_b,
+        zero_bubble,
+        adl,
+        local,
+    )
 }
 
 
 def create(name: str, num_stages: int, **options: Any) -> Schedule:
-    """A schedule by its name; options that it does not have are ignored.
+    """A schedule by its name.
 
     Args:
       name: one of `NAMED`.
       num_stages: K.
-      **options: such as ``microbatches``, ``accumulate``, ``reduction``, ``order``; None is the
-        schedule's own default.
+      **options: such as ``microbatches``, ``accumulate``, ``reduction``, ``order``. None is the
+        schedule's own default. What only other schedules have is ignored, so that one set of
+        settings serves all.
 
     Returns:
       The schedule.
 
     Raises:
-      ValueError: no such schedule, or an option out of bounds.
+      ValueError: no such schedule, an option that no schedule has, or one out of bounds.
 
     Example:
       >>> create("adl", 2, accumulate=4, microbatches=8).staleness(0)
@@ -56,15 +66,26 @@ def create(name: str, num_stages: int, **options: Any) -> Schedule:
     """
     if name not in NAMED:
         raise ValueError(f"name={name!r}: no such schedule; allowed are {', '.join(NAMED)}")
+    every = {n for make in NAMED.values() for n in inspect.signature(make).parameters}
+    every.discard("num_stages")
+    for option, value in options.items():
+        if option not in every:
+            raise ValueError(
+                f"{option}={value!r}: no schedule has this option; allowed are "
+                f"{', '.join(sorted(every))}"
+            )
     known = inspect.signature(NAMED[name]).parameters
     given = {k: v for k, v in options.items() if k in known and v is not None}
     return NAMED[name](num_stages, **given)
 
 
 __all__ = [
+    "LEGEND",
     "NAMED",
     "Action",
+    "Kind",
     "Order",
+    "Port",
     "Schedule",
     "adl",
     "backprop",
@@ -72,7 +93,11 @@ __all__ = [
     "ddg",
     "fdg",
     "gpipe",
+    "local",
     "one_f_one_b",
+    "parse",
     "pipedream",
     "pipedream_2bw",
+    "then",
+    "zero_bubble",
 ]

@@ -1,29 +1,96 @@
-"""What one stage does: forward, backward, update."""
+"""What one stage does, and what each kind of action takes, gives and keeps.
+
+    kind   takes                  gives                        in flight   gradient
+    F      activation of hop 0    activation to hop +1         opens
+    B      cotangent of hop 0     cotangent to hop -1          closes      adds
+    U                                                                      applies
+
+Hop 0 is the stage itself, +1 the next stage, -1 the one before. A stage with a loss gives the
+cotangent of its own output to itself when it forwards. Everything that is counted from a schedule
+(delay, staleness, what is held) follows from such a table and the stream of actions.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+ACTIVATION, COTANGENT, OUTPUT_COTANGENT = "activation", "cotangent", "output_cotangent"
+
+
+class Port(NamedTuple):
+    """A message of one micro-batch.
+
+    Attributes:
+      name: such as "activation" or "cotangent".
+      hop: 0 of the stage itself, +1 of the next, -1 of the one before.
+    """
+
+    name: str
+    hop: int = 0
 
 
 @dataclass(frozen=True)
-class Action:
-    """One thing that one stage does.
+class Kind:
+    """A kind of action.
 
     Args:
-      kind: "F" forward, "B" backward, "U" update.
+      name: a capital letter, which stands in the grid before the number of the mini-batch.
+      takes: messages that it consumes, from the stage's own inbox (hop 0).
+      gives: messages that it sends.
+      in_flight: what it does to the micro-batch's place in the stage: "opens" it (a forward),
+        "reads" it, "closes" it (the last use of what the forward left), or "none".
+      gradient: "adds" one to the stage's sum, "applies" the sum (an update), or "none".
+
+    Example:
+      >>> FORWARD.gives
+      (Port(name='activation', hop=1),)
+    """
+
+    name: str
+    takes: tuple[Port, ...] = ()
+    gives: tuple[Port, ...] = ()
+    in_flight: Literal["opens", "reads", "closes", "none"] = "none"
+    gradient: Literal["adds", "applies", "none"] = "none"
+
+
+FORWARD = Kind("F", (Port(ACTIVATION),), (Port(ACTIVATION, 1),), "opens")
+BACKWARD = Kind("B", (Port(COTANGENT),), (Port(COTANGENT, -1),), "closes", "adds")
+UPDATE = Kind("U", gradient="applies")
+KINDS = (FORWARD, BACKWARD, UPDATE)
+
+# A backward in two halves (zero-bubble): B for the input, at once, and W for the weights, later.
+BACKWARD_INPUT = Kind(
+    "B", (Port(COTANGENT),), (Port(COTANGENT, -1), Port(OUTPUT_COTANGENT)), "reads"
+)
+BACKWARD_WEIGHTS = Kind("W", (Port(OUTPUT_COTANGENT),), (), "closes", "adds")
+SPLIT_KINDS = (FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHTS, UPDATE)
+
+# A backward that sends nothing down: every stage learns from a loss of its own.
+LOCAL_BACKWARD = Kind("B", (Port(COTANGENT),), (), "closes", "adds")
+LOCAL_KINDS = (FORWARD, LOCAL_BACKWARD, UPDATE)
+
+
+class Action(NamedTuple):
+    """One thing that one stage does.
+
+    Attributes:
+      kind: name of its `Kind`: "F" forward, "B" backward, "U" update.
       batch: number of the mini-batch; for an update, of the last batch whose gradient it applies.
       stage: 0 is next to the input.
       micro: number of the micro-batch inside the mini-batch, where mini-batches are divided.
       version: of a forward: which weights it uses, as the number of updates that made them, counted
-        from the last fill. None: today's.
+        from the last fill. None: the newest.
 
     Example:
       >>> print(Action("F", 3, 1), Action("U", 3, 1), Action("B", 3, 1, micro=2))
       F3@1 U@1 B3.2@1
+      >>> Action.parse("B3.2@1")
+      Action(kind='B', batch=3, stage=1, micro=2, version=None)
     """
 
-    kind: Literal["F", "B", "U"]
+    kind: str
     batch: int
     stage: int
     micro: int | None = None
@@ -32,8 +99,8 @@ class Action:
     @property
     def label(self) -> str:
         """The action without its stage, as it stands in a cell of the grid."""
-        if self.kind == "U":
-            return "U"
+        if self.kind == UPDATE.name:
+            return UPDATE.name
         micro = "" if self.micro is None else f".{self.micro}"
         version = "" if self.version is None else f"v{self.version}"
         return f"{self.kind}{self.batch}{micro}{version}"
@@ -41,14 +108,28 @@ class Action:
     def __str__(self) -> str:
         return f"{self.label}@{self.stage}"
 
+    @staticmethod
+    def parse(text: str, batch: int = -1) -> Action:
+        """The action that prints as ``text``.
 
-def needs(action: Action, num_stages: int) -> list[Action]:
-    """What must have been done before a forward or backward: where its inputs come from."""
-    k = action.stage
-    before = []
-    if action.kind == "F" and k > 0:
-        before = [replace(action, stage=k - 1, version=None)]
-    elif action.kind == "B":
-        before = [replace(action, kind="F", version=None)]
-        before += [replace(action, stage=k + 1)] if k < num_stages - 1 else []
-    return before
+        Args:
+          text: such as "F3@1".
+          batch: of an update, which prints without its number.
+
+        Returns:
+          The action.
+
+        Raises:
+          ValueError: the text is no action.
+        """
+        found = re.fullmatch(r"([A-Z])(\d*)(?:\.(\d+))?(?:v(\d+))?@(\d+)", text)
+        if found is None or (not found[2] and found[1] != UPDATE.name):
+            raise ValueError(f"text={text!r}: is no action; write one as F3@1, B3.2@0 or U@1")
+        kind, number, micro, version, stage = found.groups()
+        return Action(
+            kind,
+            int(number) if number else batch,
+            int(stage),
+            None if micro is None else int(micro),
+            None if version is None else int(version),
+        )

@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
-from fdg_jax.schedule.action import Action
+from fdg_jax.schedule.action import LOCAL_KINDS, Action
 from fdg_jax.schedule.schedule import Reduction, Schedule
 
 Order = Literal["forward_first", "backward_first"]
+
+
+@dataclass(frozen=True)
+class Decoupled:
+    """Tick t of FDG and ADL: stage k forwards batch t-k, back-propagates batch t-2(K-1)+k."""
+
+    num_stages: int
+    accumulate: int
+    order: Order
+
+    def __call__(self, t: int) -> list[Action]:
+        last, actions = self.num_stages - 1, []
+        for k in reversed(range(self.num_stages)):
+            forward = [Action("F", t - k, k)]
+            back = _back(t - 2 * last + k, k, self.accumulate)
+            first = self.order == "forward_first" or k == last
+            actions += forward + back if first else back + forward
+        return actions
+
+
+@dataclass(frozen=True)
+class Locked:
+    """Tick t of DDG and PipeDream: stage k forwards batch t, back-propagates batch t-(K-1-k)."""
+
+    num_stages: int
+    accumulate: int = 1
+    two_versions: bool = False
+
+    def __call__(self, t: int) -> list[Action]:
+        version = max(t // self.accumulate - 1, 0) if self.two_versions else None
+        actions = [Action("F", t, k, version=version) for k in range(self.num_stages)]
+        for k in reversed(range(self.num_stages)):
+            actions += _back(t - (self.num_stages - 1 - k), k, self.accumulate)
+        return actions
+
+
+@dataclass(frozen=True)
+class Local:
+    """Tick t of local learning: stage k forwards batch t-k, and learns from it at once."""
+
+    num_stages: int
+
+    def __call__(self, t: int) -> list[Action]:
+        stages = reversed(range(self.num_stages))
+        return [Action(kind, t - k, k) for k in stages for kind in "FBU"]
 
 
 def fdg(num_stages: int, order: Order = "forward_first") -> Schedule:
@@ -40,7 +86,8 @@ def fdg(num_stages: int, order: Order = "forward_first") -> Schedule:
       Zhuang et al., `Fully Decoupled Neural Network Learning Using Delayed Gradients
       <https://arxiv.org/abs/1906.09108>`_, 2022.
     """
-    return Schedule("fdg", num_stages, adl(num_stages, 1, order=order).rule)
+    _check_order(order)
+    return Schedule("fdg", num_stages, Decoupled(num_stages, 1, order))
 
 
 def adl(
@@ -78,19 +125,9 @@ def adl(
       Zhuang et al., `Accumulated Decoupled Learning: Mitigating Gradient Staleness in Inter-Layer
       Model Parallelization <https://arxiv.org/abs/2012.03747>`_, 2020.
     """
-    if order not in ("forward_first", "backward_first"):
-        raise ValueError(f'order={order!r}: allowed are "forward_first" and "backward_first"')
+    _check_order(order)
     _check_accumulate(accumulate, least=1)
-
-    def rule(t: int) -> list[Action]:
-        actions = []
-        for k in reversed(range(num_stages)):
-            forward = [Action("F", t - k, k)]
-            back = _back(t - 2 * (num_stages - 1) + k, k, accumulate)
-            last = k == num_stages - 1
-            actions += forward + back if order == "forward_first" or last else back + forward
-        return actions
-
+    rule = Decoupled(num_stages, accumulate, order)
     return Schedule("adl", num_stages, rule, reduction=reduction, period=accumulate)
 
 
@@ -123,10 +160,7 @@ def ddg(num_stages: int) -> Schedule:
       <https://arxiv.org/abs/1804.10574>`_, 2018.
     """
 
-    def rule(t: int) -> list[Action]:
-        return _one_forward_one_backward(t, num_stages, accumulate=1)
-
-    return Schedule("ddg", num_stages, rule)
+    return Schedule("ddg", num_stages, Locked(num_stages))
 
 
 def pipedream(num_stages: int) -> Schedule:
@@ -157,7 +191,7 @@ def pipedream(num_stages: int) -> Schedule:
       Harlap et al., `PipeDream: Fast and Efficient Pipeline Parallel DNN Training
       <https://arxiv.org/abs/1806.03377>`_, 2018.
     """
-    return Schedule("pipedream", num_stages, ddg(num_stages).rule)
+    return Schedule("pipedream", num_stages, Locked(num_stages))
 
 
 def pipedream_2bw(num_stages: int, accumulate: int | None = None) -> Schedule:
@@ -197,26 +231,47 @@ def pipedream_2bw(num_stages: int, accumulate: int | None = None) -> Schedule:
     m = num_stages if accumulate is None else accumulate
     _check_accumulate(m, least=num_stages)
 
-    def rule(t: int) -> list[Action]:
-        return _one_forward_one_backward(t, num_stages, m, two_versions=True)
-
+    rule = Locked(num_stages, m, two_versions=True)
     return Schedule("pipedream_2bw", num_stages, rule, versions=2, period=m)
 
 
-def _one_forward_one_backward(
-    t: int, num_stages: int, accumulate: int, two_versions: bool = False
-) -> list[Action]:
-    """Tick t: all stages forward batch t, stage k back-propagates batch t-(K-1-k)."""
-    version = max(t // accumulate - 1, 0) if two_versions else None
-    actions = [Action("F", t, k, version=version) for k in range(num_stages)]
-    for k in reversed(range(num_stages)):
-        actions += _back(t - (num_stages - 1 - k), k, accumulate)
-    return actions
+def local(num_stages: int) -> Schedule:
+    """Decoupled greedy learning: every stage learns from a loss of its own, at once.
+
+    Messages go up only. The pipeline needs a loss for every stage.
+
+    Args:
+      num_stages: K.
+
+    Returns:
+      Delay 0, staleness 0 in every stage.
+
+    Raises:
+      ValueError: K < 1.
+
+    Example:
+      >>> print(local(2).grid(3))
+      tick | stage 0   stage 1
+         0 | F0 B0 U
+         1 | F1 B1 U   F0 B0 U
+         2 | F2 B2 U   F1 B1 U
+
+    References:
+      Belilovsky, Eickenberg, Oyallon: `Decoupled Greedy Learning of CNNs
+      <https://arxiv.org/abs/1901.08164>`_, 2020.
+    """
+    stages = tuple(range(max(num_stages, 0)))
+    return Schedule("local", num_stages, Local(num_stages), kinds=LOCAL_KINDS, losses=stages)
 
 
 def _back(n: int, k: int, accumulate: int) -> list[Action]:
     """The backward of batch n, and the update if it completes a group of ``accumulate``."""
     return [Action("B", n, k)] + ([Action("U", n, k)] if (n + 1) % accumulate == 0 else [])
+
+
+def _check_order(order: str) -> None:
+    if order not in ("forward_first", "backward_first"):
+        raise ValueError(f'order={order!r}: allowed are "forward_first" and "backward_first"')
 
 
 def _check_accumulate(accumulate: int, least: int) -> None:

@@ -1,14 +1,18 @@
-"""Actions, and schedules as streams of them."""
+"""A schedule: a rule from ticks to actions, and what is counted from it."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections import Counter
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from fdg_jax.schedule.action import Action, needs
+from fdg_jax.schedule import grid
+from fdg_jax.schedule.action import ACTIVATION, COTANGENT, KINDS, UPDATE, Action, Kind
+from fdg_jax.schedule.counts import Checker, Counts, count, fill_of
+from fdg_jax.schedule.ledger import Holding, holdings
 
 Rule = Callable[[int], Sequence[Action]]
 Reduction = Literal["mean", "sum"]
@@ -18,16 +22,24 @@ Reduction = Literal["mean", "sum"]
 class Schedule:
     """A rule from ticks to actions, and what follows from it.
 
+    A schedule is a value: two with equal fields are equal, and one whose rule can be pickled can be
+    pickled.
+
     Args:
       name: as the field calls it.
       num_stages: K.
       rule: the actions of a tick in an order in which they can be dispatched. It may name batches
         that do not exist (numbers below 0 during the fill, beyond the last during the drain): those
-        actions fall away.
+        actions fall away. A frozen dataclass with ``__call__`` is compared by its fields.
       microbatches: into how many parts a mini-batch is divided.
       reduction: what an update applies of the gradients since the last: "mean" or "sum".
       versions: how many versions of its weights a stage keeps for forwards that name theirs.
       period: after how many ticks the rule repeats itself.
+      kinds: of its actions.
+      losses: the stages that have a loss; empty: the last one.
+
+    Raises:
+      ValueError: a number or a name out of bounds.
     """
 
     name: str
@@ -37,12 +49,70 @@ class Schedule:
     reduction: Reduction = "mean"
     versions: int = 1
     period: int = 1
+    kinds: tuple[Kind, ...] = KINDS
+    losses: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_stages < 1:
             raise ValueError(f"num_stages={self.num_stages}: a network has at least one stage")
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f'reduction={self.reduction!r}: allowed are "mean" and "sum"')
+        if len(self.kind_of) < len(self.kinds):
+            raise ValueError("kinds: two have one name; give each its own")
+        if not self.losses:
+            object.__setattr__(self, "losses", (self.num_stages - 1,))
+        if not set(self.losses) <= set(range(self.num_stages)):
+            raise ValueError(f"losses={self.losses}: must name stages, 0 to {self.num_stages - 1}")
+
+    @functools.cached_property
+    def kind_of(self) -> dict[str, Kind]:
+        """The kinds by their names."""
+        return {kind.name: kind for kind in self.kinds}
+
+    @functools.cached_property
+    def splits_backward(self) -> bool:
+        """Whether a backward comes in two halves, for the input and for the weights."""
+        return any(kind.in_flight == "reads" for kind in self.kinds)
+
+    @functools.cached_property
+    def sources(self) -> dict[str, list[list[tuple[str, int]]]]:
+        """For each kind and stage: kind and stage of the actions that it needs, of one batch."""
+        opener = next((kind.name for kind in self.kinds if kind.in_flight == "opens"), "F")
+        found: dict[str, list[list[tuple[str, int]]]] = {}
+        for kind in self.kinds:
+            found[kind.name] = []
+            for k in range(self.num_stages):
+                needs = [(opener, k)] if kind.in_flight in ("reads", "closes") else []
+                for port in kind.takes:
+                    if port.name == ACTIVATION and k == 0:
+                        continue  # the mini-batch itself
+                    if port.name == COTANGENT and k in self.losses:
+                        continue  # of the loss: given by the stage's own forward
+                    needs += [
+                        (other.name, k - hop)
+                        for other in self.kinds
+                        for name, hop in other.gives
+                        if name == port.name and 0 <= k - hop < self.num_stages
+                    ]
+                found[kind.name].append(list(dict.fromkeys(needs)))
+        return found
+
+    def needs(self, action: Action) -> list[Action]:
+        """What must have been done before an action: where its inputs come from.
+
+        Args:
+          action: of this schedule.
+
+        Returns:
+          Actions of the same micro-batch; of an update, none.
+
+        Example:
+          >>> from fdg_jax import schedule
+          >>> [str(need) for need in schedule.fdg(3).needs(Action("B", 4, 1))]
+          ['F4@1', 'B4@2']
+        """
+        found = self.sources[action.kind][action.stage]
+        return [Action(kind, action.batch, k, action.micro) for kind, k in found]
 
     def tick(self, t: int, end: int | None = None) -> list[Action]:
         """The actions of one tick.
@@ -74,42 +144,56 @@ class Schedule:
           ValueError: the rule is no pipeline: something is done twice, before what it needs, by a
             stage that does not exist, or never.
         """
-        done: set[Action] = set()
-        waiting = dict.fromkeys(range(self.num_stages), -1)
-        t = idle = backwards = 0
+        checker = Checker(self)
+        adding = {kind.name for kind in self.kinds if kind.gradient == "adds"}
+        t = idle = gradients = 0
         total = batches * self.num_stages * self.microbatches
-        while backwards < total:
+        while gradients < total:
             actions = self.tick(t, batches)
-            idle += 1
-            for action in actions:
-                if action.kind == "U" and waiting.get(action.stage, -1) < 0:
-                    raise ValueError(f"schedule {self.name}: {action} in tick {t} applies nothing")
-                if action.kind != "U":
-                    self._check(action, done)
-                    done.add(replace(action, version=None))
-                    idle = 0
-                    backwards += action.kind == "B"
-                if action.kind != "F":
-                    waiting[action.stage] = action.batch if action.kind == "B" else -1
+            checker.check(t, actions)
+            idle = 0 if any(a.kind != UPDATE.name for a in actions) else idle + 1
+            gradients += sum(a.kind in adding for a in actions)
             if idle > 8 * self.num_stages + self.period:
                 raise ValueError(f"schedule {self.name}: after tick {t} batches are left in flight")
             t += 1
-            if backwards == total:
-                actions = actions + [Action("U", n, k) for k, n in waiting.items() if n >= 0]
+            if gradients == total:
+                left = enumerate(checker.pending)
+                actions = actions + [Action(UPDATE.name, n, k) for k, n in left if n >= 0]
             yield actions
 
-    def _check(self, action: Action, done: set[Action]) -> None:
-        k = action.stage
-        action = replace(action, version=None)
-        if not 0 <= k < self.num_stages:
-            raise ValueError(
-                f"schedule {self.name}: {action}, but there are {self.num_stages} stages"
-            )
-        if action in done:
-            raise ValueError(f"schedule {self.name}: {action} comes twice")
-        for need in needs(action, self.num_stages):
-            if need not in done:
-                raise ValueError(f"schedule {self.name}: {action} comes before {need}")
+    @functools.cached_property
+    def fill(self) -> int:
+        """Ticks before the first in which stage 0 back-propagates.
+
+        Raises:
+          ValueError: there is none.
+        """
+        return fill_of(self)
+
+    @functools.cached_property
+    def counts(self) -> list[Counts]:
+        """What is counted of every stage; see `Counts`.
+
+        Raises:
+          ValueError: the rule is no pipeline, as in `stream`.
+        """
+        return count(self, self.fill)
+
+    @property
+    def start(self) -> int:
+        """The tick at which what is counted begins; 0 but for `then`."""
+        return 0
+
+    def holdings(self, batches: int) -> Sequence[Holding]:
+        """What each stage holds after so many mini-batches; see `fdg_jax.schedule.ledger`.
+
+        Args:
+          batches: how many have entered since the last drain.
+
+        Returns:
+          One `Holding` per stage.
+        """
+        return holdings(self, batches)
 
     def delay(self, k: int) -> int:
         """Ticks between the forward and the backward of one mini-batch.
@@ -167,93 +251,34 @@ class Schedule:
         """
         return self._of(k).in_flight
 
-    def _of(self, k: int) -> _Counts:
+    def _of(self, k: int) -> Counts:
         if not 0 <= k < self.num_stages:
             raise ValueError(f"k={k}: schedule {self.name} has stages 0 to {self.num_stages - 1}")
-        return self._counted[k]
+        return self.counts[k]
 
-    @functools.cached_property
-    def _counted(self) -> list[_Counts]:
-        # Long enough that the middle third is steady state, and several periods of it.
-        return count(self, 6 * self.num_stages + 6 * self.period)
+    @property
+    def fingerprint(self) -> str:
+        """A short hash that differs between schedules that differ in anything.
+
+        A rule that is a dataclass enters by its fields, any other by the actions of the fill and of
+        the ticks after it.
+        """
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        if not dataclasses.is_dataclass(self.rule):
+            ticks = range(2 * self.fill + 2 * self.period)
+            values[2] = [[tuple(action) for action in self.tick(t)] for t in ticks]
+        return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
     def grid(self, ticks: int) -> str:
-        """A schedule as text: ticks down, stages across.
+        """The schedule as text: ticks down, stages across.
 
         Args:
           ticks: how many, from the start of the fill.
 
         Returns:
-          Lines, the first with the heads.
+          Lines, the first with the heads; `fdg_jax.schedule.parse` reads them back.
         """
-        cells = []
-        for t in range(ticks):
-            actions = self.tick(t)
-            cells.append(
-                [" ".join(a.label for a in actions if a.stage == k) for k in range(self.num_stages)]
-            )
-        heads = [f"stage {k}" for k in range(self.num_stages)]
-        widths = [
-            max(len(text) for text in (head, *(row[k] for row in cells))) + 3
-            for k, head in enumerate(heads)
-        ]
-        lines = ["tick | " + "".join(h.ljust(w) for h, w in zip(heads, widths, strict=True))]
-        for t, row in enumerate(cells):
-            lines.append(
-                f"{t:4} | " + "".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
-            )
-        return "\n".join(line.rstrip() for line in lines)
+        return grid.write([self.tick(t) for t in range(ticks)], self.num_stages)
 
     def __str__(self) -> str:
         return self.grid(2 * self.num_stages)
-
-
-@dataclass(frozen=True)
-class _Counts:
-    delay: int
-    staleness: int
-    mean_staleness: float
-    in_flight: int
-
-
-def count(schedule: Schedule, batches: int) -> list[_Counts]:
-    """Delay, staleness and batches in flight of every stage, counted from a run of ``batches``.
-
-    Delay and staleness are taken from the middle third of the batches: steady state.
-    """
-    stages = range(schedule.num_stages)
-    updates = [0] * schedule.num_stages
-    # (batch, micro) -> tick and weight version of its forward
-    forwarded: list[dict[tuple[int, int | None], tuple[int, int]]] = [{} for _ in stages]
-    returned: list[list[tuple[int, int | None]]] = [[] for _ in stages]  # not yet applied
-    delays: list[list[int]] = [[] for _ in stages]
-    staleness: list[list[int]] = [[] for _ in stages]
-    flying: list[Counter[int]] = [Counter() for _ in stages]  # micro-batches of each batch
-    peak = [0] * schedule.num_stages
-    middle = range(batches // 3, 2 * batches // 3)
-    for t, actions in enumerate(schedule.stream(batches)):
-        for action in actions:
-            k, part = action.stage, (action.batch, action.micro)
-            if action.kind == "F":
-                version = updates[k] if action.version is None else action.version
-                forwarded[k][part] = (t, version)
-                flying[k][action.batch] += 1
-                peak[k] = max(peak[k], len(flying[k]))
-            elif action.kind == "B":
-                returned[k].append(part)
-                if action.batch in middle:
-                    delays[k].append(t - forwarded[k][part][0])
-            else:
-                for part in returned[k]:
-                    version = forwarded[k].pop(part)[1]
-                    flying[k][part[0]] -= 1
-                    if not flying[k][part[0]]:
-                        del flying[k][part[0]]
-                    if part[0] in middle:
-                        staleness[k].append(updates[k] - version)
-                returned[k] = []
-                updates[k] += 1
-    return [
-        _Counts(max(delays[k]), max(staleness[k]), sum(staleness[k]) / len(staleness[k]), peak[k])
-        for k in stages
-    ]

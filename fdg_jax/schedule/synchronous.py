@@ -2,10 +2,96 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
+from dataclasses import dataclass
+from typing import Literal
 
-from fdg_jax.schedule.action import Action, needs
+from fdg_jax.schedule.action import SPLIT_KINDS, Action
 from fdg_jax.schedule.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """Tick t of back-propagation: batch t goes all the way up, and all the way down."""
+
+    num_stages: int
+
+    def __call__(self, t: int) -> list[Action]:
+        actions = [Action("F", t, k) for k in range(self.num_stages)]
+        for k in reversed(range(self.num_stages)):
+            actions += [Action("B", t, k), Action("U", t, k)]
+        return actions
+
+
+@dataclass(frozen=True)
+class Microbatched:
+    """Tick t: all micro-batches of batch t, each stage in an order of its own, then updates."""
+
+    name: Literal["gpipe", "one_f_one_b", "zero_bubble"]
+    num_stages: int
+    microbatches: int
+
+    def __call__(self, t: int) -> list[Action]:
+        return [action._replace(batch=t) for action in self._plan]
+
+    @functools.cached_property
+    def _plan(self) -> list[Action]:
+        """The actions of batch 0 in an order in which they can be dispatched.
+
+        In every round each stage does the next action of its order if its inputs were there before.
+        """
+        order = {"gpipe": _gpipe, "one_f_one_b": _one_f_one_b, "zero_bubble": _zero_bubble}
+        rows = [order[self.name](k, self.num_stages, self.microbatches) for k in self._stages]
+        done: set[tuple[str, int, int]] = set()
+        position, actions = [0] * self.num_stages, []
+        last = self.num_stages - 1
+
+        def ready(kind: str, m: int, k: int) -> bool:
+            if kind == "F":
+                return k == 0 or ("F", m, k - 1) in done
+            if kind == "W":
+                return True  # its own stage's B comes before it in the order
+            return ("F", m, k) in done if k == last else ("B", m, k + 1) in done
+
+        while any(position[k] < len(row) for k, row in enumerate(rows)):
+            heads = [(*row[position[k]], k) for k, row in enumerate(rows) if position[k] < len(row)]
+            found = [head for head in heads if ready(*head)]
+            for kind, m, k in found:
+                position[k] += 1
+                actions.append(Action(kind, 0, k, m))
+            done.update(found)
+        return actions + [Action("U", 0, k) for k in reversed(self._stages)]
+
+    @property
+    def _stages(self) -> range:
+        return range(self.num_stages)
+
+
+Order = list[tuple[str, int]]
+
+
+def _gpipe(k: int, num_stages: int, microbatches: int) -> Order:
+    del k, num_stages
+    parts = range(microbatches)
+    return [("F", m) for m in parts] + [("B", m) for m in reversed(parts)]
+
+
+def _one_f_one_b(k: int, num_stages: int, microbatches: int) -> Order:
+    warm = min(num_stages - 1 - k, microbatches)
+    order = [("F", m) for m in range(warm)]
+    for m in range(microbatches - warm):
+        order += [("F", warm + m), ("B", m)]
+    return order + [("B", m) for m in range(microbatches - warm, microbatches)]
+
+
+def _zero_bubble(k: int, num_stages: int, microbatches: int) -> Order:
+    """1F1B whose W of micro-batch m comes k backwards later, so that stage 0 never has to wait."""
+    order: Order = []
+    for kind, m in _one_f_one_b(k, num_stages, microbatches):
+        order.append((kind, m))
+        if kind == "B" and m >= k:
+            order.append(("W", m - k))
+    return order + [("W", m) for m in range(max(microbatches - k, 0), microbatches)]
 
 
 def backprop(num_stages: int) -> Schedule:
@@ -32,13 +118,7 @@ def backprop(num_stages: int) -> Schedule:
       <https://arxiv.org/abs/1608.05343>`_, 2017.
     """
 
-    def rule(t: int) -> list[Action]:
-        actions = [Action("F", t, k) for k in range(num_stages)]
-        for k in reversed(range(num_stages)):
-            actions += [Action("B", t, k), Action("U", t, k)]
-        return actions
-
-    return Schedule("backprop", num_stages, rule)
+    return Schedule("backprop", num_stages, Sequential(num_stages))
 
 
 def gpipe(num_stages: int, microbatches: int = 4) -> Schedule:
@@ -66,14 +146,7 @@ def gpipe(num_stages: int, microbatches: int = 4) -> Schedule:
       Huang et al., `GPipe <https://arxiv.org/abs/1811.06965>`_, figure 2c, 2019.
     """
     _check(microbatches)
-    parts = range(microbatches)
-
-    order = [("F", m) for m in parts] + [("B", m) for m in reversed(parts)]
-    plan = _interleave([order] * num_stages)
-
-    def rule(t: int) -> list[Action]:
-        return [replace(action, batch=t) for action in plan]
-
+    rule = Microbatched("gpipe", num_stages, microbatches)
     return Schedule("gpipe", num_stages, rule, microbatches=microbatches)
 
 
@@ -104,40 +177,42 @@ def one_f_one_b(num_stages: int, microbatches: int = 4) -> Schedule:
     """
     _check(microbatches)
 
-    def order(k: int) -> list[tuple[str, int]]:
-        warm = min(num_stages - 1 - k, microbatches)
-        actions = [("F", m) for m in range(warm)]
-        for m in range(microbatches - warm):
-            actions += [("F", warm + m), ("B", m)]
-        return actions + [("B", m) for m in range(microbatches - warm, microbatches)]
-
-    plan = _interleave([order(k) for k in range(num_stages)])
-
-    def rule(t: int) -> list[Action]:
-        return [replace(action, batch=t) for action in plan]
-
+    rule = Microbatched("one_f_one_b", num_stages, microbatches)
     return Schedule("one_f_one_b", num_stages, rule, microbatches=microbatches)
+
+
+def zero_bubble(num_stages: int, microbatches: int = 4) -> Schedule:
+    """ZB-H1: `one_f_one_b` with every backward split, which fills a part of the bubble.
+
+    B is the half of a backward that the stage before waits for, W the half that only the stage's
+    own update waits for; W is done where the stage would idle. With equal times of F, B and W the
+    bubble is a third of 1F1B's. Here a stage's W walks through its layers a second time, since what
+    XLA keeps is the forward alone: take the schedule to compare, or where a stage is one layer.
+
+    Args:
+      num_stages: K.
+      microbatches: M, the parts of a mini-batch. Batch statistics are those of a part.
+
+    Returns:
+      Delay 0, staleness 0.
+
+    Raises:
+      ValueError: K < 1 or M < 1.
+
+    Example:
+      >>> print(zero_bubble(2, microbatches=2).grid(1))
+      tick | stage 0                           stage 1
+         0 | F0.0 F0.1 B0.0 W0.0 B0.1 W0.1 U   F0.0 B0.0 F0.1 B0.1 W0.0 W0.1 U
+
+    References:
+      Qi et al., `Zero Bubble Pipeline Parallelism <https://arxiv.org/abs/2401.10241>`_,
+      section 2.1, 2023.
+    """
+    _check(microbatches)
+    rule = Microbatched("zero_bubble", num_stages, microbatches)
+    return Schedule("zero_bubble", num_stages, rule, microbatches=microbatches, kinds=SPLIT_KINDS)
 
 
 def _check(microbatches: int) -> None:
     if microbatches < 1:
         raise ValueError(f"microbatches={microbatches}: a mini-batch has at least one part")
-
-
-def _interleave(orders: list[list[tuple[str, int]]]) -> list[Action]:
-    """What each stage does of batch 0, in an order in which it can be dispatched; then updates.
-
-    In every round each stage does the next action on its list if its inputs were there before.
-    """
-    kinds = [[Action(kind, 0, k, micro) for kind, micro in o] for k, o in enumerate(orders)]  # type: ignore[arg-type]
-    done: set[Action] = set()
-    actions = []
-    while any(kinds):
-        ready = [
-            own[0] for own in kinds if own and all(n in done for n in needs(own[0], len(orders)))
-        ]
-        for action in ready:
-            kinds[action.stage].pop(0)
-        done.update(ready)
-        actions += ready
-    return actions + [Action("U", 0, k) for k in reversed(range(len(orders)))]

@@ -11,7 +11,7 @@ import pytest
 import fdg_jax as fdg
 from fdg_jax import reference
 from fdg_jax.checkpoint.repartition import convert
-from fdg_jax.engine.nonfinite import LEFT_OUT, fresh
+from fdg_jax.engine.nonfinite import SKIPPED, fresh
 from fdg_jax.errors import NonFiniteError
 from fdg_jax.layer import batch_key
 from tests import networks
@@ -53,7 +53,7 @@ def start(pipe):
 
 def values(state):
     """Everything that a drained state has, as numpy."""
-    assert all(not s.flights and not s.older and s.gradient is None for s in state.stages)
+    assert not any(s.flights.items() or s.versions.items() or s.pending for s in state.stages)
     counts = [(s.version, s.base, int(s.number)) for s in state.stages]
     arrays = [(s.params, s.model_state, s.opt_state) for s in state.stages]
     return (state.tick, state.origin, counts), jax.tree.map(numbers, arrays)
@@ -180,7 +180,7 @@ def test_other_stages_go_on_as_the_oracle_from_there(schedule):
 def test_what_is_not_finite_is_looked_for_as_the_other_pipeline_does():
     pipes = [make(fdg.schedule.fdg(2), on_nonfinite=name) for name in ("skip", "ignore", "stop")]
     first, last = start(pipes[0]).stages
-    record = first.record.at[LEFT_OUT].set(3)
+    record = first.record.at[SKIPPED].set(3)
     state = start(pipes[0])._replace(stages=(first._replace(record=record), last))
     records = []
     for source, target in itertools.pairwise([*pipes, pipes[0]]):

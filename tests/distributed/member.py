@@ -69,7 +69,7 @@ def result(
     with jax.transfer_guard("disallow"):
         for step in range(begin, steps):
             state, m = pipe.step(state, data[step])
-            metrics += [m] if m is not None else []
+            metrics += m
             if save is not None and step + 1 == at:
                 checkpoints = Checkpointer(save, pipe)
                 checkpoints.save(state, at, at)
@@ -77,7 +77,7 @@ def result(
     pipe.check()
     if save is not None:
         checkpoints.close()
-    left_out = pipe.left_out(state)
+    left_out = pipe.skipped(state)
     last = pipe.stages[-1]
     params = [distributed.fetch(tree, last.replicated) for tree in pipe.params(state)]
     if not last.here:
@@ -87,7 +87,7 @@ def result(
         digest.update(np.asarray(leaf).tobytes())
     return {
         "params": digest.hexdigest(),
-        "losses": [float(m["loss"]) for m in metrics + rest],
+        "losses": [float(m.loss) for m in metrics + rest],
         "left_out": left_out,
         "total": float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(params))),
     }

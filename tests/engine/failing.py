@@ -55,7 +55,7 @@ def nan_in_a_batch(on_nonfinite: str) -> str:
         return str(caught(pipe, data))
     state, _ = networks.run(pipe, data)
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(jax.device_get(pipe.params(state))))
-    return f"the run goes on; mini-batches left out per stage: {pipe.left_out(state)}"
+    return f"the run goes on; mini-batches left out per stage: {pipe.skipped(state)}"
 
 
 def caught(pipe: fdg.Pipeline, data: list) -> StageError:

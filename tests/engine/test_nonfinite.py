@@ -61,7 +61,7 @@ def test_where_all_is_finite_a_guarded_run_equals_the_oracle(name, gradient):
     pipe, state = networks.assert_equals_oracle(
         stages, networks.sgd(0.5, 2), schedule, data, gradient=gradient, on_nonfinite="stop"
     )
-    assert pipe.left_out(state) == [0, 0]
+    assert pipe.skipped(state) == [0, 0]
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3])
@@ -86,8 +86,8 @@ def test_fdg_leaves_a_batch_out_as_an_optimizer_that_applies_only_what_is_finite
         data,
     )
     assert networks.difference(pipe.params(state), expected.params) <= 1e-12
-    assert pipe.left_out(state) == [3] * num_stages
-    assert [m["batch"] for m in metrics if not np.isfinite(m["loss"])] == [4, 5, 9]
+    assert pipe.skipped(state) == [3] * num_stages
+    assert [m.batch for m in metrics if not np.isfinite(m.loss)] == [4, 5, 9]
 
 
 @pytest.mark.parametrize(("name", "gradient"), [*CASES, ("fdg", "stale"), ("gpipe", "recompute")])
@@ -97,7 +97,7 @@ def test_nothing_that_a_bad_batch_meets_is_spoilt(name, gradient):
     pipe = make(networks.network(), schedule, gradient=gradient, on_nonfinite="skip")
     state, _ = networks.run(pipe, data)
     assert all_finite(state)
-    assert pipe.left_out(state) == [schedule.microbatches] * 3
+    assert pipe.skipped(state) == [schedule.microbatches] * 3
 
 
 def test_weights_and_statistics_are_those_of_a_run_without_the_batch():
@@ -123,7 +123,7 @@ def test_a_mini_batch_goes_on_with_the_micro_batches_that_are_left(num_stages):
     rest = make(dense_layers(), fdg.schedule.backprop(num_stages))
     expected, _ = networks.run(rest, [(x[half:], labels[half:])])
     assert networks.difference(pipe.params(state), rest.params(expected)) <= 1e-12
-    assert pipe.left_out(state) == [1] * num_stages
+    assert pipe.skipped(state) == [1] * num_stages
 
 
 def test_an_accumulation_of_nothing_changes_nothing():
@@ -136,7 +136,7 @@ def test_an_accumulation_of_nothing_changes_nothing():
         state, _ = pipe.step(state, batch)
     after = jax.device_get((state.stages[0].params, state.stages[0].opt_state))
     jax.tree.map(np.testing.assert_array_equal, after, before)
-    assert pipe.left_out(state) == [2]
+    assert pipe.skipped(state) == [2]
 
 
 def test_a_sum_leaves_out_the_same():
@@ -219,7 +219,7 @@ def test_a_state_that_is_not_sound_is_not_saved(tmp_path):
                     checkpoints.save(state, i + 1)
         assert checkpoints.latest() == saved
     again, _ = Checkpointer(tmp_path, pipe).restore(data[0])
-    assert pipe.left_out(again) == pipe.left_out(state) == [1, 1]
+    assert pipe.skipped(again) == pipe.skipped(state) == [1, 1]
 
 
 def test_whether_anybody_looks_may_change(tmp_path):

@@ -166,8 +166,8 @@ def watch_main(watch: Watch) -> None:
 
     def stepping(step: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(self: pipeline.Pipeline, state: Any, batch: Any) -> Any:
-            watch.step = state.tick + 1
-            filling = state.tick - state.origin < self.schedule.delay(0)
+            watch.step = int(state.tick) + 1
+            filling = int(state.tick - state.origin) < self.schedule.delay(0)
             phase = "fill" if filling else "steady"
             watch.at(phase, main=phase)
             return step(self, state, batch)
@@ -211,16 +211,16 @@ def watch_saves(watch: Watch) -> None:
     wrap(checkpointer.Checkpointer, "_write", writing)
 
     def filling(save: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(folder: pathlib.Path, *given: Any, **named: Any) -> Any:
+        def wrapped(self: Any, folder: pathlib.Path, *given: Any) -> Any:
             watch.at("arrays", save="arrays")
             with watch.files(folder.parent):
-                result = save(folder, *given, **named)
+                result = save(self, folder, *given)
             watch.at("arrays written", save="manifest")
             return result
 
         return wrapped
 
-    wrap(checkpointer.ocp, "save_checkpointables", filling)
+    wrap(checkpointer.Checkpointer, "_write_arrays", filling)
     wrap(manifest, "write", around(watch, "manifest", "manifest written", then_save="rename"))
 
     def partial(path: pathlib.Path, *_: Any) -> bool:

@@ -101,5 +101,5 @@ def test_what_is_restored_is_trained(two, tmp_path):
     pipe, folder = two[0], fresh(two[1], tmp_path)
     state, _ = faults.Checkpointer(folder, pipe).restore(networks.batches(1)[0])
     state, metrics = pipe.step(state, networks.batches(1)[0])
-    assert metrics["batch"] == 3
+    assert metrics[0].batch == 3
     pipe.drain(state)

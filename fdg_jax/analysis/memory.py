@@ -1,0 +1,68 @@
+"""What a stage holds in the course of a run: micro-batches, versions of its weights, bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from fdg_jax.analysis.costs import Costs
+from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.schedule import Action, Schedule
+
+
+class Held(NamedTuple):
+    """What a stage holds after an action.
+
+    Attributes:
+      batches: mini-batches forwarded whose gradient is not yet applied.
+      flights: micro-batches forwarded and not yet back-propagated.
+      versions: of its weights, the newest included.
+    """
+
+    batches: int
+    flights: int
+    versions: int
+
+
+def held(schedule: Schedule, rule: GradientRule, actions: Iterable[Action]) -> Iterator[Held]:
+    """What one stage holds, after each of its actions.
+
+    Args:
+      schedule: whose kinds say what an action keeps.
+      rule: whether a micro-batch in flight keeps the weights of its forward.
+      actions: of the stage, in order.
+
+    Yields:
+      One `Held` per action.
+    """
+    flights: dict[tuple[int, int | None], int] = {}  # (batch, micro) -> weight version
+    met: Counter[int] = Counter()  # weight version -> flights that keep it
+    flying: set[int] = set()
+    closed: set[int] = set()
+    updates = 0
+    for action in actions:
+        kind, part = schedule.kind_of[action.kind], (action.batch, action.micro)
+        if kind.in_flight == "opens":
+            flights[part] = updates if action.version is None else action.version
+            met[flights[part]] += rule.keeps_weights
+            flying.add(action.batch)
+        elif kind.in_flight == "closes":
+            met[flights.pop(part)] -= rule.keeps_weights
+            met += Counter()  # drops those that nobody keeps
+            closed.add(action.batch)
+        elif kind.gradient == "applies":
+            updates += 1
+            flying -= closed
+            closed.clear()
+        kept = range(max(updates - schedule.versions + 1, 0), updates + 1)
+        yield Held(len(flying), len(flights), len(met.keys() | set(kept)))
+
+
+def bytes_of(now: Held, costs: Costs, k: int, schedule: Schedule, rule: GradientRule) -> float:
+    """The bytes of what a stage holds; see `Timeline.peak_bytes`."""
+    each = costs.input_bytes[k]
+    if rule.keeps_residuals:
+        each += costs.residual_bytes[k]
+    weights = costs.parameter_bytes[k] * (now.versions + costs.optimizer)
+    return weights + now.flights * each / schedule.microbatches

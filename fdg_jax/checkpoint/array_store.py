@@ -1,0 +1,178 @@
+"""The arrays of a stage on disk: one zarr3 array each, in one OCDBT store a stage.
+
+The process that has a stage's first device writes the stage's store; it appears under its name when
+it is whole. Reading compares dtype and shape before it takes memory.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+from fdg_jax.checkpoint import manifest
+from fdg_jax.engine.placement import absent, put
+
+# A process that has not written its part by then will not.
+SECONDS = 600.0
+_FAILED = "failed"
+
+
+def check(dtypes: Iterable[Any]) -> None:
+    """Refuses what could not be read back.
+
+    Args:
+      dtypes: of arrays that are to be written.
+
+    Raises:
+      ValueError: the store has no such dtype.
+    """
+    for dtype in dtypes:
+        try:
+            ts.open(_open_spec(str(dtype)), create=True).result()
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"state: an array of dtype {dtype} cannot be stored; keep it in another dtype"
+            ) from error
+
+
+def _open_spec(dtype: str) -> dict[str, Any]:
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "memory"},
+        "schema": {"dtype": ts.dtype(dtype).name, "domain": {"shape": [1]}},
+    }
+
+
+def write(folder: pathlib.Path, k: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a stage's arrays, on disk when this returns.
+
+    Args:
+      folder: of the stores; it is made if it is not there.
+      k: the stage.
+      arrays: by name; those without elements are not stored.
+    """
+    partial = folder / f".{entry(k)}"
+    partial.mkdir(parents=True, exist_ok=True)
+    with ts.Transaction() as transaction:
+        writing = []
+        for name, array in arrays.items():
+            if not array.size:
+                continue
+            store = ts.open(
+                spec(partial, name),
+                create=True,
+                dtype=ts.dtype(str(array.dtype)),
+                shape=array.shape,
+                chunk_layout=ts.ChunkLayout(chunk_shape=array.shape),
+                transaction=transaction,
+            ).result()
+            writing.append(store.write(array))
+        for future in writing:
+            future.result()
+    partial.rename(folder / entry(k))
+
+
+def read(folder: pathlib.Path, k: int, expected: Mapping[str, jax.ShapeDtypeStruct]) -> Any:
+    """The arrays of one stage.
+
+    Args:
+      folder: of the stores.
+      k: the stage.
+      expected: shape, dtype and sharding of each array, by name.
+
+    Returns:
+      Arrays by name.
+
+    Raises:
+      Damaged: one is missing, cannot be read, or is another.
+    """
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})
+    opened, found = {}, {}
+    try:
+        for name, like in expected.items():
+            if like.size:
+                opened[name] = ts.open(
+                    spec(folder / entry(k), name),
+                    read=True,
+                    open=True,
+                    context=context,
+                    dtype=ts.dtype(str(like.dtype)),
+                    shape=like.shape,
+                )
+        for name, future in opened.items():
+            store = future.result()
+            # A chunk is decoded as a whole: it must not be larger than the array.
+            piece = store.chunk_layout.write_chunk.shape or ()
+            if math.prod(n or 0 for n in piece) > expected[name].size:
+                raise ValueError(f"{name} is stored in pieces larger than itself")
+            found[name] = store.read()
+        values = {name: future.result() for name, future in found.items()}
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
+        reason = str(error).partition(" [tensorstore_spec=")[0]
+        raise manifest.Damaged(f"{entry(k)}: {reason}") from error
+    return {
+        name: put(values[name] if like.size else np.zeros(like.shape, like.dtype), like.sharding)
+        for name, like in expected.items()
+    }
+
+
+def elsewhere(expected: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """The arrays of a stage that another process has: here their shapes alone."""
+    return {name: absent(like, like.sharding) for name, like in expected.items()}
+
+
+def fail(folder: pathlib.Path) -> None:
+    """Lets the process that waits for this one's stores know that they will not come."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _FAILED).touch()
+
+
+def wait(folder: pathlib.Path, stages: int, abandoned: threading.Event) -> None:
+    """Returns when the stores of all stages are there.
+
+    Args:
+      folder: the one given to `write`.
+      stages: K.
+      abandoned: ends the wait when it is set.
+
+    Raises:
+      RuntimeError: one will not come; what is there is removed.
+    """
+    end = time.monotonic() + SECONDS
+    reason = ""
+    while missing := [k for k in range(stages) if not (folder / entry(k)).exists()]:
+        if (folder / _FAILED).exists():
+            reason = "another process could not write its part"
+        elif abandoned.wait(0.05) or time.monotonic() > end:
+            reason = f"the part of stage {missing[0]} did not come"
+        if reason:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            raise RuntimeError(reason)
+
+
+def spec(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """Where TensorStore finds an array of a stage's store."""
+    files = {"driver": "file", "path": f"{folder}/"}
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "ocdbt", "base": files, "path": f"{name}/"},
+    }
+
+
+def entry(k: int) -> str:
+    """The name of stage k's store."""
+    return f"stage_{k}"
+
+
+def leaf(section: str, i: int) -> str:
+    """The name of an array of a section."""
+    return f"{section}/{i}"

@@ -1,0 +1,344 @@
+"""What a stage computes, as pure functions: forward, backward, update, and what is made of them.
+
+    inputs ──► forward ──► output            params, model_state, opt_state
+                  │                          live on this stage's devices and never leave
+              residuals ──► backward ──► message: cotangent of inputs
+                               │
+                            gradient ──► update
+
+`number` counts the stage's forwards; it seeds the batch's noise, and its successor is the small
+token by which the host sees that a program has ended. Every function takes and returns a record
+(nonfinite.py). With it, what is not finite leaves weights, optimizer state and model state as they
+are; without (None), nothing is checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fdg_jax.engine import nonfinite
+from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.placement import BATCH_AXIS, spread
+from fdg_jax.engine.residuals import Residuals, Stash, split_inexact
+from fdg_jax.layer import Layer, batch_key
+from fdg_jax.optim import StageOptimizer, true_params
+from fdg_jax.typing import Key, LossFn, PyTree
+
+
+class Forward(NamedTuple):
+    """What a forward makes.
+
+    Attributes:
+      output: for the next stage; None in the last.
+      report: loss and metrics, where the stage has a loss.
+      one: the cotangent of the loss, there as well.
+      model_state: new.
+      number: of the next forward.
+      residuals: if they are kept.
+      record: of what was not finite.
+    """
+
+    output: PyTree
+    report: PyTree
+    one: PyTree
+    model_state: PyTree
+    number: jax.Array
+    residuals: Residuals | None
+    record: nonfinite.Record
+
+
+class Functions:
+    """The pure functions of one stage.
+
+    Args:
+      layer: the stage's part of the network, already numbered (`Layer.at`).
+      optimizer: of its parameters: one update from a sum or mean of gradients, and, before it,
+        what is due for each gradient.
+      mesh: its devices, one axis.
+      rule: which weights a backward uses, and what is kept for it.
+      loss_fn: of a stage with a loss, else None.
+      last: whether nothing comes after it.
+      sends: whether its backward sends a message to the stage before.
+      shard_optimizer: whether the devices share out the optimizer's state.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        optimizer: StageOptimizer,
+        mesh: Mesh,
+        rule: GradientRule,
+        loss_fn: LossFn | None,
+        last: bool,
+        sends: bool,
+        shard_optimizer: bool,
+    ) -> None:
+        self.layer = layer
+        self.optimizer = optimizer
+        self.mesh = mesh
+        self.rule = rule
+        self.loss_fn = loss_fn
+        self.last = last
+        self.sends = sends
+        self.shard_optimizer = shard_optimizer
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.sharded = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+
+    def _linearise(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        inputs: PyTree,
+        labels: PyTree,
+        key: Key,
+        number: jax.Array,
+    ) -> tuple[PyTree, PyTree, PyTree, PyTree, list[jax.Array], Residuals]:
+        """Output, loss and metrics, cotangent of the loss, new model state, what of these the stage
+        computed itself, residuals."""
+        moving, join = split_inexact(inputs)
+
+        def outputs(params: PyTree, moving: list[jax.Array]) -> tuple[PyTree, tuple[PyTree, ...]]:
+            x = join(moving)
+            y, new_state = self.layer.apply(
+                params, model_state, x, train=True, key=batch_key(key, number)
+            )
+            made = nonfinite.computed((y, new_state), (params, model_state, x))
+            if self.loss_fn is None:
+                return split_inexact(y)[0], (self._over_batch(y), None, None, new_state, made)
+            loss, metrics = self.loss_fn(y, labels)
+            made = [loss, *nonfinite.computed(new_state, model_state)]
+            up = None if self.last else self._over_batch(jax.lax.stop_gradient(y))
+            return loss, (up, (loss, metrics), jnp.ones_like(loss), new_state, made)
+
+        if self.sends:
+            _, vjp, aux = jax.vjp(outputs, params, moving, has_aux=True)
+        else:
+            _, vjp, aux = jax.vjp(lambda p: outputs(p, moving), params, has_aux=True)
+        y, report, one, new_state, made = aux
+        return y, report, one, self._whole(new_state), made, Residuals.of(vjp, (params, inputs))
+
+    def _forward(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        inputs: PyTree,
+        labels: PyTree,
+        key: Key,
+        number: jax.Array,
+        record: nonfinite.Record,
+    ) -> Forward:
+        y, report, one, new_state, made, residuals = self._linearise(
+            params, model_state, inputs, labels, key, number
+        )
+        if record is not None:
+            ok = nonfinite.finite(made)
+            new_state = nonfinite.choose(ok, new_state, model_state)
+            record = nonfinite.note(record, nonfinite.FORWARD, ok, number)
+        kept = residuals if self.rule.keeps_residuals else None
+        return Forward(y, report, one, new_state, number + 1, kept, record)
+
+    def _backward(
+        self, params: PyTree, stash: Stash, key: Key, message: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Gradient of the parameters, and the message to the stage before (None: sends none)."""
+        residuals = stash.residuals
+        if residuals is None:
+            # The statistics that this second forward would leave are dropped: they have been
+            # updated at the first.
+            *_, residuals = self._linearise(
+                params, stash.model_state, stash.inputs, stash.labels, key, stash.number
+            )
+        cotangent = message if self.loss_fn is not None else self.rule.cotangent(message)
+        gradient, *of_inputs = residuals.vjp((params, stash.inputs))(cotangent)
+        if not of_inputs:
+            return self._whole(gradient), None
+        down = self.rule.message(stash.inputs, of_inputs[0])
+        return self._whole(gradient), self._over_batch(down)
+
+    def _backward_accumulate(
+        self,
+        params: PyTree,
+        newest: PyTree,
+        per_gradient: PyTree,
+        stash: Stash,
+        key: Key,
+        message: PyTree,
+        gradient: PyTree,
+        staleness: jax.Array,
+        record: nonfinite.Record,
+    ) -> tuple[PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
+        """Gradient added to what is there (None: nothing), state of what is due for each gradient,
+        message, token, record."""
+        new, down = self._backward(params, stash, key, message)
+        kept = per_gradient
+        if self.optimizer.per_gradient is not None:
+            new, kept = self.optimizer.per_gradient.update(
+                new, per_gradient, newest, stale_params=params, staleness=staleness
+            )
+        if record is not None:
+            ok = nonfinite.finite(new)
+            new = nonfinite.choose(ok, new, jax.tree.map(jnp.zeros_like, new))
+            kept = nonfinite.choose(ok, kept, per_gradient)
+            record = nonfinite.leave_out(record, ok, stash.number, nonfinite.PENDING)
+        total = new if gradient is None else jax.tree.map(jnp.add, gradient, new)
+        return total, kept, down, stash.number + 1, record
+
+    def _backward_input(
+        self, params: PyTree, stash: Stash, key: Key, message: PyTree
+    ) -> tuple[PyTree, jax.Array]:
+        """Message and token; XLA leaves out what the weights' gradient alone would need."""
+        return self._backward(params, stash, key, message)[1], stash.number + 1
+
+    def apply(
+        self, params: PyTree, opt_state: PyTree, gradient: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """One update with a gradient, or with the sum or mean of several."""
+        updates, opt_state = self.optimizer.update(gradient, opt_state, params, **extra)
+        if self.mesh.size > 1:
+            opt_state = jax.lax.with_sharding_constraint(opt_state, self.shared(opt_state))
+        return self._whole(optax.apply_updates(params, updates)), opt_state
+
+    def _update(
+        self,
+        params: PyTree,
+        opt_state: PyTree,
+        gradient: PyTree,
+        held: jax.Array,
+        record: nonfinite.Record,
+        mean: bool,
+    ) -> tuple[PyTree, PyTree, jax.Array, nonfinite.Record]:
+        """One update with the sum of ``held`` gradients, or with their mean; and a token."""
+        count = held if record is None else held - record[nonfinite.PENDING]
+        divisor = jnp.maximum(count, 1) if mean else jnp.ones_like(count)
+        reduced = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradient)
+        new, new_opt = self.apply(params, opt_state, reduced)
+        if record is not None:
+            ok = (count > 0) & nonfinite.finite(nonfinite.changed(new, params))
+            new, new_opt = nonfinite.choose(ok, (new, new_opt), (params, opt_state))
+            out = jnp.where(ok, record[nonfinite.PENDING], held)
+            record = record.at[nonfinite.SKIPPED].add(out).at[nonfinite.PENDING].set(0)
+        return new, new_opt, held + 1, record
+
+    def _backward_update(
+        self,
+        params: PyTree,
+        backward_params: PyTree,
+        opt_state: PyTree,
+        stash: Stash,
+        key: Key,
+        message: PyTree,
+        staleness: jax.Array,
+        record: nonfinite.Record,
+    ) -> tuple[PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
+        """Backward at some version of the weights, update of the newest."""
+        gradient, down = self._backward(backward_params, stash, key, message)
+        extra = {"stale_params": backward_params, "staleness": staleness}
+        new, new_opt = self.apply_one(params, opt_state, gradient, **extra)
+        if record is not None:
+            ok = nonfinite.finite(gradient, nonfinite.changed(new, params))
+            new, new_opt = nonfinite.choose(ok, (new, new_opt), (params, opt_state))
+            record = nonfinite.leave_out(record, ok, stash.number, nonfinite.SKIPPED)
+        return new, new_opt, down, stash.number + 1, record
+
+    def _backward_update_own(
+        self, params: PyTree, opt_state: PyTree, *rest: PyTree
+    ) -> tuple[PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
+        """The same where the two are one version, and nothing else holds it."""
+        return self._backward_update(params, params, opt_state, *rest)
+
+    def apply_one(
+        self, params: PyTree, opt_state: PyTree, gradient: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """An update with one gradient: what is due for each gradient, and the update."""
+        gradient, opt_state = self.correct(params, opt_state, gradient, **extra)
+        return self.apply(params, opt_state, gradient, **extra)
+
+    def correct(
+        self, params: PyTree, opt_state: PyTree, gradient: PyTree, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """What is due for each gradient: the gradient, corrected, and the optimizer's state."""
+        if self.optimizer.per_gradient is None:
+            return gradient, opt_state
+        first, second = opt_state
+        gradient, first = self.optimizer.per_gradient.update(gradient, first, params, **extra)
+        return gradient, (first, second)
+
+    def _train(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        opt_state: PyTree,
+        inputs: PyTree,
+        labels: PyTree,
+        key: Key,
+        number: jax.Array,
+        staleness: jax.Array,
+        record: nonfinite.Record,
+    ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
+        """Forward, loss, backward and update of one batch, in a stage with a loss."""
+        y, report, one, new_state, made, residuals = self._linearise(
+            params, model_state, inputs, labels, key, number
+        )
+        stash = Stash(inputs, labels, model_state, number, residuals)
+        gradient, down = self._backward(params, stash, key, one)
+        extra = {"stale_params": params, "staleness": staleness}
+        new, new_opt = self.apply_one(params, opt_state, gradient, **extra)
+        if record is not None:
+            ok = nonfinite.finite(made)
+            record = nonfinite.note(record, nonfinite.FORWARD, ok, number)
+            new_state = nonfinite.choose(ok, new_state, model_state)
+            ok = nonfinite.finite(gradient, nonfinite.changed(new, params))
+            new, new_opt = nonfinite.choose(ok, (new, new_opt), (params, opt_state))
+            record = nonfinite.leave_out(record, ok, number, nonfinite.SKIPPED)
+        return new, new_state, new_opt, y, report, down, number + 1, record
+
+    def _true_params(self, params: PyTree, opt_state: PyTree) -> tuple[PyTree]:
+        return (self._whole(true_params(params, opt_state)),)
+
+    def _evaluate(
+        self, params: PyTree, opt_state: PyTree, model_state: PyTree, inputs: PyTree
+    ) -> PyTree:
+        (params,) = self._true_params(params, opt_state)
+        y, _ = self.layer.apply(params, model_state, inputs, train=False, key=None)
+        return self._over_batch(y)
+
+    def _split(self, tree: PyTree, count: int) -> list[PyTree]:
+        """A mini-batch as ``count`` micro-batches; a leaf without a batch axis goes to each."""
+
+        def part(leaf: jax.Array, i: int) -> jax.Array:
+            if not leaf.ndim:
+                return leaf
+            size = leaf.shape[0] // count
+            return leaf[i * size : (i + 1) * size]
+
+        return [
+            self._over_batch(jax.tree.map(lambda leaf, i=i: part(leaf, i), tree))
+            for i in range(count)
+        ]
+
+    def _whole(self, tree: PyTree) -> PyTree:
+        """Replicated over the group."""
+        if self.mesh.size == 1:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, self.replicated)
+
+    def _over_batch(self, tree: PyTree) -> PyTree:
+        """Batch axis sharded over the group."""
+        if self.mesh.size == 1:
+            return tree
+        return jax.tree.map(lambda v: jax.lax.with_sharding_constraint(v, self.placement(v)), tree)
+
+    def placement(self, leaf: Any) -> NamedSharding:
+        """Where a leaf of an input, label or message of this stage lives."""
+        return self.sharded if getattr(leaf, "ndim", 0) else self.replicated
+
+    def shared(self, opt_state: PyTree) -> PyTree:
+        """Where the optimizer's state lives."""
+        if self.shard_optimizer:
+            return spread(opt_state, self.mesh)
+        return jax.tree.map(lambda leaf: self.replicated, opt_state)

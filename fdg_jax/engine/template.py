@@ -1,0 +1,143 @@
+"""The shapes, dtypes and places of a state, found by tracing alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from fdg_jax.engine import nonfinite, remote_stage
+from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.residuals import Stash, split_inexact
+from fdg_jax.engine.stage import Stage
+from fdg_jax.engine.state import PipelineState, Slots, StageState, scalar
+from fdg_jax.layer import output_of
+from fdg_jax.schedule import Schedule
+from fdg_jax.schedule.action import ACTIVATION, COTANGENT, OUTPUT_COTANGENT
+from fdg_jax.schedule.ledger import LABEL, METRIC
+from fdg_jax.typing import PyTree
+
+
+def template(
+    stages: Sequence[Stage],
+    schedule: Schedule,
+    rule: GradientRule,
+    guarded: bool,
+    example: tuple[PyTree, PyTree],
+) -> PipelineState:
+    """A state of `jax.ShapeDtypeStruct`, each with its sharding; host counters are numpy zeros.
+
+    Args:
+      stages: of the pipeline.
+      schedule: which says how many of everything are held.
+      rule: which says what is kept for a backward.
+      guarded: whether stages keep a record of what was not finite.
+      example: inputs and labels of a mini-batch; only shapes and dtypes are looked at. Labels may
+        be None: then their slots are None, too.
+
+    Returns:
+      The template.
+    """
+    x, labels = part_of(example, schedule.microbatches)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    found = []
+    for stage in stages:
+        x = _placed(x, stage.placement)
+        params, model_state, opt_state = stage.shapes(x)
+        params, model_state = _whole((params, model_state), stage)
+        opt_state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            opt_state,
+            stage.shared(opt_state),
+        )
+        y = output_of(stage.layer, params, model_state, x)
+        found.append((x, params, model_state, opt_state))
+        x = y
+    made = []
+    for k, (stage, (x, params, model_state, opt_state)) in enumerate(
+        zip(stages, found, strict=True)
+    ):
+        counts = schedule.counts[k]
+        own_key, number, record = _whole(
+            (key, jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(nonfinite.fresh)), stage
+        )
+        record = record if guarded else None
+        targets = None if stage.loss_fn is None else _placed(labels, stage.placement)
+        values: dict[str, PyTree] = {ACTIVATION: x, LABEL: targets}
+        residuals = None
+        unknown = stage.loss_fn is not None and labels is None
+        if not unknown:
+            args = (params, model_state, x, targets, own_key, number, record)
+            forward = remote_stage.shapes(stage.forward, *args)
+            if rule.keeps_residuals:
+                batch = {leaf.shape[0] for leaf in jax.tree.leaves(x) if leaf.ndim}
+                residuals = _residuals(forward.residuals, batch, stage)
+            values[METRIC] = _whole(forward.report, stage)
+            values[COTANGENT] = _whole(forward.one, stage)
+        if stage.loss_fn is None:
+            above = found[k + 1][0]
+            moving = jax.eval_shape(lambda v: split_inexact(v)[0], above)
+            message = jax.eval_shape(rule.message, above, moving)
+            values[COTANGENT] = _placed(message, stage.placement)
+        values[OUTPUT_COTANGENT] = values.get(COTANGENT)
+        stash = Stash(x, targets, model_state, number, residuals)
+        versions = counts.slots["version" if rule.keeps_weights else "kept"]
+        ports = sorted(values.keys() & {port for port, n in counts.slots.items() if n})
+        made.append(
+            StageState(
+                params=params,
+                model_state=model_state,
+                opt_state=opt_state,
+                key=own_key,
+                number=number,
+                gradient=params if counts.pending else None,
+                pending=scalar(0),
+                version=scalar(0),
+                base=scalar(0),
+                flights=_slots(stash, counts.slots["flight"]),
+                met=np.zeros(counts.slots["flight"], np.int32),
+                versions=_slots(params, versions),
+                inbox={port: _slots(values.get(port), counts.slots[port]) for port in ports},
+                record=record,
+            )
+        )
+    return PipelineState(scalar(0), scalar(0), key, tuple(made))
+
+
+def part_of(tree: PyTree, count: int) -> PyTree:
+    """Shapes and dtypes of one of ``count`` micro-batches."""
+
+    def part(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (leaf.shape[0] // count, *leaf.shape[1:]) if leaf.shape else ()
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return jax.tree.map(part, jax.eval_shape(lambda v: v, tree))
+
+
+def _slots(value: PyTree, size: int) -> Slots:
+    return Slots(np.full(size, -1, np.int32), (value,) * size)
+
+
+def _placed(tree: PyTree, place: Callable[[Any], NamedSharding]) -> PyTree:
+    def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf))
+
+    return jax.tree.map(one, tree)
+
+
+def _whole(tree: PyTree, stage: Stage) -> PyTree:
+    return _placed(tree, lambda leaf: stage.replicated)
+
+
+def _residuals(tree: PyTree, batch: set[int], stage: Stage) -> PyTree:
+    """Residuals lie as XLA puts them; those with the batch axis most likely over it."""
+
+    def place(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        over = leaf.ndim and leaf.shape[0] in batch and leaf.shape[0] % stage.mesh.size == 0
+        return stage.sharded if over else stage.replicated
+
+    return _placed(tree, place)

@@ -1,0 +1,80 @@
+"""The optimizer of a stage: what is due for each gradient, and what is due for each update."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import optax
+
+
+class StageOptimizer(NamedTuple):
+    """An optimizer in two parts, for schedules that accumulate gradients.
+
+    A correction that depends on the weights of a gradient's own forward is due before gradients are
+    summed. Where nothing is accumulated, ``optax.chain(per_gradient, per_update)`` is the same.
+
+    Both are called with the extra arguments ``stale_params``, the weights at which the gradient was
+    taken, and ``staleness``, the updates since then, float32; ``per_update`` only where an update
+    has one gradient.
+
+    Args:
+      per_update: from the reduced gradient to the update.
+      per_gradient: from one gradient to a corrected one; None: as it is.
+
+    Example:
+      >>> import optax
+      >>> optimizer = StageOptimizer(optax.sgd(0.1), per_gradient=optax.clip(1.0))
+      >>> state = optimizer.init({"w": 0.0})
+      >>> len(state)
+      2
+    """
+
+    per_update: optax.GradientTransformationExtraArgs
+    per_gradient: optax.GradientTransformationExtraArgs | None = None
+
+    @staticmethod
+    def of(optimizer: Any) -> StageOptimizer:
+        """An optimizer in two parts from one of either form, that takes extra arguments.
+
+        Raises:
+          ValueError: it is no optimizer.
+        """
+        given = optimizer if isinstance(optimizer, StageOptimizer) else StageOptimizer(optimizer)
+        for part in given if given.per_gradient is not None else given[:1]:
+            if not (
+                callable(getattr(part, "init", None)) and callable(getattr(part, "update", None))
+            ):
+                raise ValueError(
+                    f"optimizer: {part!r} is no optax transformation; give one, such as "
+                    "optax.sgd(0.1), or a function of the stage that returns one: "
+                    "lambda k: optax.sgd(0.1)"
+                )
+        return StageOptimizer(
+            optax.with_extra_args_support(given.per_update),
+            None
+            if given.per_gradient is None
+            else optax.with_extra_args_support(given.per_gradient),
+        )
+
+    def init(self, params: Any) -> Any:
+        """The state: that of ``per_update``, or a pair of both."""
+        state = self.per_update.init(params)
+        return state if self.per_gradient is None else (self.per_gradient.init(params), state)
+
+    def update(self, gradient: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+        """One update from a gradient that has been corrected.
+
+        Args:
+          gradient: the sum or mean.
+          state: of `init`.
+          params: the newest weights.
+          **extra: see above.
+
+        Returns:
+          Updates and the new state.
+        """
+        if self.per_gradient is None:
+            return self.per_update.update(gradient, state, params, **extra)
+        first, own = state
+        updates, own = self.per_update.update(gradient, own, params, **extra)
+        return updates, (first, own)

@@ -1,0 +1,161 @@
+"""What is counted from a schedule's stream: delay, staleness, what is in flight, what is kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from fdg_jax.schedule.action import Action
+from fdg_jax.schedule.ledger import Holding, Ledger, Plan
+
+# A window of so many periods in steady state; also rules that do not say their period, of up to
+# four ticks, repeat in it.
+_WINDOW = 12
+
+
+@dataclass
+class Counts:
+    """Of one stage.
+
+    Attributes:
+      delay: ticks between the forward and the backward of a batch, the largest in steady state.
+      staleness, mean_staleness: updates between a batch's forward and the use of its gradient.
+      in_flight: the most mini-batches forwarded whose gradient is not yet applied.
+      slots: by what is held between two ticks ("flight", "version", "kept", and the ports): how
+        many places are enough, number n in place n modulo that.
+      pending: whether a sum of gradients waits between two ticks.
+    """
+
+    delay: int = 0
+    staleness: int = 0
+    mean_staleness: float = 0.0
+    in_flight: int = 0
+    slots: Counter[str] = field(default_factory=Counter)
+    pending: bool = False
+
+
+def fill_of(schedule: Plan) -> int:
+    """The first tick in which stage 0 closes a micro-batch: the fill is over.
+
+    Raises:
+      ValueError: it never does.
+    """
+    closing = {kind.name for kind in schedule.kind_of.values() if kind.in_flight == "closes"}
+    limit = 16 * (schedule.num_stages + schedule.period) + 64
+    for t in range(limit):
+        if any(a.stage == 0 and a.kind in closing for a in schedule.tick(t)):
+            return t
+    raise ValueError(
+        f"schedule {schedule.name}: after {limit} ticks batches are left in flight in stage 0"
+    )
+
+
+def count(schedule: Plan, fill: int) -> list[Counts]:
+    """The counts of every stage, from one walk through the fill and some periods after it."""
+    kinds, micro = schedule.kind_of, schedule.microbatches
+    ledger = Ledger(schedule)
+    found = [Counts() for _ in ledger.stages]
+    applied: list[list[int]] = [[] for _ in found]  # staleness of each micro-batch in the window
+    entered: list[dict[int, int]] = [{} for _ in found]  # tick of each forward
+    waiting: list[list[tuple[int, int]]] = [[] for _ in found]  # closed, and not yet applied
+    flying: list[Counter[int]] = [Counter() for _ in found]  # micro-batches of each mini-batch
+    window = range(2 * fill + 1, 2 * fill + 1 + _WINDOW * schedule.period)
+    for t, actions in zip(range(window.stop), _endless(schedule), strict=False):
+        ledger.enter(t)
+        for action in actions:
+            k, own, kind = action.stage, ledger.stages[action.stage], kinds[action.kind]
+            n = action.batch * micro + (action.micro or 0)
+            if kind.in_flight == "closes":
+                waiting[k].append((n, own.flights[n][0]))
+                first = entered[k].pop(n)
+                if t in window:
+                    found[k].delay = max(found[k].delay, t - first)
+            elif kind.gradient == "applies":
+                for part, version in waiting[k]:
+                    if t in window:
+                        applied[k].append(own.version - version)
+                    flying[k][part // micro] -= 1
+                    if not flying[k][part // micro]:
+                        del flying[k][part // micro]
+                waiting[k] = []
+            ledger.apply(action)
+            if kind.in_flight == "opens":
+                entered[k][n] = t
+                flying[k][action.batch] += 1
+                found[k].in_flight = max(found[k].in_flight, len(flying[k]))
+        for own, counts in zip(ledger.stages, found, strict=True):
+            _widen(counts, own, schedule.versions, steady=t in window)
+    for own_counts, values in zip(found, applied, strict=True):
+        own_counts.staleness = max(values, default=0)
+        own_counts.mean_staleness = sum(values) / len(values) if values else 0.0
+    return found
+
+
+def _widen(counts: Counts, own: Holding, versions: int, steady: bool) -> None:
+    """Makes the slots large enough for what a stage holds after a tick."""
+    held: dict[str, Collection[int]] = {"flight": own.flights, **own.inbox}
+    if steady:
+        kept = range(max(own.version - versions + 1, 0), own.version)
+        met = {version for version, _ in own.flights.values()}
+        held |= {"version": (met | set(kept)) - {own.version}, "kept": kept}
+        counts.pending |= own.pending > 0
+    for name, numbers in held.items():
+        # Outside of steady state what is held is a part of it, and rarely has to be looked at.
+        if numbers and (steady or len(numbers) > counts.slots[name]):
+            span = max(numbers) - min(numbers) + 1
+            counts.slots[name] = max(counts.slots[name], span)
+
+
+def _endless(schedule: Plan) -> Iterator[list[Action]]:
+    checker = Checker(schedule)
+    t = 0
+    while True:
+        actions = schedule.tick(t)
+        checker.check(t, actions)
+        yield actions
+        t += 1
+
+
+class Checker:
+    """Whether a stream is a pipeline: nothing comes twice, or before what it needs."""
+
+    def __init__(self, schedule: Plan) -> None:
+        self._schedule = schedule
+        self._kinds = schedule.kind_of
+        self._done: set[tuple[str, int, int | None, int]] = set()
+        self.pending = [-1] * schedule.num_stages  # the last batch whose gradient waits
+
+    def check(self, t: int, actions: list[Action]) -> None:
+        """One tick.
+
+        Raises:
+          ValueError: it does what no pipeline can do.
+        """
+        schedule = self._schedule
+        for action in actions:
+            kind, k = self._kinds.get(action.kind), action.stage
+            if kind is None:
+                raise ValueError(f"schedule {schedule.name}: {action} is of none of its kinds")
+            if not 0 <= k < schedule.num_stages:
+                raise ValueError(
+                    f"schedule {schedule.name}: {action}, but there are "
+                    f"{schedule.num_stages} stages"
+                )
+            if kind.gradient == "applies":
+                if self.pending[k] < 0:
+                    raise ValueError(
+                        f"schedule {schedule.name}: {action} in tick {t} applies nothing"
+                    )
+                self.pending[k] = -1
+                continue
+            own = (action.kind, action.batch, action.micro, k)
+            if own in self._done:
+                raise ValueError(f"schedule {schedule.name}: {action} comes twice")
+            for name, stage in schedule.sources[action.kind][k]:
+                if (name, action.batch, action.micro, stage) not in self._done:
+                    need = Action(name, action.batch, stage, action.micro)
+                    raise ValueError(f"schedule {schedule.name}: {action} comes before {need}")
+            self._done.add(own)
+            if kind.gradient == "adds":
+                self.pending[k] = action.batch

@@ -1,0 +1,173 @@
+"""What every stage holds, kept up to date action by action.
+
+The bookkeeping is written once, here, and follows from the kinds of action alone. The engine runs
+it with arrays, checkpoints with names, the simulator with bytes, and counting with nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from fdg_jax.schedule.action import ACTIVATION, COTANGENT, Action, Kind
+
+LABEL, METRIC = "label", "metric"
+
+
+class Plan(Protocol):
+    """What bookkeeping asks of a schedule; see `fdg_jax.schedule.Schedule`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_stages(self) -> int: ...
+    @property
+    def microbatches(self) -> int: ...
+    @property
+    def versions(self) -> int: ...
+    @property
+    def period(self) -> int: ...
+    @property
+    def losses(self) -> tuple[int, ...]: ...
+    @property
+    def kind_of(self) -> dict[str, Kind]: ...
+    @property
+    def sources(self) -> dict[str, list[list[tuple[str, int]]]]: ...
+    @property
+    def fill(self) -> int: ...
+    def tick(self, t: int) -> list[Action]: ...
+
+
+class Holding:
+    """What one stage holds.
+
+    Attributes:
+      version: updates made.
+      pending: gradients added and not yet applied.
+      flights: micro-batches in flight: the version of the weights of its forward, and what the
+        forward left.
+      inbox: messages not yet consumed, by port and micro-batch; "label" and "metric", of parts of
+        an unfinished mini-batch, are ports, too.
+    """
+
+    __slots__ = ("flights", "inbox", "pending", "version")
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.pending = 0
+        self.flights: dict[int, tuple[int, Any]] = {}
+        self.inbox: dict[str, dict[int, Any]] = {}
+
+    def put(self, port: str, n: int, value: Any = None) -> None:
+        """A message of micro-batch n arrives."""
+        self.inbox.setdefault(port, {})[n] = value
+
+    def take(self, port: str, n: int) -> Any:
+        """The message of micro-batch n, which is consumed."""
+        return self.inbox[port].pop(n)
+
+
+class Ledger:
+    """What all stages hold.
+
+    Micro-batches are numbered through: number m of mini-batch n is n * microbatches + m.
+
+    Args:
+      schedule: whose kinds say what an action takes, gives and keeps.
+    """
+
+    def __init__(self, schedule: Plan) -> None:
+        self._kinds = schedule.kind_of
+        self._microbatches = schedule.microbatches
+        self._losses = frozenset(schedule.losses)
+        self.stages = [Holding() for _ in range(schedule.num_stages)]
+
+    def enter(self, batch: int) -> None:
+        """A mini-batch: inputs for the first stage, labels for every stage with a loss."""
+        for n in range(batch * self._microbatches, (batch + 1) * self._microbatches):
+            self.stages[0].put(ACTIVATION, n)
+            for k in self._losses:
+                self.stages[k].put(LABEL, n)
+
+    def apply(self, action: Action) -> None:
+        """Does the bookkeeping of one action."""
+        kind: Kind = self._kinds[action.kind]
+        k, own = action.stage, self.stages[action.stage]
+        if kind.gradient == "applies":
+            own.version += 1
+            own.pending = 0
+            return
+        n = action.batch * self._microbatches + (action.micro or 0)
+        for port in kind.takes:
+            own.take(port.name, n)
+        if kind.in_flight == "opens":
+            own.flights[n] = (own.version if action.version is None else action.version, None)
+            if k in self._losses:
+                own.take(LABEL, n)
+                own.put(COTANGENT, n)
+                self._report(own, n)
+        elif kind.in_flight == "closes":
+            del own.flights[n]
+        own.pending += kind.gradient == "adds"
+        for name, hop in kind.gives:
+            if 0 <= k + hop < len(self.stages):
+                self.stages[k + hop].put(name, n)
+
+    def _report(self, own: Holding, n: int) -> None:
+        """Metrics of a part wait until those of the whole mini-batch are there."""
+        first = n - n % self._microbatches
+        parts = range(first, first + self._microbatches)
+        own.put(METRIC, n)
+        if all(part in own.inbox[METRIC] for part in parts):
+            for part in parts:
+                own.take(METRIC, part)
+
+    def run(self, actions: Iterable[Action]) -> None:
+        """Does the bookkeeping of several actions."""
+        for action in actions:
+            self.apply(action)
+
+
+def holdings(schedule: Plan, batches: int) -> Sequence[Holding]:
+    """What each stage holds after so many mini-batches.
+
+    Args:
+      schedule: whose.
+      batches: how many have entered since the last drain, >= 0; any number costs the same, since a
+        schedule repeats itself.
+
+    Returns:
+      One `Holding` per stage.
+
+    Example:
+      >>> from fdg_jax import schedule
+      >>> first, last = holdings(schedule.fdg(2), 5)
+      >>> first.flights, sorted(first.inbox["cotangent"]), sorted(last.inbox["activation"])
+      ({3: (1, None), 4: (2, None)}, [3], [4])
+      >>> last.version
+      4
+    """
+    period, count = schedule.period, schedule.microbatches
+    # From twice the fill on every period is like the last.
+    steady = 2 * (schedule.fill + 1) + 2 * period
+    whole = max(0, (batches - steady) // period)  # periods that need not be gone through
+    ticks = batches - whole * period
+    ledger = Ledger(schedule)
+    before = [0] * schedule.num_stages
+    for t in range(ticks):
+        if t == ticks - period:
+            before = [own.version for own in ledger.stages]
+        ledger.enter(t)
+        ledger.run(schedule.tick(t))
+    for own, version in zip(ledger.stages, before, strict=True):
+        shift(own, whole * period * count, whole * (own.version - version))
+    return ledger.stages
+
+
+def shift(own: Holding, parts: int, updates: int) -> None:
+    """Makes of a holding the same, so many micro-batches and updates later."""
+    own.version += updates
+    own.flights = {n + parts: (v + updates, value) for n, (v, value) in own.flights.items()}
+    own.inbox = {
+        port: {n + parts: value for n, value in found.items()} for port, found in own.inbox.items()
+    }
