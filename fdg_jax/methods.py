@@ -1,10 +1,64 @@
-"""Methods that are a schedule together with a choice of gradient."""
+"""Training methods by name: each is a schedule and a gradient rule of one engine.
+
+    method          schedule        gradient rule   what it is
+    backprop        backprop                        back-propagation through the stages
+    data_parallel   backprop                        one stage that all devices share
+    fdg             fdg                             delayed gradients, no lock left
+    dsp             fdg             recompute       diversely stale parameters
+    ddg             ddg                             delayed gradients, backward unlocked
+    fr              ddg             recompute       features replay
+    adl             adl                             FDG with accumulated gradients
+    pipedream       pipedream                       1F1B without a flush, weights stashed
+    pipedream_2bw   pipedream_2bw                   two weight versions
+    gpipe           gpipe                           micro-batches, all forwards first
+    one_f_one_b     one_f_one_b                     micro-batches, 1F1B
+    zero_bubble     zero_bubble                     micro-batches, 1F1B with a split backward
+
+Where a method leaves the gradient rule open, it is "stale".
+"""
 
 from __future__ import annotations
 
-from typing import TypedDict
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
-from fdg_jax.schedule import Schedule, ddg, fdg
+from fdg_jax import schedule
+from fdg_jax.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Method:
+    """What makes a method.
+
+    Attributes:
+      schedule: its name in `fdg_jax.schedule`.
+      gradient: the gradient rule that belongs to the method; None leaves it open.
+      shrinks: whether gradient shrinking belongs to it.
+      one_stage: whether the devices share one stage instead of having one each.
+      stale: whether gradients are, so that a remedy has something to mend.
+    """
+
+    schedule: str
+    gradient: str | None = None
+    shrinks: bool = False
+    one_stage: bool = False
+    stale: bool = True
+
+
+METHODS = {
+    "backprop": Method("backprop", stale=False),
+    "fdg": Method("fdg", shrinks=True),
+    "ddg": Method("ddg"),
+    "pipedream": Method("pipedream"),
+    "pipedream_2bw": Method("pipedream_2bw"),
+    "gpipe": Method("gpipe", stale=False),
+    "one_f_one_b": Method("one_f_one_b", stale=False),
+    "zero_bubble": Method("zero_bubble", stale=False),
+    "adl": Method("adl"),
+    "fr": Method("ddg", gradient="recompute"),
+    "dsp": Method("fdg", gradient="recompute"),
+    "data_parallel": Method("backprop", one_stage=True, stale=False),
+}
 
 
 class Preset(TypedDict):
@@ -14,8 +68,35 @@ class Preset(TypedDict):
     gradient: str
 
 
+def create(name: str, num_stages: int, **options: Any) -> Preset:
+    """A method by its name.
+
+    Args:
+      name: one of `METHODS`.
+      num_stages: K; 1 where the method has one stage.
+      **options: of its schedule (`fdg_jax.schedule.create`).
+
+    Returns:
+      Arguments for `fdg_jax.Pipeline`.
+
+    Raises:
+      ValueError: no such method; an option that its schedule refuses.
+
+    Example:
+      >>> made = create("adl", 2, accumulate=4)
+      >>> made["schedule"].name, made["gradient"]
+      ('adl', 'stale')
+    """
+    if name not in METHODS:
+        raise ValueError(f"name={name!r}: no such method; allowed are {', '.join(METHODS)}")
+    method = METHODS[name]
+    stages = 1 if method.one_stage else num_stages
+    plan = schedule.create(method.schedule, stages, **options)
+    return Preset(schedule=plan, gradient=method.gradient or "stale")
+
+
 def fr(num_stages: int) -> Preset:
-    """Features replay: `ddg` whose backward runs the forward again at today's weights.
+    """Features replay: DDG whose backward runs the forward again at the newest weights.
 
     Args:
       num_stages: K.
@@ -34,11 +115,11 @@ def fr(num_stages: int) -> Preset:
       Huo et al., `Training Neural Networks Using Features Replay
       <https://arxiv.org/abs/1807.04511>`_, 2018.
     """
-    return Preset(schedule=ddg(num_stages), gradient="recompute")
+    return create("fr", num_stages)
 
 
 def dsp(num_stages: int) -> Preset:
-    """Diversely stale parameters: `fdg` whose backward runs the forward again at today's weights.
+    """Diversely stale parameters: FDG whose backward runs the forward again at the newest weights.
 
     Args:
       num_stages: K.
@@ -57,4 +138,4 @@ def dsp(num_stages: int) -> Preset:
       Xu et al., `Diversely Stale Parameters for Efficient Training of CNNs
       <https://arxiv.org/abs/1909.02625>`_, 2019.
     """
-    return Preset(schedule=fdg(num_stages), gradient="recompute")
+    return create("dsp", num_stages)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Protocol
 
 import fdg_jax as fdg
+from fdg_jax.methods import METHODS, Method
 from fdg_jax.schedule import Schedule
+
+__all__ = ["METHODS", "Method", "beta", "gradient", "num_stages", "schedule"]
 
 
 class Config(Protocol):
@@ -30,40 +32,6 @@ class Config(Protocol):
     def reduction(self) -> str: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """What makes a method.
-
-    Attributes:
-      schedule: its name in `fdg_jax.schedule`.
-      gradient: the choice that belongs to the method; None leaves it to --gradient.
-      shrinks: whether --beta applies.
-      one_stage: whether the devices share one stage instead of having one each.
-      stale: whether gradients are, so that a remedy has something to mend.
-    """
-
-    schedule: str
-    gradient: str | None = None
-    shrinks: bool = False
-    one_stage: bool = False
-    stale: bool = True
-
-
-METHODS = {
-    "backprop": Method("backprop", stale=False),
-    "fdg": Method("fdg", shrinks=True),
-    "ddg": Method("ddg"),
-    "pipedream": Method("pipedream"),
-    "pipedream_2bw": Method("pipedream_2bw"),
-    "gpipe": Method("gpipe", stale=False),
-    "one_f_one_b": Method("one_f_one_b", stale=False),
-    "adl": Method("adl"),
-    "fr": Method("ddg", gradient="recompute"),
-    "dsp": Method("fdg", gradient="recompute"),
-    "data_parallel": Method("backprop", one_stage=True, stale=False),
-}
-
-
 def num_stages(config: Config) -> int:
     """Stages of the pipeline: --num_stages, but for methods that do not cut the network."""
     return 1 if METHODS[config.method].one_stage else config.num_stages
@@ -75,7 +43,7 @@ def schedule(config: Config) -> Schedule:
     Raises:
       ValueError: an option that the schedule uses is out of its bounds.
     """
-    # A schedule takes the options that it has and ignores the others.
+    # A schedule ignores the options that only others have.
     return fdg.schedule.create(
         METHODS[config.method].schedule,
         num_stages(config),

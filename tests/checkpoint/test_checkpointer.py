@@ -315,3 +315,85 @@ def test_nothing_is_unpickled(saved, monkeypatch):
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
     Checkpointer(saved, make()).restore(networks.batches(1)[0])
+
+
+def test_schedules_that_print_alike_are_told_apart(tmp_path):
+    pipes = [make(fdg.schedule.adl(2, accumulate=m)) for m in (10, 20)]
+    data = networks.batches(1)
+    with Checkpointer(tmp_path, pipes[0]) as checkpoints:
+        checkpoints.save(pipes[0].init(jax.random.key(0), *data[0]), 0)
+    with pytest.raises(ValueError, match=r"schedule: .* made with adl .*, this pipeline has adl "):
+        Checkpointer(tmp_path, pipes[1]).restore(data[0])
+
+
+@pytest.mark.parametrize("end", [SystemExit(3), KeyboardInterrupt(), ValueError("bad")])
+def test_whatever_ends_the_block_the_save_is_not_lost(end, tmp_path):
+    pipe = make()
+    state = pipe.init(jax.random.key(0), *networks.batches(1)[0])
+
+    def block() -> None:
+        with Checkpointer(tmp_path, pipe) as checkpoints:
+            checkpoints.save(state, 1)
+            raise end
+
+    with pytest.raises(type(end)):
+        block()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
+    assert Checkpointer(tmp_path, pipe).restore(networks.batches(1)[0])[1] is None
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_typed_keys_travel_as_well(impl, tmp_path):
+    def init(key, x):
+        return jnp.ones(()), {"key": jax.random.key(5, impl=impl)}
+
+    def apply(params, state, x, *, train, key):
+        return params * x, {"key": jax.random.split(state["key"])[0]} if train else state
+
+    def keyed(params):
+        return jax.random.key(9, impl=impl)
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda g: -0.1 * g, updates), jax.random.fold_in(state, 1)
+
+    def loss(outputs, labels):
+        return jnp.mean((outputs - labels) ** 2), {}
+
+    layer = fdg.Layer(init, apply)
+    optimizer = optax.GradientTransformation(keyed, update)
+    pipe = fdg.Pipeline([layer, layer], loss, optimizer, fdg.schedule.fdg(2))
+    batch = (np.ones((4, 1)), np.zeros((4, 1)))
+    state = pipe.init(jax.random.key(0), *batch)
+    for _ in range(5):
+        state, _ = pipe.step(state, batch)
+    with Checkpointer(tmp_path, pipe) as checkpoints:
+        checkpoints.save(state, 5)
+        again, _ = checkpoints.restore(batch)
+    assert_same(again, state)
+
+
+def test_what_cannot_be_read_back_is_refused_by_save(tmp_path):
+    pipe = make()
+    state = pipe.init(jax.random.key(0), *networks.batches(1)[0])
+    checkpoints = Checkpointer(tmp_path, pipe)
+    for extra in ({1, 2}, {"path": pathlib.Path("a")}, object()):
+        with pytest.raises(ValueError, match="extra: cannot be stored"):
+            checkpoints.save(state, 1, extra)
+    first, *rest = state.stages
+    odd = first._replace(model_state=np.zeros(3, jnp.uint2))
+    with pytest.raises(ValueError, match="dtype uint2 cannot be stored"):
+        checkpoints.save(state._replace(stages=(odd, *rest)), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_consumed_state_is_not_saved(tmp_path):
+    pipe, data = make(), networks.batches(6)
+    state = pipe.init(jax.random.key(0), *data[0])
+    for batch in data:
+        old = state
+        state, _ = pipe.step(state, batch)
+    with Checkpointer(tmp_path, pipe) as checkpoints:
+        with pytest.raises(fdg.ConsumedStateError):
+            checkpoints.save(old, 1)
+        checkpoints.save(state, 6)
+    assert checkpoints.latest() == 6

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.benchmarking import contender, held
 from experiments.benchmarking.workload import Workload
+from fdg_jax.engine.state import StageWork
 from tests.experiments.tiny import made
 
 
@@ -48,7 +49,7 @@ def test_bytes_agree_with_the_living_arrays(tiny):
     held.table(one)
     living = {device: size - before[device] for device, size in held.live().items()}
     for k, stage in enumerate(one.pipe.stages):
-        counted = sum(held.bytes_of(one.state.stages[k]).values())
+        counted = sum(held.bytes_of(StageWork(one.state.stages[k])).values())
         batch = sum(v.nbytes for v in one.batch if v.devices() == set(stage.mesh.devices.flat))
         # The difference: keys, counters, tokens, metrics.
         device = str(stage.mesh.devices.flat[0])
