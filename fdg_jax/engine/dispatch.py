@@ -396,12 +396,13 @@ def _learns(a: Action, b: Action | None, kinds: dict[str, Kind]) -> bool:
 
 def send(tree: PyTree, stage: Stage, name: str = "inputs", microbatches: int = 1) -> PyTree:
     """A message onto a stage's devices; numpy arrays are copied, CPU devices would alias them."""
-
-    def copy(leaf: Any) -> Any:
-        return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
-
-    tree = jax.tree.map(copy, tree)
-    for leaf in jax.tree.leaves(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    places = [stage.placement(leaf) for leaf in leaves]
+    pairs = zip(leaves, places, strict=True)
+    if microbatches == 1 and all(isinstance(v, jax.Array) and v.sharding == p for v, p in pairs):
+        return tree  # made there, by a stage that shares the devices
+    leaves = [leaf if isinstance(leaf, jax.Array) else np.array(leaf) for leaf in leaves]
+    for leaf in leaves if stage.mesh.size > 1 or microbatches > 1 else ():
         if leaf.ndim and leaf.shape[0] % microbatches:
             raise ValueError(
                 f"{name}: a batch of {leaf.shape[0]} does not divide into {microbatches} "
@@ -412,4 +413,4 @@ def send(tree: PyTree, stage: Stage, name: str = "inputs", microbatches: int = 1
                 f"{name}: a batch of {leaf.shape[0] // microbatches} does not divide over the "
                 f"{stage.mesh.size} devices of a stage; take a multiple"
             )
-    return put(tree, jax.tree.map(stage.placement, tree))
+    return jax.tree.unflatten(structure, put(leaves, places))

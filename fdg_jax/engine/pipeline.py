@@ -20,7 +20,7 @@ import optax
 
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.batch_check import check_optimizer, fit, signature
-from fdg_jax.engine.dispatch import Done, Metrics, Tick, Watch, failure, fuse, send
+from fdg_jax.engine.dispatch import Done, Metrics, Tick, Watch, failure, send
 from fdg_jax.engine.gradient_rule import GradientRule, gradient_rule
 from fdg_jax.engine.interrupt import deferred
 from fdg_jax.engine.placement import gather, put, stage_meshes
@@ -357,14 +357,18 @@ class Pipeline:
         return None if self.on_nonfinite == "ignore" else nonfinite.fresh()
 
     def _accumulating(self) -> set[int]:
-        """The stages whose updates are programs of their own, and may have several gradients."""
+        """The stages in which an update may have several gradients."""
         begin, kinds = self.schedule.start + self.schedule.fill, self.schedule.kind_of
-        groups = [
-            group
-            for t in range(begin, begin + 2 * self.schedule.period + 2)
-            for group in fuse(self.schedule.tick(t), self.schedule)
-        ]
-        return {g[0].stage for g in groups if kinds[g[0].kind].gradient == "applies"}
+        found, pending = set(), [0] * self.num_stages
+        for t in range(begin, begin + 2 * self.schedule.period + 2):
+            for action in self.schedule.tick(t):
+                k, gradient = action.stage, kinds[action.kind].gradient
+                if gradient == "adds":
+                    pending[k] += 1
+                    found |= {k} if pending[k] > 1 else set()
+                elif gradient == "applies":
+                    pending[k] = 0
+        return found
 
     def _check(self, state: PipelineState, x: PyTree, labels: PyTree) -> None:
         """Tries every new shape of a batch before anything is dispatched."""

@@ -13,6 +13,25 @@ import jax.numpy as jnp
 from fdg_jax.typing import PyTree
 
 
+class Structure:
+    """How to put a VJP together again, from one tracing.
+
+    It is compared by identity: JAX compares it at every call of a program, and two tracings of a
+    function never have an equal VJP.
+
+    Attributes:
+      treedef: of the VJP.
+      sources: for each leaf, its position among the leaves of (params, inputs) followed by
+        `Residuals.arrays`.
+    """
+
+    __slots__ = ("sources", "treedef")
+
+    def __init__(self, treedef: Any, sources: list[int]) -> None:
+        self.treedef = treedef
+        self.sources = sources
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["structure"]
 )
@@ -26,12 +45,11 @@ class Residuals:
 
     Attributes:
       arrays: the other leaves of the VJP.
-      structure: how to put the VJP together again: its tree structure, and for each leaf its
-        position among the leaves of (params, inputs) followed by `arrays`.
+      structure: how to put the VJP together again.
     """
 
     arrays: list[jax.Array]
-    structure: Any
+    structure: Structure
 
     @staticmethod
     def of(vjp: PyTree, kept: PyTree) -> Residuals:
@@ -43,12 +61,12 @@ class Residuals:
             if id(leaf) not in position:
                 position[id(leaf)] = len(known) + len(arrays)
                 arrays.append(leaf)
-        return Residuals(arrays, (treedef, tuple(position[id(leaf)] for leaf in leaves)))
+        return Residuals(arrays, Structure(treedef, [position[id(leaf)] for leaf in leaves]))
 
     def vjp(self, kept: PyTree) -> Callable[[PyTree], tuple[PyTree, ...]]:
-        treedef, sources = self.structure
         leaves = [*jax.tree.leaves(kept), *self.arrays]
-        return jax.tree.unflatten(treedef, [leaves[i] for i in sources])
+        own = self.structure
+        return jax.tree.unflatten(own.treedef, [leaves[i] for i in own.sources])
 
 
 def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:

@@ -60,7 +60,8 @@ def count(schedule: Plan, fill: int) -> list[Counts]:
     entered: list[dict[int, int]] = [{} for _ in found]  # tick of each forward
     waiting: list[list[tuple[int, int]]] = [[] for _ in found]  # closed, and not yet applied
     flying: list[Counter[int]] = [Counter() for _ in found]  # micro-batches of each mini-batch
-    window = range(2 * fill + 1, 2 * fill + 1 + _WINDOW * schedule.period)
+    begin = 2 * (fill + schedule.period)
+    window = range(begin, begin + _WINDOW * schedule.period)
     for t, actions in zip(range(window.stop), _endless(schedule), strict=False):
         ledger.enter(t)
         for action in actions:

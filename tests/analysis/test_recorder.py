@@ -11,7 +11,6 @@ import fdg_jax as fdg
 from fdg_jax.analysis.recorder import Recorder, costs_of, expected
 from fdg_jax.analysis.timeline import Event, Timeline
 from fdg_jax.schedule import NAMED, Action
-from fdg_jax.schedule.action import needs
 from tests import networks
 from tests.engine.test_dispatch import BATCH, pipeline
 
@@ -48,7 +47,7 @@ def test_every_action_once_in_order_and_after_what_it_needs(name):
         for action in event.actions:
             if action.kind == "U":
                 continue
-            for need in needs(action, 2):
+            for need in pipe.schedule.needs(action):
                 assert ends.get((need.kind, need.batch, need.micro, need.stage), 0) <= event.end
             ends[action.kind, action.batch, action.micro, action.stage] = event.end
         free[event.device] = event.end

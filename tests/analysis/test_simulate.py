@@ -21,7 +21,6 @@ from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.simulate import simulate
 from fdg_jax.engine import dispatch
 from fdg_jax.schedule import NAMED, Action, Schedule
-from fdg_jax.schedule.action import needs
 
 STAGES = [2, 3, 4, 8, 16, 64]
 
@@ -184,12 +183,12 @@ def test_a_timeline_keeps_the_rules(name):
         own = [e for e in run.events if e.device == k]
         assert all(a.end <= b.start for a, b in itertools.pairwise(own))
     for event in run.events:
-        length = costs.seconds(event.action, plan.microbatches)
+        length = costs.seconds(event.action, plan)
         assert event.end - event.start == pytest.approx(length)
     if name != "pipedream_2bw":  # its forwards name versions, what needs them does not
         for event in run.events:
             if event.action.kind != "U":
-                for need in needs(event.action, K):
+                for need in plan.needs(event.action):
                     assert ends[need].end <= event.start
 
 

@@ -94,7 +94,7 @@ def test_a_restored_run_goes_on_to_the_bit(name, gradient, num_stages, before, t
     pipe = make(SCHEDULES[name](num_stages), gradient=gradient)
     data = networks.batches(12)
     metrics = []
-    state = pipe.init(jax.random.key(7), data[0][0])
+    state = pipe.init(jax.random.key(7), *data[0])
     state = train(pipe, state, data[:before], metrics)
     kept = shown(jax.tree.map(jnp.copy, state))
     seen = len(metrics)
@@ -235,7 +235,7 @@ def cut(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, pathlib.Path.unlink, lambda p: p.write_text("")])
-@pytest.mark.parametrize("name", ["manifest.json", "arrays/stage_1/_METADATA", "arrays/*/d/*"])
+@pytest.mark.parametrize("name", ["manifest.json", "arrays/stage_1/manifest.ocdbt", "arrays/*/d/*"])
 def test_a_damaged_checkpoint_is_named_and_an_older_one_used(saved, name, damage):
     damage(max((saved / "step-000000005").glob(name), key=lambda p: p.stat().st_size))
     pipe = make()

@@ -87,7 +87,7 @@ def test_other_stages_are_refused(saved, stages, message):
 
 def test_a_damaged_checkpoint_is_refused(saved):
     folder, _ = saved
-    path = folder / "arrays" / "stage_1" / "_METADATA"
+    path = folder / "arrays" / "stage_1" / "manifest.ocdbt"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     try:

@@ -227,9 +227,9 @@ def replaced(**values):
             "--checkpoint=last: .*step-000000005 cannot be",
         ),
         (
-            cut("*/step-*5/arrays/stage_2/_METADATA"),
+            cut("*/step-*5/arrays/stage_2/manifest.ocdbt"),
             {"checkpoint": "5"},
-            r"\(.*_METADATA has changed",
+            r"\(.*manifest\.ocdbt has changed",
         ),
         (None, {"checkpoint": "4"}, "--checkpoint=4: not in .*; choose last, best, or one of 5, 3"),
         (None, {"checkpoint": "-1"}, "--checkpoint=-1: not in"),

@@ -147,7 +147,7 @@ ACCIDENTS: dict[str, Damage] = {
     "arrays a folder": lambda folder: folder_instead(_data(folder)),
     "arrays a link": lambda folder: link_instead(_data(folder)),
     "index of a stage flipped": _of("arrays/stage_1/manifest.ocdbt", flip),
-    "metadata of a stage removed": _of("arrays/stage_1/_METADATA", pathlib.Path.unlink),
+    "metadata of a stage removed": _of("arrays/stage_1/manifest.ocdbt", pathlib.Path.unlink),
     "a stage removed": _of("arrays/stage_2", shutil.rmtree),
     "two stages swapped": _swapped,
     "a file added": _of("arrays/more", pathlib.Path.touch),
