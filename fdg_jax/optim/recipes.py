@@ -40,8 +40,8 @@ def sgd(
     (`fdg_shrink`) goes before it.
 
     Measured on a fifth of CIFAR-10 (JPEG) in 1,500 steps, K = 4, rate 0.4, annealed over 750: test
-    error 31.7 %, where back-propagation at its best rate, 0.2, has 30.9 % and plain FDG 37.6 %;
-    K = 2, rate 0.2, stretch 0.5: 31.1 %, plain 32.7 % (EXPERIMENTS.md).
+    error 32.0 %, where back-propagation at its best rate, 0.2, has 31.1 % and plain FDG 38.0 %;
+    K = 2, rate 0.2, stretch 0.5: 31.1 %, plain 32.8 % (EXPERIMENTS.md).
 
     Args:
       learning_rate: a number, or a schedule of the stage's updates; one to two times that of
