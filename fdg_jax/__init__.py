@@ -4,8 +4,8 @@ from fdg_jax import methods, models, optim, schedule
 from fdg_jax.adapters import from_fn, from_linen, from_nnx
 from fdg_jax.analysis import simulate
 from fdg_jax.engine import Pipeline, PipelineState
-from fdg_jax.engine.dispatch import Metrics
 from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.messages import Metrics
 from fdg_jax.errors import ConsumedStateError, NonFiniteError, StageError
 from fdg_jax.layer import Layer, chain, repeat
 from fdg_jax.optim import (

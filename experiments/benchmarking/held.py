@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from experiments.benchmarking.contender import Contender, Piped, Plain
 from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.simulate import simulate
-from fdg_jax.engine.dispatch import Tick, fuse
+from fdg_jax.engine.dispatch import Tick
+from fdg_jax.engine.fusion import fuse
 from fdg_jax.engine.state import StageWork
 from fdg_jax.schedule.ledger import LABEL, METRIC
 from fdg_jax.typing import PyTree

@@ -31,7 +31,7 @@ import jax
 from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.simulate import enough, simulate
 from fdg_jax.analysis.timeline import Event, Timeline
-from fdg_jax.engine.dispatch import fuse
+from fdg_jax.engine.fusion import fuse
 from fdg_jax.engine.gradient_rule import GradientRule, gradient_rule
 from fdg_jax.engine.pipeline import Pipeline
 from fdg_jax.schedule.action import Action

@@ -6,12 +6,14 @@ it is whole. Reading compares dtype and shape before it takes memory.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +52,23 @@ def _open_spec(dtype: str) -> dict[str, Any]:
         "kvstore": {"driver": "memory"},
         "schema": {"dtype": ts.dtype(dtype).name, "domain": {"shape": [1]}},
     }
+
+
+def check_room(folder: pathlib.Path, sizes: Sequence[int]) -> None:
+    """Refuses to begin what the disk has no room for.
+
+    Args:
+      folder: on the disk.
+      sizes: of the arrays, in bytes.
+
+    Raises:
+      OSError: there is not enough.
+    """
+    free = shutil.disk_usage(folder).free
+    # Beside its values each array takes some lines of JSON and a few entries of an index.
+    if free < (needed := sum(sizes) + 2048 * len(sizes)):
+        text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
+        raise OSError(errno.ENOSPC, text)
 
 
 def write(folder: pathlib.Path, k: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -176,3 +195,16 @@ def entry(k: int) -> str:
 def leaf(section: str, i: int) -> str:
     """The name of an array of a section."""
     return f"{section}/{i}"
+
+
+def names(sizes: Mapping[str, int]) -> list[str]:
+    """The names of all arrays of sections of these sizes."""
+    return [leaf(section, i) for section, size in sizes.items() for i in range(size)]
+
+
+def remove(path: pathlib.Path) -> None:
+    """Whatever stands under the name of a checkpoint: a folder, or a file or link put there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -15,7 +15,6 @@ whatever reason, is recognised by its hashes and passed over. Arrays and JSON: n
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import pathlib
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdg_jax.checkpoint import array_store, manifest, restore, snapshot
+from fdg_jax.checkpoint import extra as extras
 from fdg_jax.checkpoint.array_store import leaf
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.pipeline import Pipeline
@@ -122,7 +122,7 @@ class Checkpointer:
         """
         if step < 0:
             raise ValueError(f"step={step}: must not be negative; count steps from 0")
-        manifest.check_extra(extra)
+        extras.check(extra)
         self.wait()
         counts, names, copies = [], [], []
         for k, stage in enumerate(state.stages):
@@ -241,13 +241,13 @@ class Checkpointer:
             return
         for left in self.directory.glob(".step-*"):  # of a save that was killed
             if not (self._mark and left.name.endswith(self._mark)):
-                _remove(left)
+                array_store.remove(left)
         good = [step for step in self._steps() if step not in self._damaged]
         scores = {step: manifest.score(self._folder(step)) for step in good}
         best = min(good, key=lambda step: (scores[step], -step), default=None)
         for step in good[self.keep :]:
             if step != best:
-                _remove(self._folder(step))
+                array_store.remove(self._folder(step))
 
     def _guarded(self, body: dict[str, Any], *rest: Any) -> None:
         """In the thread. A save that fails, as on a full disk, must not end the training."""
@@ -274,7 +274,7 @@ class Checkpointer:
         try:
             body["sections"], arrays = [], {}
             for k, sizes in enumerate(names):
-                own = dict(zip(_leaves(sizes), copies.pop(0), strict=True))
+                own = dict(zip(array_store.names(sizes), copies.pop(0), strict=True))
                 signed = {leaf: manifest.signature(array) for leaf, array in own.items()}
                 body["sections"].append(
                     [[n, [signed[leaf(n, i)] for i in range(size)]] for n, size in sizes.items()]
@@ -292,9 +292,9 @@ class Checkpointer:
                 return
             data = jax.device_get(jax.random.key_data(key)).tolist()
             body["key"] = [str(jax.random.key_impl(key)), data]
-            body["extra"] = manifest.encoded(extra)
+            body["extra"] = extras.encoded(extra)
             manifest.write(partial, body)
-            _remove(final)
+            array_store.remove(final)
             partial.rename(final)
         except BaseException:
             if self._mark:
@@ -305,38 +305,20 @@ class Checkpointer:
         # What came after a checkpoint that was restored was damaged.
         self._damaged.discard(body["step"])
         for step in self._damaged:
-            _remove(self._folder(step))
+            array_store.remove(self._folder(step))
         self._damaged.clear()
         self._tidy()
 
     def _write_arrays(self, folder: pathlib.Path, arrays: dict[int, dict[str, np.ndarray]]) -> None:
         """This process's stages; the writer of the manifest waits for those of the others."""
-        self._check_room([array.nbytes for own in arrays.values() for array in own.values()])
+        self.directory.mkdir(parents=True, exist_ok=True)
+        sizes = [array.nbytes for own in arrays.values() for array in own.values()]
+        array_store.check_room(self.directory, sizes)
         for k, own in arrays.items():
             array_store.write(folder, k, own)
         if self._writer:
             array_store.wait(folder, self.pipe.num_stages, self._abandoned)
 
-    def _check_room(self, sizes: list[int]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.directory).free
-        # Beside its values each array takes some lines of JSON and a few entries of an index.
-        if free < (needed := sum(sizes) + 2048 * len(sizes)):
-            text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
-            raise OSError(errno.ENOSPC, text)
-
-
-def _remove(path: pathlib.Path) -> None:
-    """Whatever stands under the name of a checkpoint: a folder, or a file or link put there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
 
 def _copies(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.copy(snapshot.raw(leaf)) for leaf in leaves]
-
-
-def _leaves(sizes: dict[str, int]) -> list[str]:
-    return [leaf(section, i) for section, size in sizes.items() for i in range(size)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -247,48 +246,6 @@ def short(text: object) -> str:
     """What a stranger may have written, on one line and not without end."""
     line = " ".join(str(text).split())
     return line if len(line) <= 300 else line[:300] + " ..."
-
-
-def encoded(extra: Any) -> str:
-    """``extra`` as text: JSON, with arrays as numbers and bytes marked as such."""
-    if isinstance(extra, bytes):
-        return "bytes:" + base64.b64encode(extra).decode()
-    return "json:" + json.dumps(extra, default=lambda value: jax.device_get(value).tolist())
-
-
-def check_extra(extra: Any) -> None:
-    """Refuses what `encoded` could not write; waits for no device.
-
-    Raises:
-      ValueError: it is neither bytes nor what JSON can hold.
-    """
-
-    def array(value: Any) -> int:
-        if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-            return 0
-        raise TypeError(f"{type(value).__name__} is not JSON")
-
-    try:
-        if not isinstance(extra, bytes):
-            json.dumps(extra, default=array)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"extra: cannot be stored ({error}); give bytes, or what JSON can hold: numbers, text, "
-            "lists, dictionaries with text for keys, arrays"
-        ) from error
-
-
-def decoded(text: str) -> Any:
-    """What `encoded` was given.
-
-    Raises:
-      Damaged: it was something else.
-    """
-    kind, _, rest = text.partition(":")
-    try:
-        return base64.b64decode(rest) if kind == "bytes" else json.loads(rest)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{NAME}: extra: {error}") from error
 
 
 def random_key(saved: Any) -> Key:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fdg_jax.engine.initial_state import blank
 from fdg_jax.engine.pipeline import Pipeline
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState, StageState, scalar
@@ -107,7 +108,7 @@ def convert(
         own = joined["params"], joined["model_state"], whole, state.key, number, target.record()
         names = ("params", "model_state", "opt_state", "key", "number", "record")
         placed = dict(zip(names, _own(stage, own), strict=True))
-        fresh = target.blank(len(made), shapes)._replace(**placed)
+        fresh = blank(stage, shapes)._replace(**placed)
         made.append(fresh._replace(version=scalar(version), base=scalar(version)))
     return PipelineState(scalar(tick), scalar(tick), state.key, tuple(made))
 

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from fdg_jax.checkpoint import array_store, manifest, snapshot
+from fdg_jax.checkpoint import extra as extras
 from fdg_jax.checkpoint.array_store import leaf
+from fdg_jax.engine.initial_state import blank
 from fdg_jax.engine.pipeline import Pipeline
 from fdg_jax.engine.placement import put
 from fdg_jax.engine.state import PipelineState, StageState, scalar
@@ -54,7 +56,7 @@ def load(
     _agree(pipe, folder, body)
     manifest.check(body, step, pipe.num_stages)
     _check_counts(pipe, body)
-    key, extra = manifest.random_key(body.get("key")), manifest.decoded(body["extra"])
+    key, extra = manifest.random_key(body.get("key")), extras.decoded(body["extra"])
     template = pipe.template(example)
     expected = [
         _expected(folder, k, own, body["sections"][k]) for k, own in enumerate(template.stages)
@@ -85,8 +87,8 @@ def load(
         record = fresh if fresh is None else parts.get("record", fresh)
         own_key = put(key, stage.replicated)
         counts = body["counts"][k]
-        blank = pipe.blank(k, own)
-        stages.append(snapshot.rebuild(stage, blank, own_key, counts, parts, record))
+        empty = blank(stage, own)
+        stages.append(snapshot.rebuild(stage, empty, own_key, counts, parts, record))
     return PipelineState(scalar(body["tick"]), scalar(body["origin"]), key, tuple(stages)), extra
 
 

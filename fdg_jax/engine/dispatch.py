@@ -11,66 +11,23 @@ Every call below returns before its program has run.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from fdg_jax.engine.fusion import fuse, name_of
 from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.messages import Done, Metrics, Watch, failure, send
 from fdg_jax.engine.nonfinite import Record
-from fdg_jax.engine.placement import put
 from fdg_jax.engine.residuals import Stash
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState, StageWork, scalar
-from fdg_jax.errors import ConsumedStateError, StageError
 from fdg_jax.schedule import Action, Kind, Schedule
 from fdg_jax.schedule.action import ACTIVATION, COTANGENT
 from fdg_jax.schedule.ledger import LABEL, METRIC
 from fdg_jax.typing import PyTree
-
-
-class Metrics(NamedTuple):
-    """What is known of one mini-batch when it has reached a loss.
-
-    Attributes:
-      batch: its number.
-      loss: a scalar, perhaps not computed yet.
-      aux: the dictionary that the loss function returned.
-      stage: whose loss it is; the last one's unless stages have losses of their own.
-    """
-
-    batch: int
-    loss: jax.Array
-    aux: dict[str, Any]
-    stage: int
-
-
-class Done(NamedTuple):
-    """A program that was dispatched.
-
-    Attributes:
-      stage: whose.
-      what: its actions, as in a schedule's grid.
-      batch: the mini-batch that it worked on.
-      token: a small output, never donated: there when the program has ended; the stage's record
-        where it keeps one.
-    """
-
-    stage: int
-    what: str
-    batch: int
-    token: jax.Array
-
-
-class Watch(Protocol):
-    """An observer of what is dispatched, while it is; must not wait for a device."""
-
-    def entered(self, batch: int, inputs: PyTree) -> None:
-        """A mini-batch enters; ``inputs`` are on the first stage's devices, never donated."""
-
-    def dispatched(self, actions: Sequence[Action], since: float, token: jax.Array) -> None:
-        """A program, of actions of one stage, whose dispatch began at ``time.perf_counter()``."""
 
 
 class Tick:
@@ -341,76 +298,3 @@ class Tick:
                 return
             report = self.programs[k].average([s.take(METRIC, m) for m in parts])
         self.metrics.append(Metrics(batch, *report, k))
-
-
-def failure(
-    programs: Sequence[Stage], k: int, what: str, batch: int, error: Exception
-) -> Exception:
-    """An error that names where it came from."""
-    if "has been deleted" in str(error):
-        return ConsumedStateError()
-    return StageError(
-        f"stage {k} ({programs[k].layers}), mini-batch {batch}, {what}: "
-        f"{type(error).__name__}: {error}",
-        k,
-        batch,
-    )
-
-
-def name_of(actions: Sequence[Action]) -> str:
-    """A program's actions and stage: F3 B3 U@1."""
-    return f"{' '.join(action.label for action in actions)}@{actions[0].stage}"
-
-
-def fuse(actions: Sequence[Action], schedule: Schedule) -> Iterator[tuple[Action, ...]]:
-    """Actions in groups that are one program: B, U; in a stage with a loss F, B, U of one batch."""
-    kinds = schedule.kind_of
-    i = 0
-    while i < len(actions):
-        a, *after = actions[i : i + 3]
-        b, c = (*after, None, None)[:2]
-        size = 1
-        if _learns(a, b, kinds):
-            size = 2
-        elif (
-            a.version is None
-            and kinds[a.kind].in_flight == "opens"
-            and a.stage in schedule.losses
-            and b is not None
-            and (b.stage, b.batch, b.micro) == (a.stage, a.batch, a.micro)
-            and _learns(b, c, kinds)
-        ):
-            size = 3
-        yield tuple(actions[i : i + size])
-        i += size
-
-
-def _learns(a: Action, b: Action | None, kinds: dict[str, Kind]) -> bool:
-    """Whether the two are a whole backward and the update with its gradient."""
-    if b is None or (b.stage, b.batch) != (a.stage, a.batch):
-        return False
-    one = kinds[a.kind]
-    whole = one.gradient == "adds" and one.takes[0].name == COTANGENT
-    return whole and kinds[b.kind].gradient == "applies"
-
-
-def send(tree: PyTree, stage: Stage, name: str = "inputs", microbatches: int = 1) -> PyTree:
-    """A message onto a stage's devices; numpy arrays are copied, CPU devices would alias them."""
-    leaves, structure = jax.tree.flatten(tree)
-    places = [stage.placement(leaf) for leaf in leaves]
-    pairs = zip(leaves, places, strict=True)
-    if microbatches == 1 and all(isinstance(v, jax.Array) and v.sharding == p for v, p in pairs):
-        return tree  # made there, by a stage that shares the devices
-    leaves = [leaf if isinstance(leaf, jax.Array) else np.array(leaf) for leaf in leaves]
-    for leaf in leaves if stage.mesh.size > 1 or microbatches > 1 else ():
-        if leaf.ndim and leaf.shape[0] % microbatches:
-            raise ValueError(
-                f"{name}: a batch of {leaf.shape[0]} does not divide into {microbatches} "
-                "micro-batches; take a multiple"
-            )
-        if leaf.ndim and leaf.shape[0] // microbatches % stage.mesh.size:
-            raise ValueError(
-                f"{name}: a batch of {leaf.shape[0] // microbatches} does not divide over the "
-                f"{stage.mesh.size} devices of a stage; take a multiple"
-            )
-    return jax.tree.unflatten(structure, put(leaves, places))

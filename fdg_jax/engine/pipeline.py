@@ -8,33 +8,36 @@ ticks ahead of the slowest.
 
 from __future__ import annotations
 
-import collections
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from fdg_jax.engine import nonfinite
+from fdg_jax.engine.arguments import (
+    Optimizer,
+    check_arguments,
+    losses_of,
+    naming_consumed,
+    optimizer_of,
+)
 from fdg_jax.engine.batch_check import check_optimizer, fit, signature
-from fdg_jax.engine.dispatch import Done, Metrics, Tick, Watch, failure, send
+from fdg_jax.engine.dispatch import Tick
 from fdg_jax.engine.gradient_rule import GradientRule, gradient_rule
+from fdg_jax.engine.initial_state import initial_state
 from fdg_jax.engine.interrupt import deferred
-from fdg_jax.engine.placement import gather, put, stage_meshes
+from fdg_jax.engine.messages import Metrics, Watch, send
+from fdg_jax.engine.placement import gather, stage_meshes
+from fdg_jax.engine.run_ahead import RunAhead
 from fdg_jax.engine.stage import Stage
-from fdg_jax.engine.state import PipelineState, StageState
+from fdg_jax.engine.state import PipelineState
 from fdg_jax.engine.template import template
-from fdg_jax.errors import ConsumedStateError, NonFiniteError
-from fdg_jax.layer import Layer, output_of, typed_key
-from fdg_jax.optim import StageOptimizer
+from fdg_jax.layer import Layer
 from fdg_jax.schedule import Schedule
 from fdg_jax.schedule.action import COTANGENT
 from fdg_jax.typing import Key, LossFn, PyTree
-
-Optimizer: TypeAlias = optax.GradientTransformation | StageOptimizer
 
 
 class Pipeline:
@@ -98,21 +101,8 @@ class Pipeline:
         shard_optimizer: bool = False,
     ) -> None:
         stages = list(stages)
-        if len(stages) != schedule.num_stages:
-            raise ValueError(
-                f"schedule: {schedule.name} is made for {schedule.num_stages} stages, but stages "
-                f"has {len(stages)}; make both with the same number"
-            )
-        rule = gradient_rule(gradient)
-        if on_nonfinite not in nonfinite.ON_NONFINITE:
-            raise ValueError(
-                f"on_nonfinite={on_nonfinite!r}: allowed are {', '.join(nonfinite.ON_NONFINITE)}"
-            )
-        losses = _losses(loss_fn, schedule)
-        if not isinstance(max_ahead, int) or max_ahead < 1:
-            raise ValueError(f"max_ahead={max_ahead}: the host must be allowed at least one tick")
-        # A schedule that is no pipeline says so now, and not in the middle of a run.
-        schedule.in_flight(0)
+        check_arguments(len(stages), schedule, max_ahead, on_nonfinite)
+        rule, losses = gradient_rule(gradient), losses_of(loss_fn, schedule)
         self.schedule = schedule
         self.rule = rule
         self.max_ahead = max_ahead
@@ -125,7 +115,7 @@ class Pipeline:
             self.stages.append(
                 Stage(
                     stages[k].at(index),
-                    _optimizer(optimizer, k),
+                    optimizer_of(optimizer, k),
                     mesh,
                     start=index,
                     rule=rule,
@@ -136,8 +126,8 @@ class Pipeline:
                 )
             )
             index += stages[k].size
-        # The programs of each of the last ticks, with their tokens; no part of the training state.
-        self._ticks: collections.deque[list[Done]] = collections.deque()
+        # The programs of the last ticks; no part of the training state.
+        self._ahead = RunAhead(self.stages, schedule.microbatches, on_nonfinite == "stop")
         # Who sees what is dispatched; `fdg_jax.analysis.Recorder` sets it.
         self.watch: Watch | None = None
         self._fitting: set[Any] = set()
@@ -180,40 +170,11 @@ class Pipeline:
           ValueError: an optimizer fails, or changes the shapes of params or state.
         """
         shapes = self.template((example_inputs, example_labels))
-        sums = self._accumulating()
         for k, (stage, own) in enumerate(zip(self.stages, shapes.stages, strict=True)):
-            check_optimizer(stage, k, own.params, own.opt_state, k in sums)
+            check_optimizer(stage, k, own.params, own.opt_state, self.schedule.gradients(k) > 1)
         if isinstance(key, jax.core.Tracer):  # jax.eval_shape(pipe.init, ...)
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        with jax.transfer_guard("allow"):
-            key = jnp.copy(typed_key(key))
-        states: list[StageState] = []
-        x = jax.eval_shape(lambda v: v, example_inputs)
-        for stage, own in zip(self.stages, shapes.stages, strict=True):
-            params, model_state, opt_state = stage.init(key, x)
-            own_key, number = put((key, np.zeros((), np.int32)), stage.replicated)
-            states.append(
-                self.blank(len(states), own)._replace(
-                    params=params,
-                    model_state=model_state,
-                    opt_state=opt_state,
-                    key=own_key,
-                    number=number,
-                    record=put(self.record(), stage.replicated),
-                )
-            )
-            x = output_of(stage.layer, params, model_state, x)
-        return PipelineState(shapes.tick, shapes.origin, key, tuple(states))
-
-    def blank(self, k: int, own: StageState) -> StageState:
-        """A stage's part of a template with empty slots and no gradients; the rest is as it was."""
-        stage = self.stages[k]
-        return own._replace(
-            gradient=stage.zeros(own.gradient),
-            flights=stage.zeros_of(own.flights),
-            versions=stage.zeros_of(own.versions),
-            inbox={port: stage.zeros_of(slots) for port, slots in own.inbox.items()},
-        )
+        return initial_state(self.stages, shapes, key, example_inputs, self.record())
 
     def step(
         self, state: PipelineState, batch: tuple[PyTree, PyTree]
@@ -237,11 +198,11 @@ class Pipeline:
         """
         with deferred():
             self._check(state, *batch)
-            tick = self._tick(state)
+            tick = Tick(self.stages, self.schedule, self.rule, state, self.watch)
             tick.enter(*batch)
-            self._wait()
+            self._ahead.wait(self.max_ahead)
             tick.run(self.schedule.tick(tick.batch - tick.origin))
-            self._ticks.append(tick.tokens())
+            self._ahead.add(tick.tokens())
             return tick.state(tick.batch + 1, tick.origin), tick.metrics
 
     def drain(self, state: PipelineState) -> tuple[PipelineState, list[Metrics]]:
@@ -258,7 +219,7 @@ class Pipeline:
           loss, in order.
         """
         with deferred():
-            tick = self._tick(state)
+            tick = Tick(self.stages, self.schedule, self.rule, state, self.watch)
             t = batches = tick.batch - tick.origin
             # Nothing stays in flight longer than a stage can hold batches, times the stages.
             longest = self.num_stages * (self.schedule.in_flight(0) + self.schedule.period)
@@ -268,9 +229,9 @@ class Pipeline:
                         f"state: holds batches that schedule {self.schedule.name} does not know "
                         "of; drain it with the pipeline that made it"
                     )
-                self._wait()
+                self._ahead.wait(self.max_ahead)
                 tick.run(self.schedule.tick(t, batches))
-                self._ticks.append(tick.tokens())
+                self._ahead.add(tick.tokens())
                 t += 1
             tick.finish()
             return tick.state(tick.batch, tick.batch), tick.metrics
@@ -290,7 +251,7 @@ class Pipeline:
         """
         for stage, own in zip(self.stages, state.stages, strict=True):
             x = send(x, stage)
-            with _naming_consumed():
+            with naming_consumed():
                 x = stage.evaluate(own.params, own.opt_state, own.model_state, x)
         return x
 
@@ -315,7 +276,7 @@ class Pipeline:
         Returns:
           K pytrees, on the stages' devices, valid until the next step.
         """
-        with _naming_consumed():
+        with naming_consumed():
             return [
                 stage.true_params(own.params, own.opt_state)[0]
                 for stage, own in zip(self.stages, state.stages, strict=True)
@@ -344,31 +305,16 @@ class Pipeline:
         Raises:
           StageError, NonFiniteError: as in `step`.
         """
-        while self._ticks:
-            self._wait(1)
+        self._ahead.wait(0)
 
     @property
     def idle(self) -> bool:
         """Whether it is known that nothing of what was dispatched still runs."""
-        return not self._ticks
+        return self._ahead.idle
 
     def record(self) -> np.ndarray | None:
         """A stage's record in which nothing has gone wrong, or None where it is not checked."""
         return None if self.on_nonfinite == "ignore" else nonfinite.fresh()
-
-    def _accumulating(self) -> set[int]:
-        """The stages in which an update may have several gradients."""
-        begin, kinds = self.schedule.start + self.schedule.fill, self.schedule.kind_of
-        found, pending = set(), [0] * self.num_stages
-        for t in range(begin, begin + 2 * self.schedule.period + 2):
-            for action in self.schedule.tick(t):
-                k, gradient = action.stage, kinds[action.kind].gradient
-                if gradient == "adds":
-                    pending[k] += 1
-                    found |= {k} if pending[k] > 1 else set()
-                elif gradient == "applies":
-                    pending[k] = 0
-        return found
 
     def _check(self, state: PipelineState, x: PyTree, labels: PyTree) -> None:
         """Tries every new shape of a batch before anything is dispatched."""
@@ -376,81 +322,3 @@ class Pipeline:
         if shapes not in self._fitting:
             fit(self.stages, self.schedule.microbatches, state, x, labels)
             self._fitting.add(shapes)
-
-    def _tick(self, state: PipelineState) -> Tick:
-        return Tick(self.stages, self.schedule, self.rule, state, self.watch)
-
-    def _wait(self, allowed: int | None = None) -> None:
-        """Lets fewer than ``allowed`` ticks be under way, and looks at those that have ended."""
-        if len(self._ticks) < (allowed or self.max_ahead):
-            return
-        done = [program for program in self._ticks.popleft() if self.stages[program.stage].here]
-        for program in done:
-            try:
-                jax.block_until_ready(program.token)
-            except Exception as error:
-                self._ticks.clear()
-                k, what, batch, _ = program
-                raise failure(self.stages, k, what, batch, error) from error
-        if self.on_nonfinite == "stop":
-            # They have ended: fetching their records waits for nothing.
-            records = jax.device_get([program.token for program in done])
-            for program, record in zip(done, records, strict=True):
-                if max(record[[nonfinite.FORWARD, nonfinite.BACKWARD]]) >= 0:
-                    self._ticks.clear()
-                    raise self._nonfinite(program, record)
-
-    def _nonfinite(self, program: Done, record: np.ndarray) -> NonFiniteError:
-        k, stage = program.stage, self.stages[program.stage]
-        what = "output or model state"
-        if stage.loss_fn is not None:
-            what = "loss or model state"
-        n = record[nonfinite.FORWARD]
-        if n < 0:
-            what, n = "gradient or update", record[nonfinite.BACKWARD]
-        batch = int(n) // self.schedule.microbatches
-        return NonFiniteError(
-            f"mini-batch {batch}: {what} of stage {k} ({stage.layers}) is not finite", k, batch
-        )
-
-
-def _losses(loss_fn: LossFn | Sequence[LossFn | None], schedule: Schedule) -> list[LossFn | None]:
-    """The loss of every stage that has one, None for the others."""
-    if callable(loss_fn):
-        if len(schedule.losses) > 1:
-            raise ValueError(
-                f"loss_fn: schedule {schedule.name} has losses in stages "
-                f"{', '.join(map(str, schedule.losses))}; give a list of {schedule.num_stages}"
-            )
-        return [loss_fn if k in schedule.losses else None for k in range(schedule.num_stages)]
-    given = list(loss_fn)
-    there = tuple(k for k, one in enumerate(given) if one is not None)
-    if len(given) != schedule.num_stages or there != tuple(sorted(schedule.losses)):
-        raise ValueError(
-            f"loss_fn: a list of {len(given)} with losses in stages {there}; schedule "
-            f"{schedule.name} needs {schedule.num_stages}, with losses in {schedule.losses} and "
-            "None elsewhere"
-        )
-    return given
-
-
-def _optimizer(given: Optimizer | Callable[[int], Optimizer], k: int) -> StageOptimizer:
-    """The optimizer of stage k, out of either form."""
-    if isinstance(given, (optax.GradientTransformation, StageOptimizer)):
-        return StageOptimizer.of(given)
-    if not callable(given):
-        raise ValueError(
-            f"optimizer: {given!r} is neither an optax transformation nor a function of the stage; "
-            "give optax.sgd(0.1), or lambda k: optax.sgd(0.1)"
-        )
-    return StageOptimizer.of(given(k))
-
-
-@contextlib.contextmanager
-def _naming_consumed() -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if "has been deleted" in str(error):
-            raise ConsumedStateError from error
-        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,3 +161,40 @@ def gather(value: np.ndarray) -> np.ndarray:
         return value[None]
     with jax.transfer_guard("allow"):
         return np.asarray(multihost_utils.process_allgather(value))
+
+
+class Placed:
+    """Where the arrays of a stage live: replicated over its devices, or sharded over the batch.
+
+    Args:
+      mesh: the stage's devices, one axis.
+      shard_optimizer: whether the devices share out the optimizer's state.
+    """
+
+    def __init__(self, mesh: Mesh, shard_optimizer: bool) -> None:
+        self.mesh = mesh
+        self.shard_optimizer = shard_optimizer
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.sharded = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+
+    def _whole(self, tree: PyTree) -> PyTree:
+        """Replicated over the group."""
+        if self.mesh.size == 1:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, self.replicated)
+
+    def _over_batch(self, tree: PyTree) -> PyTree:
+        """Batch axis sharded over the group."""
+        if self.mesh.size == 1:
+            return tree
+        return jax.tree.map(lambda v: jax.lax.with_sharding_constraint(v, self.placement(v)), tree)
+
+    def placement(self, leaf: Any) -> NamedSharding:
+        """Where a leaf of an input, label or message of this stage lives."""
+        return self.sharded if getattr(leaf, "ndim", 0) else self.replicated
+
+    def shared(self, opt_state: PyTree) -> PyTree:
+        """Where the optimizer's state lives."""
+        if self.shard_optimizer:
+            return spread(opt_state, self.mesh)
+        return jax.tree.map(lambda leaf: self.replicated, opt_state)

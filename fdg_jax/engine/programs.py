@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.gradient_rule import GradientRule
-from fdg_jax.engine.placement import BATCH_AXIS, spread
+from fdg_jax.engine.placement import Placed
 from fdg_jax.engine.residuals import Residuals, Stash, split_inexact
 from fdg_jax.layer import Layer, batch_key
 from fdg_jax.optim import StageOptimizer, true_params
@@ -52,7 +52,7 @@ class Forward(NamedTuple):
     record: nonfinite.Record
 
 
-class Functions:
+class Functions(Placed):
     """The pure functions of one stage.
 
     Args:
@@ -78,16 +78,13 @@ class Functions:
         sends: bool,
         shard_optimizer: bool,
     ) -> None:
+        super().__init__(mesh, shard_optimizer)
         self.layer = layer
         self.optimizer = optimizer
-        self.mesh = mesh
         self.rule = rule
         self.loss_fn = loss_fn
         self.last = last
         self.sends = sends
-        self.shard_optimizer = shard_optimizer
-        self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.sharded = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
     def _linearise(
         self,
@@ -320,25 +317,3 @@ class Functions:
             self._over_batch(jax.tree.map(lambda leaf, i=i: part(leaf, i), tree))
             for i in range(count)
         ]
-
-    def _whole(self, tree: PyTree) -> PyTree:
-        """Replicated over the group."""
-        if self.mesh.size == 1:
-            return tree
-        return jax.lax.with_sharding_constraint(tree, self.replicated)
-
-    def _over_batch(self, tree: PyTree) -> PyTree:
-        """Batch axis sharded over the group."""
-        if self.mesh.size == 1:
-            return tree
-        return jax.tree.map(lambda v: jax.lax.with_sharding_constraint(v, self.placement(v)), tree)
-
-    def placement(self, leaf: Any) -> NamedSharding:
-        """Where a leaf of an input, label or message of this stage lives."""
-        return self.sharded if getattr(leaf, "ndim", 0) else self.replicated
-
-    def shared(self, opt_state: PyTree) -> PyTree:
-        """Where the optimizer's state lives."""
-        if self.shard_optimizer:
-            return spread(opt_state, self.mesh)
-        return jax.tree.map(lambda leaf: self.replicated, opt_state)

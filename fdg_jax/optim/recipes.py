@@ -150,8 +150,8 @@ def muon(
     (`muon_dimension_numbers`) and ``optax.nadamw`` for the rest, both with a stretched momentum;
     ``scale``; around all, prediction by the last update, ``horizon`` times the staleness ahead.
 
-    Measured on a fifth of CIFAR-10 (JPEG) in 1,500 steps: test error 25.4 % with K = 4 and rate
-    0.04, where back-propagation with Muon has 25.4 % and with SGD 30.9 %. On text in 1,000 steps,
+    Measured on a fifth of CIFAR-10 (JPEG) in 1,500 steps: test error 25.6 % with K = 4 and rate
+    0.04, where back-propagation with Muon has 25.4 % and with SGD 31.1 %. On text in 1,000 steps,
     K = 4, stretch 1: loss 2.12, back-propagation 1.78, without prediction 2.25 (EXPERIMENTS.md).
 
     Args:

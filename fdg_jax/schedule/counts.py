@@ -24,6 +24,7 @@ class Counts:
       in_flight: the most mini-batches forwarded whose gradient is not yet applied.
       slots: by what is held between two ticks ("flight", "version", "kept", and the ports): how
         many places are enough, number n in place n modulo that.
+      gradients: the most that one update has.
       pending: whether a sum of gradients waits between two ticks.
     """
 
@@ -31,6 +32,7 @@ class Counts:
     staleness: int = 0
     mean_staleness: float = 0.0
     in_flight: int = 0
+    gradients: int = 0
     slots: Counter[str] = field(default_factory=Counter)
     pending: bool = False
 
@@ -73,6 +75,7 @@ def count(schedule: Plan, fill: int) -> list[Counts]:
                 if t in window:
                     found[k].delay = max(found[k].delay, t - first)
             elif kind.gradient == "applies":
+                found[k].gradients = max(found[k].gradients, len(waiting[k]))
                 for part, version in waiting[k]:
                     if t in window:
                         applied[k].append(own.version - version)

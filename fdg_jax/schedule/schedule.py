@@ -251,6 +251,20 @@ class Schedule:
         """
         return self._of(k).in_flight
 
+    def gradients(self, k: int) -> int:
+        """The most gradients that one update of a stage has.
+
+        Args:
+          k: the stage, 0..K-1.
+
+        Returns:
+          1 where nothing is accumulated.
+
+        Raises:
+          ValueError: there is no stage k.
+        """
+        return self._of(k).gradients
+
     def _of(self, k: int) -> Counts:
         if not 0 <= k < self.num_stages:
             raise ValueError(f"k={k}: schedule {self.name} has stages 0 to {self.num_stages - 1}")

@@ -76,6 +76,7 @@ class Then(Schedule):
                     two.staleness,
                     two.mean_staleness,
                     max(one.in_flight, two.in_flight),
+                    max(one.gradients, two.gradients),
                     slots,
                     one.pending or two.pending,
                 )

@@ -1,0 +1,54 @@
+"""What a run keeps in a checkpoint beside its state, such as the position of a data iterator."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from fdg_jax.checkpoint.manifest import NAME, Damaged
+
+
+def encoded(extra: Any) -> str:
+    """``extra`` as text: JSON, with arrays as numbers and bytes marked as such."""
+    if isinstance(extra, bytes):
+        return "bytes:" + base64.b64encode(extra).decode()
+    return "json:" + json.dumps(extra, default=lambda value: jax.device_get(value).tolist())
+
+
+def check(extra: Any) -> None:
+    """Refuses what `encoded` could not write; waits for no device.
+
+    Raises:
+      ValueError: it is neither bytes nor what JSON can hold.
+    """
+
+    def array(value: Any) -> int:
+        if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+            return 0
+        raise TypeError(f"{type(value).__name__} is not JSON")
+
+    try:
+        if not isinstance(extra, bytes):
+            json.dumps(extra, default=array)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"extra: cannot be stored ({error}); give bytes, or what JSON can hold: numbers, text, "
+            "lists, dictionaries with text for keys, arrays"
+        ) from error
+
+
+def decoded(text: str) -> Any:
+    """What `encoded` was given.
+
+    Raises:
+      Damaged: it was something else.
+    """
+    kind, _, rest = text.partition(":")
+    try:
+        return base64.b64decode(rest) if kind == "bytes" else json.loads(rest)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{NAME}: extra: {error}") from error

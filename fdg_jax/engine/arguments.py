@@ -1,0 +1,79 @@
+"""The arguments of a pipeline, out of every form that they may have."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
+import optax
+
+from fdg_jax.engine.nonfinite import ON_NONFINITE
+from fdg_jax.errors import ConsumedStateError
+from fdg_jax.optim import StageOptimizer
+from fdg_jax.schedule import Schedule
+from fdg_jax.typing import LossFn
+
+Optimizer: TypeAlias = optax.GradientTransformation | StageOptimizer
+
+
+def check_arguments(num_stages: int, schedule: Schedule, max_ahead: int, on_nonfinite: str) -> None:
+    """Refuses arguments of `Pipeline` that do not fit together.
+
+    Raises:
+      ValueError: the message names the argument and the remedy.
+    """
+    if num_stages != schedule.num_stages:
+        raise ValueError(
+            f"schedule: {schedule.name} is made for {schedule.num_stages} stages, but stages has "
+            f"{num_stages}; make both with the same number"
+        )
+    if on_nonfinite not in ON_NONFINITE:
+        raise ValueError(f"on_nonfinite={on_nonfinite!r}: allowed are {', '.join(ON_NONFINITE)}")
+    if not isinstance(max_ahead, int) or max_ahead < 1:
+        raise ValueError(f"max_ahead={max_ahead}: the host must be allowed at least one tick")
+    # A schedule that is no pipeline says so now, and not in the middle of a run.
+    schedule.in_flight(0)
+
+
+def losses_of(loss_fn: LossFn | Sequence[LossFn | None], schedule: Schedule) -> list[LossFn | None]:
+    """The loss of every stage that has one, None for the others."""
+    if callable(loss_fn):
+        if len(schedule.losses) > 1:
+            raise ValueError(
+                f"loss_fn: schedule {schedule.name} has losses in stages "
+                f"{', '.join(map(str, schedule.losses))}; give a list of {schedule.num_stages}"
+            )
+        return [loss_fn if k in schedule.losses else None for k in range(schedule.num_stages)]
+    given = list(loss_fn)
+    there = tuple(k for k, one in enumerate(given) if one is not None)
+    if len(given) != schedule.num_stages or there != tuple(sorted(schedule.losses)):
+        raise ValueError(
+            f"loss_fn: a list of {len(given)} with losses in stages {there}; schedule "
+            f"{schedule.name} needs {schedule.num_stages}, with losses in {schedule.losses} and "
+            "None elsewhere"
+        )
+    return given
+
+
+def optimizer_of(given: Optimizer | Callable[[int], Optimizer], k: int) -> StageOptimizer:
+    """The optimizer of stage k, out of either form."""
+    if isinstance(given, (optax.GradientTransformation, StageOptimizer)):
+        return StageOptimizer.of(given)
+    if not callable(given):
+        raise ValueError(
+            f"optimizer: {given!r} is neither an optax transformation nor a function of the stage; "
+            "give optax.sgd(0.1), or lambda k: optax.sgd(0.1)"
+        )
+    return StageOptimizer.of(given(k))
+
+
+@contextlib.contextmanager
+def naming_consumed() -> Iterator[None]:
+    """Names a state that was used before, where JAX speaks of deleted buffers."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if "has been deleted" in str(error):
+            raise ConsumedStateError from error
+        raise

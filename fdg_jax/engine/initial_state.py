@@ -1,0 +1,65 @@
+"""How a state is born: fresh parameters, and slots that are empty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdg_jax.engine.placement import put
+from fdg_jax.engine.stage import Stage
+from fdg_jax.engine.state import PipelineState, StageState
+from fdg_jax.layer import output_of, typed_key
+from fdg_jax.typing import Key, PyTree
+
+
+def initial_state(
+    stages: Sequence[Stage],
+    shapes: PipelineState,
+    key: Key,
+    x: PyTree,
+    record: np.ndarray | None,
+) -> PipelineState:
+    """A state in which no batch has entered yet, each stage on its own devices.
+
+    Args:
+      stages: of the pipeline.
+      shapes: the template of its states.
+      key: the root key, in either form.
+      x: an input with its batch axis; only shapes and dtypes are looked at.
+      record: of a stage in which nothing has gone wrong, or None where it is not checked.
+
+    Returns:
+      The state.
+    """
+    with jax.transfer_guard("allow"):
+        key = jnp.copy(typed_key(key))
+    states = []
+    x = jax.eval_shape(lambda v: v, x)
+    for stage, own in zip(stages, shapes.stages, strict=True):
+        params, model_state, opt_state = stage.init(key, x)
+        own_key, number = put((key, np.zeros((), np.int32)), stage.replicated)
+        states.append(
+            blank(stage, own)._replace(
+                params=params,
+                model_state=model_state,
+                opt_state=opt_state,
+                key=own_key,
+                number=number,
+                record=put(record, stage.replicated),
+            )
+        )
+        x = output_of(stage.layer, params, model_state, x)
+    return PipelineState(shapes.tick, shapes.origin, key, tuple(states))
+
+
+def blank(stage: Stage, own: StageState) -> StageState:
+    """A stage's part of a template with empty slots and no gradients; the rest is as it was."""
+    return own._replace(
+        gradient=stage.zeros(own.gradient),
+        flights=stage.zeros_of(own.flights),
+        versions=stage.zeros_of(own.versions),
+        inbox={port: stage.zeros_of(slots) for port, slots in own.inbox.items()},
+    )

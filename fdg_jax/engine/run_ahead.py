@@ -1,0 +1,79 @@
+"""How far the host is ahead of the devices: what was dispatched and may not have ended."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from fdg_jax.engine import nonfinite
+from fdg_jax.engine.messages import Done, failure
+from fdg_jax.engine.stage import Stage
+from fdg_jax.errors import NonFiniteError
+
+
+class RunAhead:
+    """The programs of the last ticks, with their tokens.
+
+    Args:
+      stages: of the pipeline.
+      microbatches: parts of a mini-batch.
+      stop: whether what is not finite ends the run.
+    """
+
+    def __init__(self, stages: Sequence[Stage], microbatches: int, stop: bool) -> None:
+        self._stages = stages
+        self._microbatches = microbatches
+        self._stop = stop
+        self._ticks: collections.deque[list[Done]] = collections.deque()
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was dispatched is known to have ended."""
+        return not self._ticks
+
+    def add(self, programs: list[Done]) -> None:
+        """The programs of one tick have been dispatched."""
+        self._ticks.append(programs)
+
+    def wait(self, allowed: int) -> None:
+        """Returns when fewer than ``allowed`` ticks may be under way; 0: none.
+
+        Raises:
+          StageError: a program failed.
+          NonFiniteError: a number was not finite, and that ends the run.
+        """
+        while self._ticks and len(self._ticks) >= allowed:
+            self._look([p for p in self._ticks.popleft() if self._stages[p.stage].here])
+
+    def _look(self, done: list[Done]) -> None:
+        """Waits for the programs of a tick, and looks at how they ended."""
+        for program in done:
+            try:
+                jax.block_until_ready(program.token)
+            except Exception as error:
+                self._ticks.clear()
+                k, what, batch, _ = program
+                raise failure(self._stages, k, what, batch, error) from error
+        if self._stop:
+            # They have ended: fetching their records waits for nothing.
+            records = jax.device_get([program.token for program in done])
+            for program, record in zip(done, records, strict=True):
+                if max(record[[nonfinite.FORWARD, nonfinite.BACKWARD]]) >= 0:
+                    self._ticks.clear()
+                    raise self._nonfinite(program, record)
+
+    def _nonfinite(self, program: Done, record: np.ndarray) -> NonFiniteError:
+        k, stage = program.stage, self._stages[program.stage]
+        what = "output or model state"
+        if stage.loss_fn is not None:
+            what = "loss or model state"
+        n = record[nonfinite.FORWARD]
+        if n < 0:
+            what, n = "gradient or update", record[nonfinite.BACKWARD]
+        batch = int(n) // self._microbatches
+        return NonFiniteError(
+            f"mini-batch {batch}: {what} of stage {k} ({stage.layers}) is not finite", k, batch
+        )
