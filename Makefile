@@ -35,7 +35,7 @@ docs: .venv/installed
 
 # Runs the notebooks anew and stores them; two quiet cores give the nicest timelines.
 notebooks: .venv/installed
-	PYTHONPATH=. $(BIN)/python notebooks/run.py notebooks/*.ipynb
+	PYTHONPATH=$(CURDIR) $(BIN)/python notebooks/run.py notebooks/*.ipynb
 
 .venv/installed: pyproject.toml requirements.txt requirements-cpu.txt requirements-base.txt
 	@test -n "$(PYTHON)" || { echo "Python >= 3.11 is needed; name one with make PYTHON=..."; exit 2; }

@@ -81,6 +81,8 @@ def write(folder: pathlib.Path, k: int, arrays: Mapping[str, np.ndarray]) -> Non
     """
     partial = folder / f".{entry(k)}"
     partial.mkdir(parents=True, exist_ok=True)
+    # One context: the store is then one database, and its index is written once.
+    context = ts.Context({})
     with ts.Transaction() as transaction:
         writing = []
         for name, array in arrays.items():
@@ -89,6 +91,7 @@ def write(folder: pathlib.Path, k: int, arrays: Mapping[str, np.ndarray]) -> Non
             store = ts.open(
                 spec(partial, name),
                 create=True,
+                context=context,
                 dtype=ts.dtype(str(array.dtype)),
                 shape=array.shape,
                 chunk_layout=ts.ChunkLayout(chunk_shape=array.shape),

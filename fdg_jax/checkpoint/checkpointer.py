@@ -2,7 +2,7 @@
 
     directory/step-000000500/
       manifest.json     configuration, counts, and the SHA-256 of every other file; written last
-      arrays/stage_0/   one Orbax entry per stage: the causes of its state (snapshot.py)
+      arrays/stage_0/   one one store per stage: the sections of its state (snapshot.py): the causes of its state (snapshot.py)
       arrays/stage_1/
 
 Where a run has several processes, each writes the stages that it has (array_store.py), and the
@@ -65,7 +65,7 @@ class Checkpointer:
       >>> with tempfile.TemporaryDirectory() as folder, Checkpointer(folder, pipe) as checkpoints:
       ...     checkpoints.save(state, step=1, extra={"position": 1})
       ...     again, extra = checkpoints.restore(batch)
-      >>> again.tick, extra, bool(again.stages[0].params == state.stages[0].params)
+      >>> int(again.tick), extra, bool(again.stages[0].params == state.stages[0].params)
       (1, {'position': 1}, True)
     """
 
@@ -102,11 +102,9 @@ class Checkpointer:
     ) -> None:
         """Begins to write a checkpoint, and returns before it is written.
 
-        The devices copy what is saved, in their own queues: the copies are dispatched before any
-        later step, and JAX orders a donation after the earlier uses of a buffer, so what follows
-        may donate all of ``state``. A thread fetches the copies and writes them. This waits for
-        one thing only, that the save before is on disk: there are never copies of two. A pipeline
-        that is to stop at what is not finite, and has met it, saves nothing more.
+        The devices copy what is saved, in their own queues, so later steps may donate all of
+        ``state``. A thread fetches the copies and writes them. This waits only for the save before.
+        A pipeline that is to stop at what is not finite, and has met it, saves nothing more.
 
         Args:
           state: any state; it is not consumed.

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import optax
 
 from fdg_jax.checkpoint import array_store, manifest, snapshot
 from fdg_jax.checkpoint.array_store import leaf
 from fdg_jax.checkpoint.restore import ARRAYS
+from fdg_jax.engine.arguments import Optimizer, optimizer_of
 from fdg_jax.layer import Layer, chain
 from fdg_jax.optim import true_params
 from fdg_jax.typing import PyTree
@@ -33,7 +33,7 @@ def read(
     folder: str | os.PathLike[str],
     stages: Sequence[Layer],
     example: PyTree,
-    optimizer: Callable[[int], optax.GradientTransformation] | None = None,
+    optimizer: Optimizer | Callable[[int], Optimizer] | None = None,
 ) -> Weights:
     """The weights in a checkpoint, as they are: what is in flight is left out, not applied.
 
@@ -41,7 +41,7 @@ def read(
       folder: one checkpoint, such as ``checkpoints/step-000000500``.
       stages: the layers of the pipeline that saved it, cut as they were.
       example: an input with its batch axis; only shapes and dtypes are looked at.
-      optimizer: ``optimizer(k)`` of that pipeline, where it predicts weights
+      optimizer: that of the pipeline, in either form, where it predicts weights
         (`fdg_jax.predict_weights`, `fdg_jax.delayed_sgd`): its state is read as well, and the
         params are the true ones. None: no optimizer state is read.
 
@@ -83,7 +83,10 @@ def read(
     names: tuple[str, ...] = Weights._fields
     if optimizer is not None:
         names = (*names, "opt_state")
-        states = [jax.eval_shape(optimizer(k).init, own) for k, own in enumerate(templates[0])]
+        states = [
+            jax.eval_shape(optimizer_of(optimizer, k).init, own)
+            for k, own in enumerate(templates[0])
+        ]
         templates = (*templates, states)
     expected: list[dict[str, jax.ShapeDtypeStruct]] = [{} for _ in stages]
     for k, own in enumerate(expected):

@@ -62,12 +62,11 @@ class Pipeline:
         Or a `GradientRule`.
       max_ahead: how many ticks the host may be ahead of the slowest stage, >= 1.
       on_nonfinite: what becomes of a micro-batch whose loss, gradient, output or new model state is
-        not finite. "ignore": not checked. "skip": the stage leaves it out: weights, optimizer
-        state and model state stay as they are, and an accumulation goes on without it; `skipped`
-        counts. "stop": the same, and `step` and `drain` raise a `NonFiniteError` as soon as the
-        host knows of it without waiting, which is at most ``max_ahead`` ticks later.
-      shard_optimizer: whether the devices of a stage share out its optimizer's state, where they
-        would each have all of it; arrays that they do not divide stay whole in each.
+        not finite. "ignore": not checked. "skip": weights, optimizer state, model state and sums
+        of gradients go on without it; `skipped` counts. "stop": the same, and a later `step` or
+        `drain` raises a `NonFiniteError`, at most ``max_ahead`` ticks after it.
+      shard_optimizer: whether a stage's devices share out its optimizer's state instead of each
+        having all of it; arrays that they do not divide stay whole.
 
     Raises:
       ValueError: arguments that do not fit together; the message names the argument and the remedy.

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=3, help="K")
     parser.add_argument("--ticks", type=int, help="rows of the grid; 2K unless given")
     parser.add_argument("--order", help="of fdg and adl: forward_first or backward_first")
-    parser.add_argument("--microbatches", type=int, help="of gpipe and one_f_one_b")
+    parser.add_argument("--microbatches", type=int, help="of gpipe, one_f_one_b, zero_bubble")
     parser.add_argument("--accumulate", type=int, help="of adl and pipedream_2bw")
     given = parser.parse_args()
     try:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.common import workdir
-from experiments.training import loop, resume
+from experiments.training import evaluation, resume
 from fdg_jax.checkpoint import checkpointer, manifest
 from fdg_jax.engine import dispatch, pipeline
 
@@ -186,7 +186,7 @@ def watch_main(watch: Watch) -> None:
 
         return wrapped
 
-    wrap(loop.Evaluation, "__call__", evaluating)
+    wrap(evaluation.Evaluation, "__call__", evaluating)
     wrap(pipeline.Pipeline, "predict", around(watch, "predict", "predicted"))
     wrap(pipeline.Pipeline, "drain", around(watch, "drain", "drained", main="drain"))
     draining = around(watch, "drain tick", "drain ticked", lambda *_: watch.main == "drain")
