@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import fdg_jax as fdg
 from experiments.common import gantt
-from fdg_jax.analysis.costs import Costs
+from fdg_jax.analysis import Costs
 from fdg_jax.analysis.simulate import simulate
 from fdg_jax.engine.gradient_rule import RULES
 
