@@ -82,7 +82,7 @@ def run(settings: Settings) -> dict[str, Any]:
     # --- The machine, before this program makes it busy itself.
     found, reason = machine.at_rest(settings.max_load)
     setup.prepare_jax(settings.num_stages)
-    about = {**setup.environment(), **found}
+    about = {**machine.environment(), **found}
     for line in tables.about_machine(about):
         screen.line(line)
     unfair = [reason] if reason else []

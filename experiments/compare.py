@@ -2,8 +2,7 @@
 
     python -m experiments.compare --flagfile=experiments/flags/compare_quick.cfg --workdir=DIR
 
-Takes every flag of experiments.cifar as the settings that all runs share, and the lists below.
-Started again, it goes on where it was interrupted.
+Takes every flag of experiments.cifar, for all runs, and the lists below. It goes on when restarted.
 """
 
 from __future__ import annotations
@@ -43,10 +42,7 @@ LISTED = {
 LISTS: dict[str, tuple[list[str], str]] = {
     "methods": (["backprop", "fdg"], f"Of {', '.join(methods.METHODS)}."),
     "stages": (["2"], "K; backprop runs once, with K=1, whatever stands here."),
-    "remedies": (
-        ["none"],
-        f"Of {', '.join(remedies.REMEDIES)}; methods without staleness run once.",
-    ),
+    "remedies": (["none"], f"Of {', '.join(remedies.REMEDIES)}; where gradients are late."),
     "betas": (["1"], "Shrinking factors of the methods that shrink."),
     "seeds": (["0", "1", "2"], "The first of all combinations comes first, then the second."),
     "reach": ([], "Errors in percent: table.md says after how many seconds each is reached."),
@@ -303,12 +299,12 @@ def check(series: Series) -> Series:
         dataset = data.load(common.dataset, common.data_dir)
     except OSError as error:
         raise UsageError(f"--dataset={common.dataset}: cannot be read ({error})") from error
-    count = len(dataset.train_labels)
+    count, size = len(dataset.train_labels), common.train_size
     held = held or max(count // 10, 1)
-    if series.choose_beta and held + max(common.train_size, 1) > count:
+    if series.choose_beta and held + max(size, 1) > count:
         raise UsageError(
-            f"--choose_validation_size={held}: with --train_size={common.train_size} these "
-            f"are more than the {count} train images; choose fewer"
+            f"--choose_validation_size={held}: with --train_size={size} these are more than the "
+            f"{count} train images; choose fewer"
         )
     return dataclasses.replace(series, choose_validation_size=held)
 

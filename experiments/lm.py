@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import fdg_jax as fdg
-from experiments.common import command, workdir
+from experiments.common import command, machine, workdir
 from experiments.common.errors import Failed, UsageError
 from experiments.common.memory import memory
 from experiments.common.screen import Screen
@@ -173,7 +173,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "cuts": list(stages.cuts),
         "balance": stages.balance,
         "stages": table,
-        **setup.environment(),
+        **machine.environment(),
     }
     out.write_json("config.json", described)
     screen = Screen(settings.steps)

@@ -141,7 +141,7 @@ def main() -> None:
         "title": title,
         "seconds_untraced": alone,
         "seconds": {name: seconds for name, (seconds, _) in rows},
-        "machine": {**setup.environment(), **load},
+        "machine": {**machine.environment(), **load},
     }
     out = workdir.Workdir(FLAGS.workdir, overwrite=FLAGS.overwrite, files=FILES)
     out.write_json("profile.json", results)

@@ -144,7 +144,7 @@ def main() -> None:
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
         raise UsageError("cores: two processes need two cores to be pinned to; there are fewer")
     found, reason = machine.at_rest(FLAGS.max_load)
-    for line in tables.about_machine({**setup.environment(), **found}):
+    for line in tables.about_machine({**machine.environment(), **found}):
         print(line)
     if reason:
         print(f"NOT A FAIR COMPARISON: {reason}")

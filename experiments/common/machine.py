@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import pathlib
+import platform
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
+
+import jax
+
+import fdg_jax as fdg
 
 STAT = pathlib.Path("/proc/stat")
 # Processor time is counted in hundredths of a second: in less than this only noise is seen.
@@ -122,3 +128,19 @@ def _one_process(pid: int) -> float:
         return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return 0.0
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, so that a result can be traced to what it was made with."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "fdg_jax": fdg.__version__,
+            **{name: metadata.version(name) for name in packages},
+        },
+        "devices": [str(d) for d in jax.devices()],
+        "device_kind": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "cores": cores(),
+    }

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import platform
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -304,21 +302,5 @@ def describe(setup: Setup, table: list[dict[str, Any]]) -> dict[str, Any]:
         "cost_unit": setup.stages.unit,
         "balance": setup.stages.balance,
         "stages": table,
-        **environment(),
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Versions and devices, so that a result can be traced to what it was made with."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "fdg_jax": fdg.__version__,
-            **{name: metadata.version(name) for name in packages},
-        },
-        "devices": [str(d) for d in jax.devices()],
-        "device_kind": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "cores": machine.cores(),
+        **machine.environment(),
     }

@@ -2,13 +2,11 @@
 
     directory/step-000000500/
       manifest.json     configuration, counts, and the SHA-256 of every other file; written last
-      arrays/stage_0/   one one store per stage: the sections of its state (snapshot.py): the causes of its state (snapshot.py)
-      arrays/stage_1/
+      arrays/stage_0/   one store per stage: the sections of its state (snapshot.py)
 
 Where a run has several processes, each writes the stages that it has (array_store.py), and the
 process of the last stage writes the manifest. They share the file system, and any number of
 processes, one too, can go on from it.
-
 A checkpoint is written under another name and renamed when it is whole. One that is not, for
 whatever reason, is recognised by its hashes and passed over. Arrays and JSON: nothing is unpickled.
 """
@@ -196,9 +194,7 @@ class Checkpointer:
             warnings.warn(failure, stacklevel=3)
 
     def tidy(self) -> None:
-        """Removes what a save that was killed has left: a checkpoint that is not whole, and older
-        ones than stay. Every `save` does so; a run that was killed in its last one does no more.
-        """
+        """Removes what a save that was killed has left, as every `save` does."""
         self.wait()
         try:
             self._tidy()

@@ -1,9 +1,8 @@
 """The host-side asynchronous scheduler: one thread, state in, state out.
 
-JAX dispatch is asynchronous: each call returns at once, each device works through its own queue,
-and a program starts when its inputs are there. So one loop that dispatches the actions of a tick
-keeps all devices busy. Nothing in it waits for a device, except that it stays at most ``max_ahead``
-ticks ahead of the slowest.
+JAX dispatch is asynchronous: a call returns at once, and a device runs its own queue. So one loop
+that dispatches the actions of a tick keeps all devices busy. It waits for a device only to stay at
+most ``max_ahead`` ticks ahead.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class Pipeline:
         learning-rate schedule in it counts the stage's own updates. Its ``update`` gets the extra
         arguments ``stale_params`` and ``staleness`` (see `StageOptimizer`).
       schedule: who does what when, for K stages.
-      devices: K contiguous groups of equal size are made of them; fewer devices than stages are
-        shared. None: one device per stage, the first of ``jax.devices()``.
+      devices: make K contiguous groups of equal size, or are shared by stages where they are fewer.
+        None: one device per stage, the first of ``jax.devices()``.
       gradient: the gradient rule: which weights a backward uses, and what a batch in flight keeps
         for it. "stale": those of the batch's own forward; its residuals and that weight version.
         "recompute_stale": the same weights and the same gradient, but the forward is run again; the
@@ -214,8 +213,7 @@ class Pipeline:
           state: consumed.
 
         Returns:
-          The new state, with nothing in flight, and the metrics of the batches that reached the
-          loss, in order.
+          The new state, with nothing in flight, and the metrics of the last batches, in order.
         """
         with deferred():
             tick = Tick(self.stages, self.schedule, self.rule, state, self.watch)
@@ -299,11 +297,7 @@ class Pipeline:
         return [int(n) for n in gather(np.array(counts, np.int32)).max(axis=0)]
 
     def check(self) -> None:
-        """Waits for all that has been dispatched.
-
-        Raises:
-          StageError, NonFiniteError: as in `step`.
-        """
+        """Waits for all that has been dispatched; raises as `step` does."""
         self._ahead.wait(0)
 
     @property

@@ -1,6 +1,7 @@
 """What an optimizer does about late gradients: optax transformations, each useful alone.
 
     fdg_shrink                             first in a chain
+    delay_compensation, gap_aware          first in a chain, or per gradient in a StageOptimizer
     scale_by_spike_compensation            in the place of optax.trace
     scale_by_basis_rotation                in the place of optax.scale_by_adam
     staleness_rate, stretched_momentum     rates and numbers
