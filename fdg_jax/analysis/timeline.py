@@ -51,8 +51,9 @@ class Event:
 class Timeline:
     """The events of a run: `simulate` computes it, `Recorder` measures it.
 
-    Steady state is taken from the second half of what stage 0 has finished before the last batch
-    enters it, over a whole number of its periods: exact as soon as the run has become periodic.
+    Steady state is taken from the second half of the mini-batches that all stages have finished
+    before the last one enters, over a whole number of periods: exact as soon as the run has become
+    periodic.
 
     Args:
       schedule: who did what when.
@@ -264,13 +265,15 @@ class Timeline:
     @functools.cached_property
     def _steady(self) -> tuple[int, float, float]:
         """A number of batches that is a whole number of periods, and when they begin and end."""
-        first = [(action, e) for e in self._by_stage[0] for action in e.actions]
         kinds = self.schedule.kind_of
-        finished = {a.batch: e.end for a, e in first if kinds[a.kind].in_flight == "closes"}
-        entered = max(
-            (e.start for a, e in first if kinds[a.kind].in_flight == "opens" and not a.micro),
-            default=0,
-        )
+        finished: dict[int, float] = {}
+        entered = 0.0
+        for event in self.events:
+            for action in event.actions:
+                if kinds[action.kind].in_flight == "closes":
+                    finished[action.batch] = max(finished.get(action.batch, 0), event.end)
+                elif kinds[action.kind].in_flight == "opens" and not action.stage:
+                    entered = max(entered, 0 if action.micro else event.start)
         # From the last batch on the pipeline drains.
         times = [finished[n] for n in sorted(finished) if finished[n] <= entered]
         times = times[self.schedule.start :]

@@ -26,7 +26,7 @@ from fdg_jax.engine.batch_check import check_optimizer, fit, signature
 from fdg_jax.engine.dispatch import Tick
 from fdg_jax.engine.gradient_rule import GradientRule, gradient_rule
 from fdg_jax.engine.initial_state import initial_state
-from fdg_jax.engine.interrupt import deferred
+from fdg_jax.engine.interrupt import deferred, protect
 from fdg_jax.engine.messages import Metrics, Watch, send
 from fdg_jax.engine.placement import gather, stage_meshes
 from fdg_jax.engine.run_ahead import RunAhead
@@ -37,6 +37,8 @@ from fdg_jax.layer import Layer
 from fdg_jax.schedule import Schedule
 from fdg_jax.schedule.action import COTANGENT
 from fdg_jax.typing import Key, LossFn, PyTree
+
+protect(__file__)
 
 
 class Pipeline:

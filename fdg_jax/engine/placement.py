@@ -175,7 +175,9 @@ class Placed:
         self.mesh = mesh
         self.shard_optimizer = shard_optimizer
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.sharded = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+        # On one device they are one, so that what a program made there is known to be there.
+        over = PartitionSpec(BATCH_AXIS) if mesh.size > 1 else PartitionSpec()
+        self.sharded = NamedSharding(mesh, over)
 
     def _whole(self, tree: PyTree) -> PyTree:
         """Replicated over the group."""

@@ -21,6 +21,7 @@ from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.simulate import simulate
 from fdg_jax.engine import dispatch
 from fdg_jax.schedule import NAMED, Action, Schedule
+from fdg_jax.schedule.action import BACKWARD_WEIGHTS
 
 STAGES = [2, 3, 4, 8, 16, 64]
 
@@ -200,13 +201,15 @@ def test_order_is_what_a_run_dispatches(name, monkeypatch):
     dispatched: list[list[tuple[str, int | None]]] = [[] for _ in range(K)]
     depth = 0
 
-    def record(method: str, kinds: str) -> None:
+    def record(method: str, own: str) -> None:
         plain = getattr(dispatch.Tick, method)
 
         def recorded(self, k, *arguments):
             nonlocal depth
             if depth == 0:  # a fused action may be made of simple ones
                 n = arguments[0] if arguments else None
+                split = [kind for kind in arguments[1:] if kind == BACKWARD_WEIGHTS]
+                kinds = "W" if split else own
                 dispatched[k].extend((kind, None if kind == "U" else n) for kind in kinds)
             depth += 1
             plain(self, k, *arguments)
@@ -215,7 +218,7 @@ def test_order_is_what_a_run_dispatches(name, monkeypatch):
         monkeypatch.setattr(dispatch.Tick, method, recorded)
 
     for method, kinds in {
-        **{"forward": "F", "backward": "B", "update": "U"},
+        **{"forward": "F", "backward": "B", "backward_input": "B", "update": "U"},
         **{"backward_update": "BU", "train": "FBU"},
     }.items():
         record(method, kinds)
@@ -223,9 +226,12 @@ def test_order_is_what_a_run_dispatches(name, monkeypatch):
         lambda key, x: (jnp.ones((), x.dtype), ()),
         lambda params, state, x, *, train, key: (params * x, state),
     )
-    pipe = fdg.Pipeline(
-        [scale] * K, lambda y, t: (jnp.mean((y - t) ** 2), {}), lambda k: optax.sgd(0.01), plan
-    )
+
+    def loss(y, t):
+        return jnp.mean((y - t) ** 2), {}
+
+    losses = [loss if k in plan.losses else None for k in range(K)]
+    pipe = fdg.Pipeline([scale] * K, losses, lambda k: optax.sgd(0.01), plan)
     data = np.ones((4, 1))
     state = pipe.init(jax.random.key(0), data)
     for _ in range(batches):
@@ -388,6 +394,8 @@ def test_no_device_is_touched(file):
     ours = {name for name in imported if name.startswith("fdg_jax")}
     assert ours <= {
         "fdg_jax.analysis.costs",
+        "fdg_jax.analysis.memory",
+        "fdg_jax.engine.gradient_rule",
         "fdg_jax.analysis.timeline",
         "fdg_jax.schedule",
         "fdg_jax.schedule.action",
