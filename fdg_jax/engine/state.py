@@ -44,17 +44,19 @@ class Slots(NamedTuple):
           zeros: makes zeros of the shapes and places of a value, where a slot gets empty.
         """
         size = len(self.values)
-        if not size and not values:
-            return self
-        numbers = np.full(size, -1, np.int32)
-        slots: list[PyTree] = [None] * size
+        numbers, slots = [-1] * size, [None] * size
         for n, value in values.items():
+            if not size or numbers[n % size] >= 0:
+                raise ValueError(
+                    f"schedule: holds {sorted(values)} between two ticks, for which {size} places "
+                    "were counted; give the Schedule the period after which its rule repeats"
+                )
             numbers[n % size], slots[n % size] = n, value
         if len(values) < size:
             empty = [v for n, v in zip(self.numbers, self.values, strict=True) if n < 0]
             blank = empty[0] if empty else zeros(self.values[0])
             slots = [blank if n < 0 else v for n, v in zip(numbers, slots, strict=True)]
-        return Slots(numbers, tuple(slots))
+        return Slots(np.array(numbers, np.int32), tuple(slots))
 
 
 class StageState(NamedTuple):
@@ -165,6 +167,7 @@ class StageWork(Holding):
         for n, (version, _) in self.flights.items():
             met[n % size] = version
         flights = {n: stash for n, (_, stash) in self.flights.items()}
+        none = Slots(np.zeros(0, np.int32), ())
         return StageState(
             params=self.params,
             model_state=self.model_state,
@@ -179,8 +182,9 @@ class StageWork(Holding):
             met=met,
             versions=old.versions.filled(self.versions, zeros),
             inbox={
-                port: slots.filled(self.inbox.get(port, {}), zeros)
-                for port, slots in old.inbox.items()
+                port: old.inbox.get(port, none).filled(self.inbox.get(port, {}), zeros)
+                for port in sorted(old.inbox.keys() | self.inbox.keys())
+                if port in old.inbox or self.inbox[port]
             },
             record=self.record,
         )

@@ -216,3 +216,19 @@ def test_a_mask_that_is_passed_on_is_no_failure():
         # The mask is made in stage 0, which is told; stage 1 only passes it on.
         assert pipe.skipped(state)[1:] == [0, 0]
         assert len(metrics) == len(DATA)
+
+
+def test_a_schedule_that_holds_more_than_its_period_says_is_named():
+    # Every 40th tick forwards nothing, and the tick after it two batches; that is not declared.
+    def rule(t):
+        batches = [] if t % 40 == 39 else [t - 1, t] if t % 40 == 0 else [t]
+        return [fdg.schedule.Action(kind, n, 0) for n in batches for kind in "FBU"]
+
+    schedule = fdg.schedule.Schedule("hidden", 1, rule)
+    pipe = fdg.Pipeline(
+        [networks.dense(networks.CLASSES)], networks.loss_fn, optax.sgd(0.1), schedule
+    )
+    state = pipe.init(jax.random.key(0), *DATA[0])
+    with pytest.raises(ValueError, match=r"holds \[39\] between two ticks, .*give the Schedule"):
+        for step in range(41):
+            state, _ = pipe.step(state, DATA[step % 10])
