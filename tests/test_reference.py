@@ -114,6 +114,8 @@ SCHEDULES = {
     "pipedream_2bw 4": fdg.schedule.pipedream_2bw(3, accumulate=4),
     "gpipe": fdg.schedule.gpipe(3, microbatches=4),
     "one_f_one_b": fdg.schedule.one_f_one_b(3, microbatches=4),
+    "zero_bubble": fdg.schedule.zero_bubble(3, microbatches=4),
+    "then": fdg.schedule.then(fdg.schedule.backprop(3), 9, fdg.schedule.fdg(3)),
     "adl": fdg.schedule.adl(3, accumulate=2),
     "adl sum": fdg.schedule.adl(3, accumulate=3, reduction="sum"),
     "adl backward first": fdg.schedule.adl(3, accumulate=2, order="backward_first"),
