@@ -55,7 +55,7 @@ def delay_compensation(
 
     References:
       Zheng et al., `Asynchronous Stochastic Gradient Descent with Delay Compensation
-      <https://arxiv.org/abs/1609.08326>`_, 2017, equations 10 and 11.
+      <https://arxiv.org/abs/1609.08326>`_, 2017.
     """
     _check("lam", lam, lam >= 0, "0 or more")
     _check("decay", decay, 0 <= decay < 1, "in [0, 1)")

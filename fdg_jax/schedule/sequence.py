@@ -126,8 +126,8 @@ def then(first: Schedule, steps: int, second: Schedule) -> Schedule:
          4 | F4 B2 U   F3 B3 U
 
     References:
-      Zhuang et al., `Accumulated Decoupled Learning <https://arxiv.org/abs/2012.03747>`_, 2020, and
-      Yang et al., `PipeMare <https://arxiv.org/abs/1910.05124>`_, section 3.3 (T3), 2021.
+      Synchronous first is technique T3 of Yang et al., `PipeMare
+      <https://arxiv.org/abs/1910.05124>`_, 2021.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: the first schedule must run for at least 1 mini-batch")

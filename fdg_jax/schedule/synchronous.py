@@ -206,7 +206,7 @@ def zero_bubble(num_stages: int, microbatches: int = 4) -> Schedule:
 
     References:
       Qi et al., `Zero Bubble Pipeline Parallelism <https://arxiv.org/abs/2401.10241>`_,
-      section 2.1, 2023.
+      2023.
     """
     _check(microbatches)
     rule = Microbatched("zero_bubble", num_stages, microbatches)
