@@ -32,7 +32,7 @@ FLAGS = flags.FLAGS
 METHODS = [name for name, method in methods.METHODS.items() if not method.one_stage]
 DEFAULT_METHODS = ["backprop", "fdg", "ddg", "pipedream", "gpipe", "one_f_one_b", "adl"]
 FILES = ("simulate.json", "timeline.png", "timeline.trace.json")
-TIMES = ("forward", "backward", "update")
+TIMES = ("forward", "backward", "weights", "update")
 BLOCKS = ("ideal", "transfer", "slow")
 
 
@@ -41,6 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_list("methods", DEFAULT_METHODS, f"Any of {', '.join(METHODS)}.")
     flags.DEFINE_list("forward", ["1"], "Seconds of a stage's forward of one mini-batch.")
     flags.DEFINE_list("backward", ["2"], "Seconds of its backward.")
+    flags.DEFINE_list("weights", None, "Of the backward, those for the weights; else half of it.")
     flags.DEFINE_list("update", ["0"], "Seconds of its update.")
     flags.DEFINE_list("transfer", ["0"], "Seconds of a mini-batch between stages; one or per hop.")
     flags.DEFINE_float("latency", 0.25, "Seconds on top for every message, however small.")
@@ -50,7 +51,7 @@ def define_flags() -> None:
     flags.DEFINE_list("residual_bytes", ["0"], "Bytes that its forward leaves for its backward.")
     flags.DEFINE_list("parameter_bytes", ["0"], "Bytes of its weights.")
     flags.DEFINE_float("optimizer", 1.0, "Optimizer state as a multiple of the weights.")
-    flags.DEFINE_integer("microbatches", 4, "Of gpipe and one_f_one_b.")
+    flags.DEFINE_integer("microbatches", 4, "Of gpipe, one_f_one_b and zero_bubble.")
     flags.DEFINE_integer("accumulate", None, "Of adl (else 2) and pipedream_2bw (else K).")
     flags.DEFINE_enum("gradient", "stale", RULES, "Where the method leaves it open.")
     flags.DEFINE_string("workdir", None, "Where the files go; without it there are none.")
@@ -77,7 +78,8 @@ def numbers(name: str, count: int, per: str = "stage") -> list[float]:
 
 def costs(num_stages: int, block: str) -> Costs | None:
     """The costs of a block; None where the flags leave it out."""
-    values = {name: numbers(name, num_stages) for name in PER_STAGE}
+    given = [name for name in PER_STAGE if getattr(FLAGS, name) is not None]
+    values = {name: numbers(name, num_stages) for name in given}
     transfer = numbers("transfer", num_stages - 1, "hop")
     k, factor = FLAGS.slow_stage, FLAGS.slow_factor
     if not -num_stages <= k < num_stages:
@@ -95,7 +97,8 @@ def costs(num_stages: int, block: str) -> Costs | None:
         return made if any(transfer) or FLAGS.latency else None
     if block == "slow":
         for name in TIMES:
-            values[name][k] *= factor
+            if name in values:
+                values[name][k] *= factor
     ideal = Costs(**values, transfer=0.0, latency=0.0, optimizer=FLAGS.optimizer)
     return ideal if block == "ideal" or factor != 1 else None
 
