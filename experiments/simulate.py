@@ -135,7 +135,7 @@ def result(method: str, run: Timeline) -> dict[str, Any]:
     return {
         "method": method,
         "stages": len(stages),
-        "gradient": run.gradient,
+        "gradient": run.gradient.name,
         "batches_per_second": run.throughput,
         "over_backprop": run.speedup,
         "over_one_device": run.throughput * alone,
@@ -227,9 +227,10 @@ def check() -> list[int]:
 def main() -> None:
     stages = check()
     screen, blocks = Screen(0), []
-    seconds = (f"{name} {','.join(getattr(FLAGS, name))}" for name in TIMES)
+    given = [name for name in TIMES if getattr(FLAGS, name) is not None]
+    seconds = (f"{name} {','.join(getattr(FLAGS, name))}" for name in given)
     screen.line(
-        f"A stage's seconds for one mini-batch: {', '.join(seconds)} (--{', --'.join(TIMES)})"
+        f"A stage's seconds for one mini-batch: {', '.join(seconds)} (--{', --'.join(given)})"
     )
     about = {
         "ideal": "no transfers",
