@@ -47,7 +47,7 @@ class Alone:
         self.inputs = contender.batch[0] if k == 0 else waiting[ACTIVATION]
         self.labels = contender.batch[1]
         self.cotangent = waiting.get(COTANGENT)
-        # What is sent to a neighbour is dropped at the end of the tick.
+        # A neighbour has nothing; what is sent to it is dropped at the end of the tick.
         none = Slots(np.zeros(0, np.int32), ())
         nothing = own._replace(
             params=(),
@@ -90,6 +90,9 @@ class Alone:
             elif action.kind == "B" and not self.last:
                 own.put(COTANGENT, n, cotangent)
         tick.run(actions)
+        for k, other in enumerate(tick.stages):
+            if k != self.k:
+                other.inbox = {}
         self.state = tick.state(tick.batch + 1, tick.origin)
         self.tokens.append([program.token for program in tick.tokens()])
 
