@@ -113,9 +113,8 @@ class Series:
     def _config(self, method: str, k: int, remedy: str, beta: float, seed: int) -> Config:
         mended = f"_{remedy}" if remedy != "none" else ""
         shrunk = f"_beta{beta:g}" if methods.METHODS[method].shrinks else ""
-        folder = str(
-            pathlib.Path(self.common.workdir) / f"{method}_k{k}{mended}{shrunk}_seed{seed}"
-        )
+        name = f"{method}_k{k}{mended}{shrunk}_seed{seed}"
+        folder = str(pathlib.Path(self.common.workdir) / name)
         values: dict[str, Any] = {"method": method, "num_stages": k, "beta": beta, "seed": seed}
         values["remedy"] = remedy
         return dataclasses.replace(self.common, **values, workdir=folder, overwrite=False)
