@@ -74,6 +74,11 @@ class Costs:
         for name in (*PER_STAGE, "transfer"):
             for k, value in enumerate(getattr(self, name)):
                 _check_number(f"{name}[{k}]", value)
+        for k, (part, whole) in enumerate(zip(self.weights, self.backward, strict=True)):
+            if part > whole:
+                raise ValueError(
+                    f"weights[{k}]={part}: is a part of backward[{k}]={whole}; give that or less"
+                )
         _check_number("latency", self.latency)
         _check_number("optimizer", self.optimizer)
         if not any((*self.forward, *self.backward)):

@@ -33,6 +33,7 @@ class Slots(NamedTuple):
 
     def items(self) -> list[tuple[int, PyTree]]:
         """Number and value of every slot that is not empty, by number."""
+        # On the host already, but in a state that jax.tree.map has copied.
         pairs = zip(np.asarray(self.numbers).tolist(), self.values, strict=True)
         return sorted(((n, value) for n, value in pairs if n >= 0), key=lambda pair: pair[0])
 

@@ -369,6 +369,11 @@ def test_questions_without_an_answer():
         run.order(4)
 
 
+def test_the_half_for_the_weights_is_a_part_of_the_backward():
+    with pytest.raises(ValueError, match=r"weights\[1\]=3: is a part of backward\[1\]=2; give"):
+        Costs(forward=[1, 1], backward=[2, 2], weights=[1, 3])
+
+
 def test_own_rule():
     """A schedule that is not one of the named: two forwards before two backwards."""
 
