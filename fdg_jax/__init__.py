@@ -7,7 +7,7 @@ from fdg_jax.engine import Pipeline, PipelineState
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.messages import Metrics
 from fdg_jax.errors import ConsumedStateError, NonFiniteError, StageError
-from fdg_jax.layer import Layer, chain, repeat
+from fdg_jax.layer import Layer, chain
 from fdg_jax.optim import (
     StageOptimizer,
     delay_compensation,
@@ -24,6 +24,8 @@ from fdg_jax.optim import (
     true_params,
 )
 from fdg_jax.partition import Partition, partition
+from fdg_jax.repeat import repeat
+from fdg_jax.reversible import coupling, reversible, two_streams
 from fdg_jax.version import __version__
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "StageOptimizer",
     "__version__",
     "chain",
+    "coupling",
     "delay_compensation",
     "delayed_sgd",
     "error_feedback",
@@ -54,6 +57,7 @@ __all__ = [
     "predict_weights",
     "recipes",
     "repeat",
+    "reversible",
     "scale_by_basis_rotation",
     "scale_by_spike_compensation",
     "schedule",
@@ -61,4 +65,5 @@ __all__ = [
     "staleness_rate",
     "stretched_momentum",
     "true_params",
+    "two_streams",
 ]

@@ -1,4 +1,4 @@
-"""What a network is made of: layers, chains of layers, repeated layers."""
+"""What a network is made of: layers and chains of layers."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ class Layer:
       apply: ``apply(params, state, x, *, train, key) -> (y, state)``; ``x`` and ``y`` are arrays or
         pytrees of arrays, batch axis first. ``key`` is None in evaluation. Between two layers ``y``
         has the same shapes in training and evaluation.
+      inverse: ``inverse(params, state, y, *, train, key) -> x``, of a layer that can be inverted;
+        None of others.
+      reverse: ``reverse(params, state, y, cotangent, *, key) -> (x, gradient, cotangent of x)``:
+        `inverse` and the derivative of `apply` in one, in training. None: made of the two.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -71,6 +75,12 @@ class Layer:
 
     init: Callable[..., tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[PyTree, PyTree]]
+    inverse: Callable[..., PyTree] | None = None
+    reverse: Callable[..., tuple[PyTree, PyTree, PyTree]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.inverse is not None and self.reverse is None:
+            object.__setattr__(self, "reverse", _reverse_of(self.apply, self.inverse))
 
     @property
     def size(self) -> int:
@@ -90,10 +100,41 @@ class Layer:
         def apply(
             params: PyTree, state: PyTree, x: PyTree, *, train: bool, key: Key | None
         ) -> tuple[PyTree, PyTree]:
-            folded = None if key is None else jax.random.fold_in(key, index)
-            return self.apply(params, state, x, train=train, key=folded)
+            return self.apply(params, state, x, train=train, key=folded(key))
 
-        return Layer(init, apply)
+        def inverse(
+            params: PyTree, state: PyTree, y: PyTree, *, train: bool, key: Key | None
+        ) -> PyTree:
+            assert self.inverse is not None
+            return self.inverse(params, state, y, train=train, key=folded(key))
+
+        def reverse(
+            params: PyTree, state: PyTree, y: PyTree, cotangent: PyTree, *, key: Key | None
+        ) -> tuple[PyTree, PyTree, PyTree]:
+            assert self.reverse is not None
+            return self.reverse(params, state, y, cotangent, key=folded(key))
+
+        def folded(key: Key | None) -> Key | None:
+            return None if key is None else jax.random.fold_in(key, index)
+
+        if self.inverse is None:
+            return Layer(init, apply)
+        return Layer(init, apply, inverse, reverse)
+
+
+def _reverse_of(
+    apply: Callable[..., tuple[PyTree, PyTree]], inverse: Callable[..., PyTree]
+) -> Callable[..., tuple[PyTree, PyTree, PyTree]]:
+    """`Layer.reverse` of a layer that gives its inverse alone: it evaluates the layer twice."""
+
+    def reverse(
+        params: PyTree, state: PyTree, y: PyTree, cotangent: PyTree, *, key: Key | None
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        x = inverse(params, state, y, train=True, key=key)
+        _, vjp = jax.vjp(lambda p, v: apply(p, state, v, train=True, key=key)[0], params, x)
+        return x, *vjp(cotangent)
+
+    return reverse
 
 
 @dataclass(frozen=True)
@@ -101,6 +142,16 @@ class Chain(Layer):
     """Layers one after the other; made by `chain`."""
 
     layers: tuple[Layer, ...] = ()
+    first: int | jax.Array = 0
+
+    @property
+    def numbered(self) -> list[Layer]:
+        """The layers, each with its number in the network."""
+        placed, index = [], self.first
+        for layer in self.layers:
+            placed.append(layer.at(index))
+            index = index + layer.size
+        return placed
 
     @property
     def size(self) -> int:
@@ -134,10 +185,7 @@ def chain(layers: Sequence[Layer], *, first: int | jax.Array = 0) -> Layer:
     layers = tuple(layers)
     if not layers:
         raise ValueError("layers=[]: a chain needs at least one layer")
-    placed, index = [], first
-    for layer in layers:
-        placed.append(layer.at(index))
-        index = index + layer.size
+    placed = Chain(layers[0].init, layers[0].apply, layers=layers, first=first).numbered
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         params, state = [], []
@@ -158,103 +206,24 @@ def chain(layers: Sequence[Layer], *, first: int | jax.Array = 0) -> Layer:
             new_state.append(layer_state)
         return x, tuple(new_state)
 
-    return Chain(init, apply, layers)
+    def inverse(
+        params: PyTree, state: PyTree, y: PyTree, *, train: bool, key: Key | None
+    ) -> PyTree:
+        for layer, p, s in reversed(list(zip(placed, params, state, strict=True))):
+            assert layer.inverse is not None
+            y = layer.inverse(p, s, y, train=train, key=key)
+        return y
 
+    def reverse(
+        params: PyTree, state: PyTree, y: PyTree, cotangent: PyTree, *, key: Key | None
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        gradients = []
+        for layer, p, s in reversed(list(zip(placed, params, state, strict=True))):
+            assert layer.reverse is not None
+            y, gradient, cotangent = layer.reverse(p, s, y, cotangent, key=key)
+            gradients.append(gradient)
+        return y, tuple(reversed(gradients)), cotangent
 
-@dataclass(frozen=True)
-class Repeat(Layer):
-    """Equal layers one after the other; made by `repeat`."""
-
-    layer: Layer | None = None
-    times: int = 1
-    unroll: bool | None = None
-
-    @property
-    def size(self) -> int:
-        assert self.layer is not None
-        return self.times * self.layer.size
-
-    def at(self, index: int | jax.Array) -> Layer:
-        return self.of(self.times, first=index)
-
-    def of(self, times: int, *, first: int | jax.Array = 0) -> Layer:
-        """The same layer another number of times."""
-        assert self.layer is not None
-        return repeat(self.layer, times, unroll=self.unroll, first=first)
-
-
-def repeat(
-    layer: Layer, n: int, *, unroll: bool | None = None, first: int | jax.Array = 0
-) -> Layer:
-    """The same layer n times, each with its own parameters; `partition` may cut between any two.
-
-    Args:
-      layer: a layer whose output has the shapes and dtypes of its input.
-      n: how many, >= 1.
-      unroll: True writes the n layers out, False compiles one of them inside ``lax.scan``. None
-        unrolls on CPU, where XLA runs convolutions inside a loop 6 to 16 times slower, and scans
-        on GPU and TPU, where compile time grows with what is written out.
-      first: the number of the first of them in the whole network.
-
-    Returns:
-      A layer whose params and state are those of ``layer`` with a new leading axis of length n,
-      whichever way it compiles.
-
-    Raises:
-      ValueError: n < 1, or (from ``init``) the layer changes the shape of its input.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> double = Layer(lambda key, x: (jnp.float32(2), ()),
-      ...                lambda p, s, x, *, train, key: (p * x, s))
-      >>> net = repeat(double, 3)
-      >>> params, state = net.init(jax.random.key(0), jnp.ones(1))
-      >>> params.shape, net.apply(params, state, jnp.ones(1), train=False, key=None)[0].item()
-      ((3,), 8.0)
-    """
-    if n < 1:
-        raise ValueError(f"n={n}: a layer is repeated at least once")
-
-    # One compiled program for all of them, so that a weight's bits do not depend on the cuts.
-    init_one = jax.jit(lambda key, index, x: layer.at(index).init(key, x))
-
-    def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
-        parts = [init_one(key, jnp.uint32(first + i * layer.size), x) for i in range(n)]
-        params, state = parts[0]
-        y = output_of(layer, params, state, x)
-        if jax.tree.map(_signature, y) != jax.tree.map(_signature, x):
-            raise ValueError(
-                f"layer: a repeated layer must keep its input's shape, but it maps "
-                f"{jax.tree.map(_signature, x)} to {jax.tree.map(_signature, y)}; "
-                "put the layer that changes the shape outside of `repeat`"
-            )
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-
-    def apply(
-        params: PyTree, state: PyTree, x: PyTree, *, train: bool, key: Key | None
-    ) -> tuple[PyTree, PyTree]:
-        if jax.default_backend() == "cpu" if unroll is None else unroll:
-            new_state = []
-            for i, (p, s) in enumerate(zip(_unstack(params, n), _unstack(state, n), strict=True)):
-                x, s = layer.at(first + i * layer.size).apply(p, s, x, train=train, key=key)
-                new_state.append(s)
-            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_state)
-
-        def body(x: PyTree, one: tuple[PyTree, PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
-            p, s, i = one
-            return layer.at(first + i * layer.size).apply(p, s, x, train=train, key=key)
-
-        return jax.lax.scan(body, x, (params, state, jnp.arange(n)))
-
-    return Repeat(init, apply, layer, n, unroll)
-
-
-def _signature(leaf: jax.Array) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _unstack(tree: PyTree, n: int) -> list[PyTree]:
-    # One split: its derivative is one concatenation, where n slices would give n padded sums.
-    leaves, structure = jax.tree.flatten(tree)
-    parts = [jax.lax.split(leaf, [1] * n) for leaf in leaves]
-    return [jax.tree.unflatten(structure, [part[i][0] for part in parts]) for i in range(n)]
+    if any(layer.inverse is None for layer in layers):
+        return Chain(init, apply, layers=layers, first=first)
+    return Chain(init, apply, inverse, reverse, layers, first)

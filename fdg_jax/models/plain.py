@@ -7,9 +7,10 @@ import functools
 from flax import nnx
 
 from fdg_jax.adapters import from_nnx
-from fdg_jax.layer import Layer, repeat
+from fdg_jax.layer import Layer
 from fdg_jax.models.block import ConvNorm, Head
 from fdg_jax.models.compute import DEFAULT, Compute
+from fdg_jax.repeat import repeat
 
 
 def plain(

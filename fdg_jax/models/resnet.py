@@ -6,10 +6,11 @@ import functools
 from typing import Any
 
 from fdg_jax.adapters import from_nnx
-from fdg_jax.layer import Layer, repeat
+from fdg_jax.layer import Layer
 from fdg_jax.models.block import BasicBlock, Bottleneck, ConvNorm, Head, PreactivationBlock
 from fdg_jax.models.compute import DEFAULT, Compute
 from fdg_jax.models.conv import Conv
+from fdg_jax.repeat import repeat
 
 
 def thin_resnet(

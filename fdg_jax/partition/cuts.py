@@ -10,8 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from fdg_jax.layer import Layer, Repeat, chain
+from fdg_jax.layer import Layer, chain
 from fdg_jax.partition.layer_cost import layer_costs
+from fdg_jax.repeat import Repeat
 from fdg_jax.typing import PyTree
 
 Cost = Literal["flops", "time"] | Sequence[float]

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fdg_jax.layer import Layer, Repeat, output_of, zeros_like
+from fdg_jax.layer import Layer, output_of, zeros_like
+from fdg_jax.repeat import Repeat
 from fdg_jax.typing import PyTree
 
 # Samples of every distinct layer, as far as the seconds suffice; of slow layers fewer are enough.

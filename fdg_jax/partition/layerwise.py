@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from fdg_jax.layer import Chain, Layer, Repeat
+from fdg_jax.layer import Chain, Layer
+from fdg_jax.repeat import Repeat
 from fdg_jax.typing import PyTree
 
 

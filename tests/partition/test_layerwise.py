@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fdg_jax as fdg
-from fdg_jax.layer import Chain, Repeat
+from fdg_jax.layer import Chain
 from fdg_jax.partition.layerwise import difference, join, separate
+from fdg_jax.repeat import Repeat
 from tests import networks
 
 ONE = fdg.from_fn(abs)
