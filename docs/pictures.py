@@ -15,7 +15,7 @@ import fdg_jax as fdg
 from experiments.common import gantt
 from fdg_jax.analysis import Costs
 from fdg_jax.analysis.simulate import simulate
-from fdg_jax.engine.gradient_rule import RULES
+from fdg_jax.engine.rules import RULES
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 SCHEDULES = {"back-propagation": "backprop", "DDG": "ddg", "FDG": "fdg"}

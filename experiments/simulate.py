@@ -25,7 +25,7 @@ from experiments.training import methods
 from fdg_jax.analysis.costs import PER_STAGE, Costs
 from fdg_jax.analysis.simulate import simulate
 from fdg_jax.analysis.timeline import Timeline
-from fdg_jax.engine.gradient_rule import RULES
+from fdg_jax.engine.rules import RULES
 from fdg_jax.schedule import Schedule, create
 
 FLAGS = flags.FLAGS

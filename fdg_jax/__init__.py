@@ -6,7 +6,9 @@ from fdg_jax.analysis import simulate
 from fdg_jax.engine import Pipeline, PipelineState
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.messages import Metrics
+from fdg_jax.engine.synthesizer import Synthesizer
 from fdg_jax.errors import ConsumedStateError, NonFiniteError, StageError
+from fdg_jax.head import with_head
 from fdg_jax.layer import Layer, chain
 from fdg_jax.optim import (
     StageOptimizer,
@@ -39,6 +41,7 @@ __all__ = [
     "PipelineState",
     "StageError",
     "StageOptimizer",
+    "Synthesizer",
     "__version__",
     "chain",
     "coupling",
@@ -66,4 +69,5 @@ __all__ = [
     "stretched_momentum",
     "true_params",
     "two_streams",
+    "with_head",
 ]

@@ -87,6 +87,21 @@ class Layer:
         """How many layers this counts as in the numbering of a whole network."""
         return 1
 
+    def scores(
+        self, params: PyTree, state: PyTree, y: PyTree, *, train: bool, key: Key | None
+    ) -> tuple[PyTree, PyTree]:
+        """What a loss is computed from: the output, unless the layer has a head of its own.
+
+        Args:
+          params, state, train, key: as in ``apply``.
+          y: output of ``apply``.
+
+        Returns:
+          The first argument of the loss function, and the new state.
+        """
+        del params, train, key
+        return y, state
+
     def at(self, index: int | jax.Array) -> Layer:
         """This layer as number ``index`` of a network: it folds that number into every key.
 

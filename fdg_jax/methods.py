@@ -1,5 +1,8 @@
 """Training methods by name: each is a schedule and a gradient rule of one engine.
 
+Stages of dgl have heads and losses of their own (`fdg_jax.with_head`), those of dni and dni_late
+synthesizers (`fdg_jax.Synthesizer`).
+
     method          schedule        gradient rule   what it is
     backprop        backprop                        back-propagation through the stages
     data_parallel   backprop                        one stage that all devices share
@@ -13,6 +16,11 @@
     gpipe           gpipe                           micro-batches, all forwards first
     one_f_one_b     one_f_one_b                     micro-batches, 1F1B
     zero_bubble     zero_bubble                     micro-batches, 1F1B with a split backward
+    petra           adl             reversible      inputs reconstructed from outputs
+    paci            adl             recompute       accumulation, the newest weights
+    dgl             local                           a loss in every stage
+    dni             dni                             predicted gradients
+    dni_late        dni_late                        predicted gradients, taught by FDG's
 
 Where a method leaves the gradient rule open, it is "stale".
 """
@@ -36,6 +44,8 @@ class Method:
       shrinks: whether gradient shrinking belongs to it.
       one_stage: whether the devices share one stage instead of having one each.
       stale: whether gradients are, so that a remedy has something to mend.
+      accumulate: the backwards of an update, unless an option says otherwise; None: the schedule's
+        own default.
     """
 
     schedule: str
@@ -43,6 +53,7 @@ class Method:
     shrinks: bool = False
     one_stage: bool = False
     stale: bool = True
+    accumulate: int | None = None
 
 
 METHODS = {
@@ -57,6 +68,11 @@ METHODS = {
     "adl": Method("adl"),
     "fr": Method("ddg", gradient="recompute"),
     "dsp": Method("fdg", gradient="recompute"),
+    "petra": Method("adl", gradient="reversible", accumulate=1),
+    "paci": Method("adl", gradient="recompute"),
+    "dgl": Method("local", stale=False),
+    "dni": Method("dni", stale=False),
+    "dni_late": Method("dni_late", stale=False),
     "data_parallel": Method("backprop", one_stage=True, stale=False),
 }
 
@@ -91,6 +107,8 @@ def create(name: str, num_stages: int, **options: Any) -> Preset:
         raise ValueError(f"name={name!r}: no such method; allowed are {', '.join(METHODS)}")
     method = METHODS[name]
     stages = 1 if method.one_stage else num_stages
+    if options.get("accumulate") is None and method.accumulate is not None:
+        options["accumulate"] = method.accumulate
     plan = schedule.create(method.schedule, stages, **options)
     return Preset(schedule=plan, gradient=method.gradient or "stale")
 
@@ -116,6 +134,54 @@ def fr(num_stages: int) -> Preset:
       <https://arxiv.org/abs/1807.04511>`_, 2018.
     """
     return create("fr", num_stages)
+
+
+def petra(num_stages: int, accumulate: int = 1) -> Preset:
+    """PETRA: FDG that reconstructs inputs from outputs, for networks of reversible layers.
+
+    Args:
+      num_stages: K.
+      accumulate: backwards per update.
+
+    Returns:
+      Arguments for `fdg_jax.Pipeline`.
+
+    Raises:
+      ValueError: K < 1 or accumulate < 1.
+
+    Example:
+      >>> petra(3)["gradient"], petra(3)["schedule"].delay(0)
+      ('reversible', 4)
+
+    References:
+      Rivaud et al., `PETRA: Parallel End-to-end Training with Reversible Architectures
+      <https://arxiv.org/abs/2406.02052>`_, 2024.
+    """
+    return create("petra", num_stages, accumulate=accumulate)
+
+
+def paci(num_stages: int, accumulate: int = 2) -> Preset:
+    """PACI: accumulated gradients, backward at the newest weights.
+
+    Args:
+      num_stages: K.
+      accumulate: backwards per update, a; the weights of a forward and of its backward are at most
+        ceil(2(K-1-k)/a) updates apart.
+
+    Returns:
+      Arguments for `fdg_jax.Pipeline`.
+
+    Raises:
+      ValueError: K < 1 or accumulate < 1.
+
+    Example:
+      >>> paci(4, 3)["schedule"].staleness(0)
+      2
+
+    References:
+      `arXiv 2606.07881 <https://arxiv.org/abs/2606.07881>`_.
+    """
+    return create("paci", num_stages, accumulate=accumulate)
 
 
 def dsp(num_stages: int) -> Preset:

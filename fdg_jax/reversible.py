@@ -49,6 +49,11 @@ def coupling(branch: Layer) -> Layer:
                 "layer before it that makes two, as fdg_jax.two_streams()"
             )
         x, t = streams
+        if not all(jnp.issubdtype(v.dtype, jnp.inexact) for v in jax.tree.leaves(streams)):
+            raise ValueError(
+                f"coupling: streams of {jax.tree.map(_signature, streams)}; they must be floating "
+                "point, as only those have a gradient"
+            )
         params, state = branch.init(key, x)
         shapes = [jax.tree.map(_signature, v) for v in (output_of(branch, params, state, x), x, t)]
         if shapes[0] != shapes[1] or shapes[1] != shapes[2]:

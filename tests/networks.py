@@ -63,6 +63,30 @@ def network(*, dropping: bool = True) -> list[fdg.Layer]:
     return [dense(WIDTH), batch_norm(), *drop, fdg.repeat(block, 3), dense(CLASSES, lambda x: x)]
 
 
+def merge() -> fdg.Layer:
+    """Two streams side by side: a layer without an inverse."""
+    return fdg.from_fn(lambda streams: jnp.concatenate(streams, axis=-1))
+
+
+def reversible_network(*, dropping: bool = True) -> list[fdg.Layer]:
+    """Thirteen layers: two streams, five couplings, a dense layer amid them, four couplings."""
+    drop = [dropout()] if dropping else []
+    branch = fdg.chain([dense(WIDTH), batch_norm(), *drop])
+    return [
+        dense(2 * WIDTH),
+        fdg.two_streams(),
+        fdg.coupling(branch),
+        fdg.repeat(fdg.coupling(branch), 2),
+        *fdg.reversible(branch, dense(WIDTH)).layers,
+        merge(),
+        dense(2 * WIDTH),
+        fdg.two_streams(),
+        fdg.repeat(fdg.reversible(branch, dense(WIDTH)), 2),
+        merge(),
+        dense(CLASSES, lambda x: x),
+    ]
+
+
 def loss_fn(outputs, labels):
     loss = optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
     return loss, {"error": jnp.mean(outputs.argmax(-1) != labels)}

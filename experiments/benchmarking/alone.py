@@ -38,7 +38,6 @@ class Alone:
         pipe, state = contender.pipe, contender.state
         self.schedule = contender.schedule
         self.max_ahead = pipe.max_ahead
-        self.rule = pipe.rule
         self.last = k == pipe.num_stages - 1
         # Every neighbour is the stage itself: messages then need no transfer.
         self.programs = [pipe.stages[k]] * pipe.num_stages
@@ -78,7 +77,7 @@ class Alone:
         if len(self.tokens) >= self.max_ahead:
             jax.block_until_ready(self.tokens.popleft())
         inputs, cotangent = self.messages.pop()
-        tick = Tick(self.programs, self.schedule, self.rule, self.state)
+        tick = Tick(self.programs, self.schedule, self.state)
         actions = [a for a in self.schedule.tick(tick.batch - tick.origin) if a.stage == self.k]
         own = tick.stages[self.k]
         for action in actions:

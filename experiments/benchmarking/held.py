@@ -61,7 +61,7 @@ def table(contender: Contender, ticks: int = 0) -> list[dict[str, Any]]:
     peaks = [dict.fromkeys(KINDS, 0)] * contender.stages
     pipe = contender.pipe
     for _ in range(ticks):
-        tick = Tick(pipe.stages, contender.schedule, pipe.rule, contender.state)
+        tick = Tick(pipe.stages, contender.schedule, contender.state)
         tick.enter(*jax.tree.map(jnp.copy, contender.batch))
         actions = contender.schedule.tick(tick.batch - tick.origin)
         for group in fuse(actions, contender.schedule):

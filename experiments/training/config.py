@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.common.errors import UsageError
 from experiments.training import methods, remedies, writers
-from fdg_jax.engine.gradient_rule import RULES
+from fdg_jax.engine.rules import RULES
 
 LR_SCHEDULES = ("milestones", "cosine", "constant")
 OPTIMIZERS = ("sgd", "muon")

@@ -49,7 +49,7 @@ def schedule(config: Config) -> Schedule:
         num_stages(config),
         order=config.order,
         microbatches=config.microbatches,
-        accumulate=config.accumulate,
+        accumulate=config.accumulate or METHODS[config.method].accumulate,
         reduction=config.reduction,
     )
 

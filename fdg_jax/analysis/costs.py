@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fdg_jax.engine.gradient_rule import GradientRule, gradient_rule
+from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.schedule import Action, Schedule
 
 
@@ -102,10 +103,12 @@ class Costs:
             return self.update[k]
         if kind.in_flight == "opens":
             return self.forward[k] / schedule.microbatches
+        if kind.in_flight == "none":
+            return 0  # the teaching of a synthesizer is not counted
         whole = self.backward[k]
-        if kind.in_flight == "reads":
+        if kind.gradient == "none":
             whole -= self.weights[k]
-        elif not kind.gives and schedule.splits_backward:
+        elif schedule.splits_backward and not kind.gives:
             whole = self.weights[k]
         if not gradient_rule(gradient).keeps_residuals:
             whole += self.forward[k]

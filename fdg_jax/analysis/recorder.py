@@ -32,8 +32,9 @@ from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.simulate import enough, simulate
 from fdg_jax.analysis.timeline import Event, Timeline
 from fdg_jax.engine.fusion import fuse
-from fdg_jax.engine.gradient_rule import GradientRule, gradient_rule
+from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.pipeline import Pipeline
+from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.schedule.action import Action
 from fdg_jax.schedule.schedule import Schedule
 from fdg_jax.typing import PyTree
@@ -233,7 +234,8 @@ def costs_of(schedule: Schedule, gradient: str | GradientRule, events: Sequence[
     """
     seconds: dict[tuple[int, str], list[float]] = {}
     for event in events:
-        kinds = "".join(action.kind for action in event.actions)
+        # A backward with a predicted cotangent is one like any other.
+        kinds = "".join(action.kind for action in event.actions).replace("P", "B")
         seconds.setdefault((event.action.stage, kinds), []).append(event.end - event.start)
     mean = {key: statistics.fmean(values) for key, values in seconds.items()}
     again = not gradient_rule(gradient).keeps_residuals

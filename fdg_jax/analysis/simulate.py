@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.timeline import Event, Timeline
-from fdg_jax.engine.gradient_rule import STALE, GradientRule, gradient_rule
+from fdg_jax.engine.gradient_rule import STALE, GradientRule
+from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.schedule import Action, Schedule, backprop
 
 
@@ -116,9 +117,11 @@ def _walk(
         kind, batch, k, micro, _ = action
         device = devices[k]
         start = free[device]
-        for source, stage in schedule.sources[kind][k]:
+        for source, stage in itertools.chain.from_iterable(schedule.sources[kind][k]):
+            end = done.get((source, batch, micro, stage))
+            if end is None:
+                continue  # one of several alternatives
             hop = 0 if devices[stage] == device else hops[min(k, stage)]
-            end = done[source, batch, micro, stage]
             # Nothing is added where there is no way to go: fractions stay exact.
             start = max(start, end + hop if hop else end)
         free[device] = end = start + seconds_of(kind, k)

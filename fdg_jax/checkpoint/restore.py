@@ -109,13 +109,15 @@ def _check_counts(pipe: Pipeline, body: dict[str, Any]) -> None:
     origin = body["origin"]
     for k, own in enumerate(pipe.schedule.holdings(body["tick"] - origin)):
         base = body["counts"][k]["base"]
-        counts = snapshot.foretold(own, pipe.schedule, pipe.rule, origin, base)
+        counts = snapshot.foretold(own, pipe.schedule, pipe.stages[k].rule, origin, base)
         found = sorted(name for name, _ in body["sections"][k])
         if "record" in found:  # there or not, as the run that saved chose
             found.remove("record")
         if body["counts"][k] != counts:
             raise manifest.Damaged(f"{manifest.NAME}: the counts of stage {k} do not fit the tick")
-        if found != sorted(snapshot.names(counts)):
+        names = snapshot.names(counts)
+        names += [] if pipe.stages[k].synthesizer is None else ["synthesizer"]
+        if found != sorted(names):
             raise manifest.Damaged(
                 f"{manifest.NAME}: the sections of stage {k} do not fit the tick"
             )

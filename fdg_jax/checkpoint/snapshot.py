@@ -7,6 +7,7 @@ makes the same bits of them. Neither are empty slots. The rest goes by sections:
     params  model_state  opt_state  number      the newest
     gradient                                    sum of those not yet applied, if any
     record                                      of what was not finite, if it is checked
+    synthesizer                                 of a stage that has one
     versions.7                                  weights after 7 updates, once for all that met them
     flights.12                                  what micro-batch 12 left, without residuals
     activation.13  cotangent.11  label.13       messages not yet consumed
@@ -27,9 +28,9 @@ from fdg_jax.schedule import Schedule
 from fdg_jax.schedule.ledger import Holding
 from fdg_jax.typing import Key, PyTree
 
-# Sections whose shapes follow from the network and the optimizer alone, not from the batch.
-FIXED = ("params", "model_state", "opt_state", "number", "gradient", "versions", "record")
 _ALWAYS = ("params", "model_state", "opt_state", "number")
+# Sections whose shapes follow from the network and the optimizer alone, not from the batch.
+FIXED = (*_ALWAYS, "gradient", "versions", "record", "synthesizer")
 
 
 def sections(stage: StageState) -> dict[str, PyTree]:
@@ -46,6 +47,8 @@ def sections(stage: StageState) -> dict[str, PyTree]:
         found["gradient"] = stage.gradient
     if stage.record is not None:
         found["record"] = stage.record
+    if stage.synthesizer is not None:
+        found["synthesizer"] = stage.synthesizer
     found |= {f"versions.{version}": params for version, params in stage.versions.items()}
     for n, stash in stage.flights.items():
         found[f"flights.{n}"] = stash._replace(residuals=None)
@@ -94,7 +97,8 @@ def foretold(
 
     Args:
       own: what the stage holds, counted from the last drain (`Schedule.holdings`).
-      schedule, rule: of the pipeline.
+      schedule: of the pipeline.
+      rule: of the stage.
       origin: the number of the first mini-batch after the last drain.
       base: updates made before it.
 
@@ -153,7 +157,7 @@ def rebuild(
     own.opt_state, own.number = parts["opt_state"], parts["number"]
     own.key, own.record = key, record
     own.version, own.base, own.pending = counts["version"], counts["base"], counts["pending"]
-    own.gradient = parts.get("gradient")
+    own.gradient, own.synthesizer = parts.get("gradient"), parts.get("synthesizer")
     own.versions = {v: parts[f"versions.{v}"] for v in counts["versions"]}
     for n, version in counts["flights"]:
         stash: Stash = parts[f"flights.{n}"]

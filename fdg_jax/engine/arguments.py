@@ -8,13 +8,16 @@ from typing import TypeAlias
 
 import optax
 
+from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.nonfinite import ON_NONFINITE
+from fdg_jax.engine.synthesizer import Synthesizer
 from fdg_jax.errors import ConsumedStateError
 from fdg_jax.optim import StageOptimizer
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import LossFn
 
 Optimizer: TypeAlias = optax.GradientTransformation | StageOptimizer
+Synthesizers: TypeAlias = Synthesizer | Callable[[int], Synthesizer] | None
 
 
 def check_arguments(num_stages: int, schedule: Schedule, max_ahead: int, on_nonfinite: str) -> None:
@@ -66,6 +69,36 @@ def optimizer_of(given: Optimizer | Callable[[int], Optimizer], k: int) -> Stage
             "give optax.sgd(0.1), or lambda k: optax.sgd(0.1)"
         )
     return StageOptimizer.of(given(k))
+
+
+def synthesizers_of(
+    given: Synthesizers, schedule: Schedule, rule: GradientRule
+) -> list[Synthesizer | None]:
+    """The synthesizer of every stage that predicts, None for the others."""
+    if bool(schedule.predicts) != (given is not None) and schedule.num_stages > 1:
+        needs = f"predicts in stages {schedule.predicts}" if schedule.predicts else "has none"
+        raise ValueError(
+            f"synthesizers={given!r}: schedule {schedule.name} {needs}; give synthesizers exactly "
+            "where a schedule predicts"
+        )
+    if schedule.predicts and rule.reconstructs:
+        raise ValueError(
+            f"gradient={rule.name!r}: a prediction comes without the output that this rule needs; "
+            'take "stale", "recompute_stale" or "recompute"'
+        )
+    found: list[Synthesizer | None] = []
+    for k in range(schedule.num_stages):
+        if k not in schedule.predicts:
+            found.append(None)
+            continue
+        one = given if isinstance(given, Synthesizer) or given is None else given(k)
+        if not isinstance(one, Synthesizer):
+            raise ValueError(
+                f"synthesizers: {one!r} for stage {k} is no Synthesizer; give "
+                "fdg_jax.Synthesizer(layer, optimizer)"
+            )
+        found.append(one)
+    return found
 
 
 @contextlib.contextmanager

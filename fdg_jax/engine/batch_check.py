@@ -43,7 +43,7 @@ def fit(
     try:
         for k, (stage, own) in enumerate(zip(stages, state.stages, strict=True)):
             where = f"stage {k} ({stage.layers})"
-            y, new = stage.output(own.params, own.model_state, y, own.key, own.number)
+            y, scores, new = stage.output(own.params, own.model_state, y, own.key, own.number)
             if found := difference(own.model_state, new):
                 raise ValueError(
                     f"its model state changes in training: {found}; a layer must return a state "
@@ -51,7 +51,7 @@ def fit(
                 )
             if stage.loss_fn is not None:
                 where = "loss_fn"
-                _check_loss(jax.eval_shape(stage.loss_fn, y, targets), microbatches)
+                _check_loss(jax.eval_shape(stage.loss_fn, scores, targets), microbatches)
     except _WrongLossError:
         raise
     except Exception as error:

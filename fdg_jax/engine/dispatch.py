@@ -18,14 +18,14 @@ import jax
 import numpy as np
 
 from fdg_jax.engine.fusion import fuse, name_of
-from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.messages import Done, Metrics, Watch, failure, send
 from fdg_jax.engine.nonfinite import Record
 from fdg_jax.engine.residuals import Stash
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState, StageWork, scalar
+from fdg_jax.engine.synthesizer import Output
 from fdg_jax.schedule import Action, Kind, Schedule
-from fdg_jax.schedule.action import ACTIVATION, COTANGENT
+from fdg_jax.schedule.action import ACTIVATION, COTANGENT, OUTPUT
 from fdg_jax.schedule.ledger import LABEL, METRIC
 from fdg_jax.typing import PyTree
 
@@ -36,7 +36,6 @@ class Tick:
     Args:
       programs: the stages.
       schedule: how mini-batches are divided, gradients reduced, versions kept.
-      rule: which weights a backward uses.
       state: what this starts from; it is not written to, but its buffers may be donated.
       watch: observes what is dispatched.
     """
@@ -45,13 +44,11 @@ class Tick:
         self,
         programs: Sequence[Stage],
         schedule: Schedule,
-        rule: GradientRule,
         state: PipelineState,
         watch: Watch | None = None,
     ) -> None:
         self.programs = programs
         self.schedule = schedule
-        self.rule = rule
         self.watch = watch
         self.key = state.key
         self.batch, self.origin = int(state.tick), int(state.origin)
@@ -71,9 +68,9 @@ class Tick:
         return tokens
 
     def enter(self, x: PyTree, labels: PyTree) -> None:
-        """One mini-batch: inputs to the first stage, labels to every stage with a loss."""
+        """One mini-batch: inputs to the first stage, labels to those that use them."""
         sent = self._enter(0, ACTIVATION, x, "inputs")
-        for k in self.schedule.losses:
+        for k in self.schedule.labelled:
             self._enter(k, LABEL, labels, "labels")
         if self.watch is not None:
             self.watch.entered(self.batch, sent)
@@ -121,7 +118,9 @@ class Tick:
             if len(kinds) == 1:
                 return self.forward(k, n, first, group[0].version)
             return self.train(k, n, first, kinds[1])
-        if first.in_flight == "reads":
+        if first.in_flight == "none":
+            return self.teach(k, n, first)
+        if first.gradient == "none":
             return self.backward_input(k, n, first)
         if len(kinds) == 1:
             return self.backward(k, n, first)
@@ -132,15 +131,17 @@ class Tick:
         version = s.version if version is None else s.base + version
         params = s.weights(version)
         inputs = s.take(ACTIVATION, n)
-        labels = s.take(LABEL, n) if stage.loss_fn is not None else None
+        labels = s.take(LABEL, n) if stage.labelled else None
         made = stage.forward(params, s.model_state, inputs, labels, s.key, s.number, s.record)
-        stash = Stash(inputs, labels, s.model_state, s.number, made.residuals)
+        own = Output(made.output, labels, s.number)
+        kept = inputs if made.kept is None else made.kept
+        stash = Stash(kept, labels, s.model_state, s.number, made.residuals)
         s.flights[n] = (version, stash)
         s.model_state, s.number, s.record = made.model_state, made.number, made.record
         if stage.loss_fn is not None:
             s.put(COTANGENT, n, made.one)
             self.report(k, n, made.report)
-        self.give(kind, k, n, up=made.output)
+        self.give(kind, k, n, up=made.output, own=own)
         return made.number
 
     def train(self, k: int, n: int, forward: Kind, backward: Kind) -> jax.Array:
@@ -170,10 +171,11 @@ class Tick:
 
     def backward(self, k: int, n: int, kind: Kind) -> jax.Array:
         s, stage = self.stages[k], self.programs[k]
-        (version, stash), message = s.flights.pop(n), s.take(kind.takes[0].name, n)
-        params = self.weights(s, version)
+        own, message = self.message(k, n, kind)
+        version, stash = self.flight(k, n, kind)
+        params = self.weights(k, version)
         two = stage.optimizer.per_gradient is not None
-        late = stage.number_on_device(s.version - version if self.rule.keeps_weights else 0)
+        late = stage.number_on_device(s.version - version if stage.rule.keeps_weights else 0)
         s.gradient, first, down, token, s.record = stage.backward(
             params,
             s.params if two else None,
@@ -188,22 +190,46 @@ class Tick:
         if two:
             s.opt_state = (first, s.opt_state[1])
         s.pending += 1
-        self.forget(s)
-        self.give(kind, k, n, down=down)
+        self.forget(k)
+        self.give(kind, k, n, down=down, own=own)
         return token
 
     def backward_input(self, k: int, n: int, kind: Kind) -> jax.Array:
         """The half of a backward that the stage before waits for."""
         s, stage = self.stages[k], self.programs[k]
-        (version, stash), message = s.flights[n], s.take(kind.takes[0].name, n)
+        message, (version, stash) = s.take(kind.takes[0].name, n), self.flight(k, n, kind)
         token = stash.number
         if stage.sends:
-            params = self.weights(s, version)
+            params = self.weights(k, version)
             down, token = stage.backward_input(params, stash, s.key, message)
             self.give(kind, k, n, down=down, own=message)
         else:
             self.give(kind, k, n, own=message)
+        self.forget(k)
         return token
+
+    def teach(self, k: int, n: int, kind: Kind) -> jax.Array:
+        """Teaches a synthesizer the cotangent of an output."""
+        s, stage = self.stages[k], self.programs[k]
+        cotangent, output = (s.take(port.name, n) for port in kind.takes)
+        s.synthesizer, token = stage.teach(s.synthesizer, output, s.key, cotangent)
+        self.give(kind, k, n, own=cotangent)
+        return token
+
+    def message(self, k: int, n: int, kind: Kind) -> tuple[Output | None, PyTree]:
+        """What a backward begins with: the cotangent that came, or one predicted from the stage's
+        own output; and that output."""
+        s, port = self.stages[k], kind.takes[0].name
+        own = s.take(port, n)
+        if port != OUTPUT:
+            return None, own
+        assert s.synthesizer is not None
+        return own, self.programs[k].predict(*s.synthesizer[:2], own, s.key)[0]
+
+    def flight(self, k: int, n: int, kind: Kind) -> tuple[int, Stash]:
+        """What a forward left, the version of its weights first."""
+        flights = self.stages[k].flights
+        return flights.pop(n) if kind.in_flight == "closes" else flights[n]
 
     def backward_update(self, k: int, n: int, kind: Kind) -> jax.Array:
         """A backward and the update after it, as one program unless something is accumulated."""
@@ -211,27 +237,31 @@ class Tick:
         if s.pending:
             self.backward(k, n, kind)
             return self.update(k)
-        (version, stash), message = s.flights.pop(n), s.take(kind.takes[0].name, n)
-        late = stage.number_on_device(s.version - version if self.rule.keeps_weights else 0)
+        own, message = self.message(k, n, kind)
+        version, stash = self.flight(k, n, kind)
+        late = stage.number_on_device(s.version - version if stage.rule.keeps_weights else 0)
         rest = (s.opt_state, stash, s.key, message, late, s.record)
-        newest = not self.rule.keeps_weights or version == s.version
-        if newest and s.version not in self.met(s) and self.schedule.versions == 1:
+        newest = not stage.rule.keeps_weights or version == s.version
+        if newest and s.version not in self.met(k) and self.schedule.versions == 1:
             made = stage.backward_update_own(s.params, *rest)
         else:
-            made = stage.backward_update(s.params, self.weights(s, version), *rest)
+            made = stage.backward_update(s.params, self.weights(k, version), *rest)
         params, opt_state, down, token, record = made
         self.updated(k, params, opt_state, record)
-        self.give(kind, k, n, down=down)
+        self.give(kind, k, n, down=down, own=own)
         return token
 
-    def weights(self, s: StageWork, version: int) -> PyTree:
+    def weights(self, k: int, version: int) -> PyTree:
         """The weights of a backward whose forward met ``version``."""
-        then = s.weights(version) if self.rule.keeps_weights else None
-        return self.rule.backward_params(then, s.params)
+        s, rule = self.stages[k], self.programs[k].rule
+        then = s.weights(version) if rule.keeps_weights else None
+        return rule.backward_params(then, s.params)
 
-    def met(self, s: StageWork) -> set[int]:
+    def met(self, k: int) -> set[int]:
         """The versions of the weights that batches in flight keep."""
-        return {v for v, _ in s.flights.values()} if self.rule.keeps_weights else set()
+        if not self.programs[k].rule.keeps_weights:
+            return set()
+        return {version for version, _ in self.stages[k].flights.values()}
 
     def update(self, k: int) -> jax.Array:
         s, stage = self.stages[k], self.programs[k]
@@ -252,11 +282,11 @@ class Tick:
         s.params, s.opt_state, s.record = params, opt_state, record
         s.gradient, s.pending = None, 0
         s.version += 1
-        self.forget(s)
+        self.forget(k)
 
-    def forget(self, s: StageWork) -> None:
+    def forget(self, k: int) -> None:
         """Drops older weights that neither batches in flight nor the schedule need."""
-        needed = self.met(s)
+        s, needed = self.stages[k], self.met(k)
         needed.update(range(s.version + 1 - self.schedule.versions, s.version))
         s.versions = {v: w for v, w in s.versions.items() if v in needed}
 
@@ -279,13 +309,11 @@ class Tick:
         own: PyTree = None,
     ) -> None:
         """Sends what an action makes where its kind says."""
-        for name, hop in kind.gives:
-            if not 0 <= k + hop < len(self.programs):
-                continue
-            value = own if hop == 0 else up if hop > 0 else down
-            if hop:
-                value = send(value, self.programs[k + hop])
-            self.stages[k + hop].put(name, n, value)
+        for name, stage in self.schedule.gives(kind, k):
+            value = own if stage == k else up if stage > k else down
+            if stage != k:
+                value = send(value, self.programs[stage])
+            self.stages[stage].put(name, n, value)
 
     def report(self, k: int, n: int, report: tuple[jax.Array, dict[str, Any]]) -> None:
         """Loss and metrics of a micro-batch; those of a mini-batch are the mean over its parts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fdg_jax.schedule import Action, Kind, Schedule
-from fdg_jax.schedule.action import COTANGENT
+from fdg_jax.schedule.action import COTANGENT, OUTPUT
 
 
 def fuse(actions: Sequence[Action], schedule: Schedule) -> Iterator[tuple[Action, ...]]:
@@ -36,7 +36,7 @@ def _learns(a: Action, b: Action | None, kinds: dict[str, Kind]) -> bool:
     if b is None or (b.stage, b.batch) != (a.stage, a.batch):
         return False
     one = kinds[a.kind]
-    whole = one.gradient == "adds" and one.takes[0].name == COTANGENT
+    whole = one.gradient == "adds" and one.takes[0].name in (COTANGENT, OUTPUT)
     return whole and kinds[b.kind].gradient == "applies"
 
 

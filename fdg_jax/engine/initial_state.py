@@ -11,6 +11,7 @@ import numpy as np
 from fdg_jax.engine.placement import put
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState, StageState
+from fdg_jax.engine.synthesizer import Output
 from fdg_jax.layer import output_of, typed_key
 from fdg_jax.typing import Key, PyTree
 
@@ -20,6 +21,7 @@ def initial_state(
     shapes: PipelineState,
     key: Key,
     x: PyTree,
+    labels: PyTree,
     record: np.ndarray | None,
 ) -> PipelineState:
     """A state in which no batch has entered yet, each stage on its own devices.
@@ -28,7 +30,7 @@ def initial_state(
       stages: of the pipeline.
       shapes: the template of its states.
       key: the root key, in either form.
-      x: an input with its batch axis; only shapes and dtypes are looked at.
+      x, labels: of a batch, the inputs with their batch axis; only shapes and dtypes are looked at.
       record: of a stage in which nothing has gone wrong, or None where it is not checked.
 
     Returns:
@@ -37,9 +39,10 @@ def initial_state(
     with jax.transfer_guard("allow"):
         key = jnp.copy(typed_key(key))
     states = []
-    x = jax.eval_shape(lambda v: v, x)
+    x, labels = jax.eval_shape(lambda v: v, (x, labels))
     for stage, own in zip(stages, shapes.stages, strict=True):
         params, model_state, opt_state = stage.init(key, x)
+        y = output_of(stage.layer, params, model_state, x)
         own_key, number = put((key, np.zeros((), np.int32)), stage.replicated)
         states.append(
             blank(stage, own)._replace(
@@ -49,9 +52,12 @@ def initial_state(
                 key=own_key,
                 number=number,
                 record=put(record, stage.replicated),
+                synthesizer=stage.init_synthesizer(
+                    key, own.synthesizer, Output(y, labels, own.number)
+                ),
             )
         )
-        x = output_of(stage.layer, params, model_state, x)
+        x = y
     return PipelineState(shapes.tick, shapes.origin, key, tuple(states))
 
 

@@ -17,18 +17,21 @@ import numpy as np
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.arguments import (
     Optimizer,
+    Synthesizers,
     check_arguments,
     losses_of,
     naming_consumed,
     optimizer_of,
+    synthesizers_of,
 )
 from fdg_jax.engine.batch_check import check_optimizer, fit, signature
 from fdg_jax.engine.dispatch import Tick
-from fdg_jax.engine.gradient_rule import GradientRule, gradient_rule
+from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.initial_state import initial_state
 from fdg_jax.engine.interrupt import deferred, protect
 from fdg_jax.engine.messages import Metrics, Watch, send
 from fdg_jax.engine.placement import gather, stage_meshes
+from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.engine.run_ahead import RunAhead
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState
@@ -60,7 +63,7 @@ class Pipeline:
         for it. "stale": those of the batch's own forward; its residuals and that weight version.
         "recompute_stale": the same weights and the same gradient, but the forward is run again; the
         stage's input and that weight version. "recompute": the newest weights; the stage's input.
-        Or a `GradientRule`.
+        "reversible": the newest weights; nothing where layers have an inverse. Or a `GradientRule`.
       max_ahead: how many ticks the host may be ahead of the slowest stage, >= 1.
       on_nonfinite: what becomes of a micro-batch whose loss, gradient, output or new model state is
         not finite. "ignore": not checked. "skip": weights, optimizer state, model state and sums
@@ -68,6 +71,8 @@ class Pipeline:
         `drain` raises a `NonFiniteError`, at most ``max_ahead`` ticks after it.
       shard_optimizer: whether a stage's devices share out its optimizer's state instead of each
         having all of it; arrays that they do not divide stay whole.
+      synthesizers: where a schedule has predictions (`Schedule.predicts`), a `Synthesizer` for each
+        of those stages: one for all, or ``synthesizers(k)``, that of stage k.
 
     Raises:
       ValueError: arguments that do not fit together; the message names the argument and the remedy.
@@ -99,10 +104,12 @@ class Pipeline:
         max_ahead: int = 4,
         on_nonfinite: str = "ignore",
         shard_optimizer: bool = False,
+        synthesizers: Synthesizers = None,
     ) -> None:
         stages = list(stages)
         check_arguments(len(stages), schedule, max_ahead, on_nonfinite)
         rule, losses = gradient_rule(gradient), losses_of(loss_fn, schedule)
+        predicting = synthesizers_of(synthesizers, schedule, rule)
         self.schedule = schedule
         self.rule = rule
         self.max_ahead = max_ahead
@@ -118,11 +125,12 @@ class Pipeline:
                     optimizer_of(optimizer, k),
                     mesh,
                     start=index,
-                    rule=rule,
+                    rule=rule.of_stage(losses[k] is not None),
                     loss_fn=losses[k],
                     last=k == len(stages) - 1,
                     sends=sends and k > 0,
                     shard_optimizer=shard_optimizer,
+                    synthesizer=predicting[k],
                 )
             )
             index += stages[k].size
@@ -150,7 +158,7 @@ class Pipeline:
           ValueError: an optimizer does not keep the shapes of params and state.
         """
         guarded = self.on_nonfinite != "ignore"
-        return template(self.stages, self.schedule, self.rule, guarded, example)
+        return template(self.stages, self.schedule, guarded, example)
 
     def init(
         self, key: Key, example_inputs: PyTree, example_labels: PyTree = None
@@ -174,7 +182,8 @@ class Pipeline:
             check_optimizer(stage, k, own.params, own.opt_state, self.schedule.gradients(k) > 1)
         if isinstance(key, jax.core.Tracer):  # jax.eval_shape(pipe.init, ...)
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return initial_state(self.stages, shapes, key, example_inputs, self.record())
+        example = example_inputs, example_labels
+        return initial_state(self.stages, shapes, key, *example, self.record())
 
     def step(
         self, state: PipelineState, batch: tuple[PyTree, PyTree]
@@ -198,7 +207,7 @@ class Pipeline:
         """
         with deferred():
             self._check(state, *batch)
-            tick = Tick(self.stages, self.schedule, self.rule, state, self.watch)
+            tick = Tick(self.stages, self.schedule, state, self.watch)
             tick.enter(*batch)
             self._ahead.wait(self.max_ahead)
             tick.run(self.schedule.tick(tick.batch - tick.origin))
@@ -218,7 +227,7 @@ class Pipeline:
           The new state, with nothing in flight, and the metrics of the last batches, in order.
         """
         with deferred():
-            tick = Tick(self.stages, self.schedule, self.rule, state, self.watch)
+            tick = Tick(self.stages, self.schedule, state, self.watch)
             t = batches = tick.batch - tick.origin
             # Nothing stays in flight longer than a stage can hold batches, times the stages.
             longest = self.num_stages * (self.schedule.in_flight(0) + self.schedule.period)

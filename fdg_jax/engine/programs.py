@@ -25,6 +25,7 @@ from fdg_jax.engine import nonfinite
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.placement import Placed
 from fdg_jax.engine.residuals import Residuals, Stash, split_inexact
+from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
 from fdg_jax.layer import Layer, batch_key
 from fdg_jax.optim import StageOptimizer, true_params
 from fdg_jax.typing import Key, LossFn, PyTree
@@ -40,6 +41,7 @@ class Forward(NamedTuple):
       model_state: new.
       number: of the next forward.
       residuals: if they are kept.
+      kept: what is kept in the place of the input; None: the input.
       record: of what was not finite.
     """
 
@@ -49,6 +51,7 @@ class Forward(NamedTuple):
     model_state: PyTree
     number: jax.Array
     residuals: Residuals | None
+    kept: PyTree
     record: nonfinite.Record
 
 
@@ -63,6 +66,7 @@ class Functions(Placed):
       rule: which weights a backward uses, and what is kept for it.
       loss_fn: of a stage with a loss, else None.
       last: whether nothing comes after it.
+      synthesizer: of a stage that predicts the cotangent of its output, else None.
       sends: whether its backward sends a message to the stage before.
       shard_optimizer: whether the devices share out the optimizer's state.
     """
@@ -77,8 +81,10 @@ class Functions(Placed):
         last: bool,
         sends: bool,
         shard_optimizer: bool,
+        synthesizer: Synthesizer | None,
     ) -> None:
         super().__init__(mesh, shard_optimizer)
+        self.synthesizer = synthesizer
         self.layer = layer
         self.optimizer = optimizer
         self.rule = rule
@@ -94,30 +100,33 @@ class Functions(Placed):
         labels: PyTree,
         key: Key,
         number: jax.Array,
-    ) -> tuple[PyTree, PyTree, PyTree, PyTree, list[jax.Array], Residuals]:
+    ) -> tuple[PyTree, PyTree, PyTree, PyTree, list[jax.Array], PyTree, Residuals]:
         """Output, loss and metrics, cotangent of the loss, new model state, what of these the stage
-        computed itself, residuals."""
+        computed itself, what is kept in the place of the input, residuals."""
         moving, join = split_inexact(inputs)
 
         def outputs(params: PyTree, moving: list[jax.Array]) -> tuple[PyTree, tuple[PyTree, ...]]:
             x = join(moving)
-            y, new_state = self.layer.apply(
-                params, model_state, x, train=True, key=batch_key(key, number)
-            )
+            noise = batch_key(key, number)
+            y, new_state, kept = self.rule.apply(self.layer, params, model_state, x, noise)
             made = nonfinite.computed((y, new_state), (params, model_state, x))
             if self.loss_fn is None:
-                return split_inexact(y)[0], (self._over_batch(y), None, None, new_state, made)
-            loss, metrics = self.loss_fn(y, labels)
+                up = self._over_batch(y)
+                return split_inexact(y)[0], (up, None, None, new_state, made, kept)
+            scores, new_state = self.layer.scores(params, new_state, y, train=True, key=noise)
+            loss, metrics = self.loss_fn(scores, labels)
             made = [loss, *nonfinite.computed(new_state, model_state)]
             up = None if self.last else self._over_batch(jax.lax.stop_gradient(y))
-            return loss, (up, (loss, metrics), jnp.ones_like(loss), new_state, made)
+            return loss, (up, (loss, metrics), jnp.ones_like(loss), new_state, made, kept)
 
         if self.sends:
             _, vjp, aux = jax.vjp(outputs, params, moving, has_aux=True)
         else:
             _, vjp, aux = jax.vjp(lambda p: outputs(p, moving), params, has_aux=True)
-        y, report, one, new_state, made = aux
-        return y, report, one, self._whole(new_state), made, Residuals.of(vjp, (params, inputs))
+        y, report, one, new_state, made, kept = aux
+        kept = self._over_batch(kept)
+        residuals = Residuals.of(vjp, (params, inputs))
+        return y, report, one, self._whole(new_state), made, kept, residuals
 
     def _forward(
         self,
@@ -129,20 +138,27 @@ class Functions(Placed):
         number: jax.Array,
         record: nonfinite.Record,
     ) -> Forward:
-        y, report, one, new_state, made, residuals = self._linearise(
+        y, report, one, new_state, made, kept, residuals = self._linearise(
             params, model_state, inputs, labels, key, number
         )
         if record is not None:
             ok = nonfinite.finite(made)
             new_state = nonfinite.choose(ok, new_state, model_state)
             record = nonfinite.note(record, nonfinite.FORWARD, ok, number)
-        kept = residuals if self.rule.keeps_residuals else None
-        return Forward(y, report, one, new_state, number + 1, kept, record)
+        left = residuals if self.rule.keeps_residuals else None
+        return Forward(y, report, one, new_state, number + 1, left, kept, record)
 
     def _backward(
         self, params: PyTree, stash: Stash, key: Key, message: PyTree
     ) -> tuple[PyTree, PyTree]:
         """Gradient of the parameters, and the message to the stage before (None: sends none)."""
+        gradient, down = self.rule.backward(self, params, stash, key, message)
+        return self._whole(gradient), self._over_batch(down)
+
+    def pull_back(
+        self, params: PyTree, stash: Stash, key: Key, message: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """The same from residuals; where they are not kept, the forward runs again."""
         residuals = stash.residuals
         if residuals is None:
             # The statistics that this second forward would leave are dropped: they have been
@@ -153,9 +169,8 @@ class Functions(Placed):
         cotangent = message if self.loss_fn is not None else self.rule.cotangent(message)
         gradient, *of_inputs = residuals.vjp((params, stash.inputs))(cotangent)
         if not of_inputs:
-            return self._whole(gradient), None
-        down = self.rule.message(stash.inputs, of_inputs[0])
-        return self._whole(gradient), self._over_batch(down)
+            return gradient, None
+        return gradient, self.rule.message(stash.inputs, of_inputs[0])
 
     def _backward_accumulate(
         self,
@@ -278,7 +293,7 @@ class Functions(Placed):
         record: nonfinite.Record,
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
         """Forward, loss, backward and update of one batch, in a stage with a loss."""
-        y, report, one, new_state, made, residuals = self._linearise(
+        y, report, one, new_state, made, _, residuals = self._linearise(
             params, model_state, inputs, labels, key, number
         )
         stash = Stash(inputs, labels, model_state, number, residuals)
@@ -293,6 +308,21 @@ class Functions(Placed):
             new, new_opt = nonfinite.choose(ok, (new, new_opt), (params, opt_state))
             record = nonfinite.leave_out(record, ok, number, nonfinite.SKIPPED)
         return new, new_state, new_opt, y, report, down, number + 1, record
+
+    def _predict(
+        self, params: PyTree, state: PyTree, own: Output, key: Key
+    ) -> tuple[list[jax.Array]]:
+        """The cotangent of an output that the synthesizer predicts."""
+        assert self.synthesizer is not None
+        return (self._over_batch(self.synthesizer.predict(params, state, own, key)[0]),)
+
+    def _teach(
+        self, synthesizer: SynthesizerState, own: Output, key: Key, cotangent: list[jax.Array]
+    ) -> tuple[SynthesizerState, jax.Array]:
+        """One update of the synthesizer; and a token."""
+        assert self.synthesizer is not None
+        new = self.synthesizer.teach(synthesizer, own, cotangent, key)
+        return self._whole(new), own.number + 1
 
     def _true_params(self, params: PyTree, opt_state: PyTree) -> tuple[PyTree]:
         return (self._whole(true_params(params, opt_state)),)

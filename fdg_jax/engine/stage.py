@@ -21,6 +21,7 @@ from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.placement import absent, put
 from fdg_jax.engine.programs import Functions
 from fdg_jax.engine.state import Slots
+from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
 from fdg_jax.layer import Layer, batch_key
 from fdg_jax.optim import StageOptimizer
 from fdg_jax.typing import Key, LossFn, PyTree
@@ -39,6 +40,7 @@ class Stage(Functions):
       last: whether nothing comes after it.
       sends: whether its backward sends a message to the stage before; if not, nobody asks for the
         gradient of its input.
+      synthesizer: of a stage that predicts the cotangent of its output, else None.
       shard_optimizer: whether the devices share out the optimizer's state (ZeRO's first stage,
         Rajbhandari et al. 2020, section 5.1).
     """
@@ -55,8 +57,11 @@ class Stage(Functions):
         last: bool,
         sends: bool,
         shard_optimizer: bool = False,
+        synthesizer: Synthesizer | None = None,
     ) -> None:
-        super().__init__(layer, optimizer, mesh, rule, loss_fn, last, sends, shard_optimizer)
+        super().__init__(
+            layer, optimizer, mesh, rule, loss_fn, last, sends, shard_optimizer, synthesizer
+        )
         end = start + layer.size - 1
         self.layers = f"layers {start} to {end}" if end > start else f"layer {start}"
         self._scalars: dict[tuple[type, float], jax.Array] = {}
@@ -73,6 +78,8 @@ class Stage(Functions):
         self.backward_update = program(self._backward_update, 2, ("opt_state",))
         self.backward_update_own = program(self._backward_update_own, 2, own)
         self.train = program(self._train, 5, (*own, "model_state"))
+        self.predict = program(self._predict, 0)
+        self.teach = program(self._teach, -1, ("synthesizer",))
         self.evaluate = program(self._evaluate, None)
         self.true_params = program(self._true_params, -1)
         self.split = program(self._split, None, (), "count")
@@ -82,6 +89,11 @@ class Stage(Functions):
     def owner(self) -> int:
         """The process that speaks for the stage: the one with its first device."""
         return int(self.mesh.devices.flat[0].process_index)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether labels go to the stage."""
+        return self.loss_fn is not None or self.synthesizer is not None
 
     @property
     def here(self) -> bool:
@@ -124,6 +136,25 @@ class Stage(Functions):
             opt_state = opt_init(params)
         return params, model_state, opt_state
 
+    def init_synthesizer(self, key: Key, shapes: SynthesizerState | None, own: Output) -> PyTree:
+        """The synthesizer's state, born on this stage's devices; None where there is none.
+
+        Args:
+          key: the root key.
+          shapes: of the state, with places.
+          own: shapes and dtypes of an output.
+        """
+        if self.synthesizer is None or not self.here:
+            return None if shapes is None else absent(shapes, self.replicated)
+        synthesizer, device = self.synthesizer, self.mesh.local_devices[0]
+        with jax.default_device(device), jax.transfer_guard("allow"):
+            # Compiled, so that none of its arrays is anybody else's: donation deletes them.
+            init = jax.jit(lambda key: synthesizer.init(key, own))
+            made = jax.tree.map(jnp.copy, init(jax.device_put(key, device)))
+            if not self.replicated.is_fully_addressable:
+                made = jax.device_get(made)
+            return put(made, self.replicated)
+
     def shapes(self, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         """Shapes and dtypes of what `init` returns for inputs like ``x``; nothing is computed."""
         params, model_state = jax.eval_shape(self.layer.init, jax.random.key(0), x)
@@ -132,16 +163,20 @@ class Stage(Functions):
 
     def output(
         self, params: PyTree, model_state: PyTree, x: PyTree, key: Key, number: jax.Array
-    ) -> tuple[PyTree, PyTree]:
-        """Shapes and dtypes of output and new model state in training; nothing is computed."""
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        """Shapes and dtypes of output, what a loss gets, and new model state in training; nothing
+        is computed."""
 
         def apply(
             params: PyTree, model_state: PyTree, x: PyTree, key: Key, number: jax.Array
         ) -> Any:
             noise = batch_key(key, number)
-            return self.layer.apply(params, model_state, x, train=True, key=noise)
+            y, new = self.layer.apply(params, model_state, x, train=True, key=noise)
+            return y, *self.layer.scores(params, new, y, train=True, key=noise)
 
-        made: tuple[PyTree, PyTree] = jax.eval_shape(apply, params, model_state, x, key, number)
+        made: tuple[PyTree, PyTree, PyTree] = jax.eval_shape(
+            apply, params, model_state, x, key, number
+        )
         return made
 
     def zeros(self, tree: PyTree) -> PyTree:

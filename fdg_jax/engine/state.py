@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from fdg_jax.engine.nonfinite import Record
+from fdg_jax.engine.synthesizer import SynthesizerState
 from fdg_jax.schedule.ledger import Holding
 from fdg_jax.typing import Key, PyTree
 
@@ -80,6 +81,7 @@ class StageState(NamedTuple):
       versions: earlier weights that flights or the schedule need, by version.
       inbox: messages not yet consumed, by port: slots by micro-batch.
       record: of what was not finite (`nonfinite.py`), or None where it is not checked.
+      synthesizer: of a stage that predicts the cotangent of its output, else None.
     """
 
     params: PyTree
@@ -96,6 +98,7 @@ class StageState(NamedTuple):
     versions: Slots
     inbox: dict[str, Slots]
     record: Record
+    synthesizer: SynthesizerState | None = None
 
 
 class PipelineState(NamedTuple):
@@ -133,6 +136,7 @@ class StageWork(Holding):
         "params",
         "record",
         "state",
+        "synthesizer",
         "versions",
     )
 
@@ -141,6 +145,7 @@ class StageWork(Holding):
         self.params, self.model_state = state.params, state.model_state
         self.opt_state, self.key = state.opt_state, state.key
         self.number, self.record = state.number, state.record
+        self.synthesizer = state.synthesizer
         self.version, self.base = int(state.version), int(state.base)
         self.pending = int(state.pending)
         self.gradient = state.gradient if self.pending else None
@@ -188,6 +193,7 @@ class StageWork(Holding):
                 if port in old.inbox or self.inbox[port]
             },
             record=self.record,
+            synthesizer=self.synthesizer,
         )
 
 

@@ -11,13 +11,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from fdg_jax.engine import nonfinite, remote_stage
-from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.residuals import Stash, split_inexact
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState, Slots, StageState, scalar
+from fdg_jax.engine.synthesizer import Output
 from fdg_jax.layer import output_of
 from fdg_jax.schedule import Schedule
-from fdg_jax.schedule.action import ACTIVATION, COTANGENT, OUTPUT_COTANGENT
+from fdg_jax.schedule.action import ACTIVATION, COTANGENT, OUTPUT, OUTPUT_COTANGENT
 from fdg_jax.schedule.ledger import LABEL, METRIC
 from fdg_jax.typing import PyTree
 
@@ -25,7 +25,6 @@ from fdg_jax.typing import PyTree
 def template(
     stages: Sequence[Stage],
     schedule: Schedule,
-    rule: GradientRule,
     guarded: bool,
     example: tuple[PyTree, PyTree],
 ) -> PipelineState:
@@ -34,7 +33,6 @@ def template(
     Args:
       stages: of the pipeline.
       schedule: which says how many of everything are held.
-      rule: which says what is kept for a backward.
       guarded: whether stages keep a record of what was not finite.
       example: inputs and labels of a mini-batch; only shapes and dtypes are looked at. Labels may
         be None: then their slots are None, too.
@@ -66,14 +64,21 @@ def template(
             (key, jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(nonfinite.fresh)), stage
         )
         record = record if guarded else None
-        targets = None if stage.loss_fn is None else _placed(labels, stage.placement)
+        targets = None if not stage.labelled else _placed(labels, stage.placement)
         values: dict[str, PyTree] = {ACTIVATION: x, LABEL: targets}
-        residuals = None
-        unknown = stage.loss_fn is not None and labels is None
+        residuals, kept = None, x
+        unknown = stage.labelled and labels is None
+        synthesizer = None
+        if stage.synthesizer is not None:
+            y = found[k + 1][0]
+            own = Output(y, labels, number)
+            synthesizer = _whole(jax.eval_shape(stage.synthesizer.init, key, own), stage)
+            values[OUTPUT] = Output(_placed(y, stage.placement), targets, number)
         if not unknown:
             args = (params, model_state, x, targets, own_key, number, record)
             forward = remote_stage.shapes(stage.forward, *args)
-            if rule.keeps_residuals:
+            kept = x if forward.kept is None else _placed(forward.kept, stage.placement)
+            if stage.rule.keeps_residuals:
                 batch = {leaf.shape[0] for leaf in jax.tree.leaves(x) if leaf.ndim}
                 residuals = _residuals(forward.residuals, batch, stage)
             values[METRIC] = _whole(forward.report, stage)
@@ -81,11 +86,11 @@ def template(
         if stage.loss_fn is None:
             above = found[k + 1][0]
             moving = jax.eval_shape(lambda v: split_inexact(v)[0], above)
-            message = jax.eval_shape(rule.message, above, moving)
+            message = jax.eval_shape(stages[k + 1].rule.message, above, moving)
             values[COTANGENT] = _placed(message, stage.placement)
         values[OUTPUT_COTANGENT] = values.get(COTANGENT)
-        stash = Stash(x, targets, model_state, number, residuals)
-        versions = counts.slots["version" if rule.keeps_weights else "kept"]
+        stash = Stash(kept, targets, model_state, number, residuals)
+        versions = counts.slots["version" if stage.rule.keeps_weights else "kept"]
         ports = sorted(values.keys() & {port for port, n in counts.slots.items() if n})
         made.append(
             StageState(
@@ -103,6 +108,7 @@ def template(
                 versions=_slots(params, versions),
                 inbox={port: _slots(values.get(port), counts.slots[port]) for port in ports},
                 record=record,
+                synthesizer=synthesizer,
             )
         )
     return PipelineState(scalar(0), scalar(0), key, tuple(made))

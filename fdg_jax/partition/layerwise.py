@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fdg_jax.head import Headed
 from fdg_jax.layer import Chain, Layer
 from fdg_jax.repeat import Repeat
 from fdg_jax.typing import PyTree
@@ -30,7 +31,8 @@ def separate(layer: Layer, tree: PyTree) -> list[PyTree]:
       tree: its params, or anything laid out as they are: model state, momentum, a gradient.
 
     Returns:
-      ``layer.size`` pytrees, as the layers themselves would have them.
+      ``layer.size`` pytrees, as the layers themselves would have them; a head of a stage
+      (`fdg_jax.with_head`) is no layer of the network and left out.
 
     Raises:
       ValueError: the tree is not laid out as this network's.
@@ -61,6 +63,9 @@ def separate(layer: Layer, tree: PyTree) -> list[PyTree]:
         pairs = [
             (layer.layer, jax.tree.map(lambda leaf, i=i: leaf[i], tree)) for i in range(layer.times)
         ]
+    elif isinstance(layer, Headed):
+        assert layer.body is not None
+        pairs = [(layer.body, tree[0])]
     else:
         return [tree]
     return [part for inner, own in pairs for part in separate(inner, own)]

@@ -23,6 +23,7 @@ from typing import Any
 from fdg_jax.schedule.action import Action, Kind, Port
 from fdg_jax.schedule.delayed import Order, adl, ddg, fdg, local, pipedream, pipedream_2bw
 from fdg_jax.schedule.grid import LEGEND, parse
+from fdg_jax.schedule.predicted import dni, dni_late
 from fdg_jax.schedule.schedule import Schedule
 from fdg_jax.schedule.sequence import then
 from fdg_jax.schedule.synchronous import backprop, gpipe, one_f_one_b, zero_bubble
@@ -40,6 +41,8 @@ NAMED: dict[str, Callable[..., Schedule]] = {
         zero_bubble,
         adl,
         local,
+        dni,
+        dni_late,
     )
 }
 
@@ -91,6 +94,8 @@ __all__ = [
     "backprop",
     "create",
     "ddg",
+    "dni",
+    "dni_late",
     "fdg",
     "gpipe",
     "local",

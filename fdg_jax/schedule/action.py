@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 ACTIVATION, COTANGENT, OUTPUT_COTANGENT = "activation", "cotangent", "output_cotangent"
+OUTPUT = "output"  # of the stage itself, and the labels, for its synthesizer
 
 
 class Port(NamedTuple):
@@ -70,6 +71,28 @@ SPLIT_KINDS = (FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHTS, UPDATE)
 # A backward that sends nothing down: every stage learns from a loss of its own.
 LOCAL_BACKWARD = Kind("B", (Port(COTANGENT),), (), "closes", "adds")
 LOCAL_KINDS = (FORWARD, LOCAL_BACKWARD, UPDATE)
+
+
+# Predicted cotangents: P is a backward with the cotangent that the stage's synthesizer predicts, T
+# teaches the synthesizer. The teacher is the cotangent that the stage after it predicted and sent
+# down (PREDICTED_KINDS), or the true one (LATE_KINDS): that passes on as in FDG, through B where it
+# also is the stage's gradient, through D where the stage has learned from the prediction before.
+_PREDICTING = Kind("F", (Port(ACTIVATION),), (Port(ACTIVATION, 1), Port(OUTPUT)), "opens")
+PREDICTED_KINDS = (
+    _PREDICTING,
+    Kind("P", (Port(OUTPUT),), (Port(OUTPUT), Port(COTANGENT, -1)), "closes", "adds"),
+    Kind("T", (Port(COTANGENT), Port(OUTPUT))),
+    BACKWARD,
+    UPDATE,
+)
+LATE_KINDS = (
+    _PREDICTING,
+    Kind("P", (Port(OUTPUT),), (Port(OUTPUT),), "reads", "adds"),
+    Kind("T", (Port(COTANGENT), Port(OUTPUT)), (Port(COTANGENT),)),
+    Kind("D", (Port(COTANGENT),), (Port(COTANGENT, -1),), "closes"),
+    BACKWARD,
+    UPDATE,
+)
 
 
 class Action(NamedTuple):

@@ -69,12 +69,13 @@ def count(schedule: Plan, fill: int) -> list[Counts]:
         for action in actions:
             k, own, kind = action.stage, ledger.stages[action.stage], kinds[action.kind]
             n = action.batch * micro + (action.micro or 0)
-            if kind.in_flight == "closes":
+            if kind.gradient == "adds":
                 waiting[k].append((n, own.flights[n][0]))
+            if kind.in_flight == "closes":
                 first = entered[k].pop(n)
                 if t in window:
                     found[k].delay = max(found[k].delay, t - first)
-            elif kind.gradient == "applies":
+            if kind.gradient == "applies":
                 found[k].gradients = max(found[k].gradients, len(waiting[k]))
                 for part, version in waiting[k]:
                     if t in window:
@@ -156,9 +157,10 @@ class Checker:
             own = (action.kind, action.batch, action.micro, k)
             if own in self._done:
                 raise ValueError(f"schedule {schedule.name}: {action} comes twice")
-            for name, stage in schedule.sources[action.kind][k]:
-                if (name, action.batch, action.micro, stage) not in self._done:
-                    need = Action(name, action.batch, stage, action.micro)
+            for alternatives in schedule.sources[action.kind][k]:
+                needs = [Action(name, action.batch, j, action.micro) for name, j in alternatives]
+                if not any((a.kind, a.batch, a.micro, a.stage) in self._done for a in needs):
+                    need = " or ".join(map(str, needs))
                     raise ValueError(f"schedule {schedule.name}: {action} comes before {need}")
             self._done.add(own)
             if kind.gradient == "adds":

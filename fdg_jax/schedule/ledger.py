@@ -6,7 +6,7 @@ it with arrays, checkpoints with names, the simulator with bytes, and counting w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from fdg_jax.schedule.action import ACTIVATION, COTANGENT, Action, Kind
@@ -32,10 +32,13 @@ class Plan(Protocol):
     @property
     def kind_of(self) -> dict[str, Kind]: ...
     @property
-    def sources(self) -> dict[str, list[list[tuple[str, int]]]]: ...
+    def labelled(self) -> tuple[int, ...]: ...
+    @property
+    def sources(self) -> dict[str, list[list[tuple[tuple[str, int], ...]]]]: ...
     @property
     def fill(self) -> int: ...
     def tick(self, t: int) -> list[Action]: ...
+    def gives(self, kind: Kind, k: int) -> Iterator[tuple[str, int]]: ...
 
 
 class Holding:
@@ -77,16 +80,16 @@ class Ledger:
     """
 
     def __init__(self, schedule: Plan) -> None:
-        self._kinds = schedule.kind_of
+        self._schedule, self._kinds = schedule, schedule.kind_of
         self._microbatches = schedule.microbatches
         self._losses = frozenset(schedule.losses)
         self.stages = [Holding() for _ in range(schedule.num_stages)]
 
     def enter(self, batch: int) -> None:
-        """A mini-batch: inputs for the first stage, labels for every stage with a loss."""
+        """A mini-batch: inputs for the first stage, labels for those that use them."""
         for n in range(batch * self._microbatches, (batch + 1) * self._microbatches):
             self.stages[0].put(ACTIVATION, n)
-            for k in self._losses:
+            for k in self._schedule.labelled:
                 self.stages[k].put(LABEL, n)
 
     def apply(self, action: Action) -> None:
@@ -102,16 +105,16 @@ class Ledger:
             own.take(port.name, n)
         if kind.in_flight == "opens":
             own.flights[n] = (own.version if action.version is None else action.version, None)
-            if k in self._losses:
+            if k in self._schedule.labelled:
                 own.take(LABEL, n)
+            if k in self._losses:
                 own.put(COTANGENT, n)
                 self._report(own, n)
         elif kind.in_flight == "closes":
             del own.flights[n]
         own.pending += kind.gradient == "adds"
-        for name, hop in kind.gives:
-            if 0 <= k + hop < len(self.stages):
-                self.stages[k + hop].put(name, n)
+        for name, stage in self._schedule.gives(kind, k):
+            self.stages[stage].put(name, n)
 
     def _report(self, own: Holding, n: int) -> None:
         """Metrics of a part wait until those of the whole mini-batch are there."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fdg_jax.schedule import grid
-from fdg_jax.schedule.action import ACTIVATION, COTANGENT, KINDS, UPDATE, Action, Kind
+from fdg_jax.schedule.action import ACTIVATION, COTANGENT, KINDS, OUTPUT, UPDATE, Action, Kind
 from fdg_jax.schedule.counts import Checker, Counts, count, fill_of
 from fdg_jax.schedule.ledger import Holding, holdings
 
@@ -37,6 +37,7 @@ class Schedule:
       period: after how many ticks the rule repeats itself.
       kinds: of its actions.
       losses: the stages that have a loss; empty: the last one.
+      predicts: the stages that have a synthesizer, which predicts the cotangent of their output.
 
     Raises:
       ValueError: a number or a name out of bounds.
@@ -51,6 +52,7 @@ class Schedule:
     period: int = 1
     kinds: tuple[Kind, ...] = KINDS
     losses: tuple[int, ...] = ()
+    predicts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_stages < 1:
@@ -63,6 +65,11 @@ class Schedule:
             object.__setattr__(self, "losses", (self.num_stages - 1,))
         if not set(self.losses) <= set(range(self.num_stages)):
             raise ValueError(f"losses={self.losses}: must name stages, 0 to {self.num_stages - 1}")
+        if not set(self.predicts) <= set(range(self.num_stages)) - set(self.losses):
+            raise ValueError(
+                f"predicts={self.predicts}: must name stages without a loss, of 0 to "
+                f"{self.num_stages - 1}"
+            )
 
     @functools.cached_property
     def kind_of(self) -> dict[str, Kind]:
@@ -72,33 +79,58 @@ class Schedule:
     @functools.cached_property
     def splits_backward(self) -> bool:
         """Whether a backward comes in two halves, for the input and for the weights."""
-        return any(kind.in_flight == "reads" for kind in self.kinds)
+        return any(kind.in_flight == "reads" and kind.gradient == "none" for kind in self.kinds)
 
     @functools.cached_property
-    def sources(self) -> dict[str, list[list[tuple[str, int]]]]:
-        """For each kind and stage: kind and stage of the actions that it needs, of one batch."""
+    def labelled(self) -> tuple[int, ...]:
+        """The stages to which labels go: those with a loss or a synthesizer."""
+        return tuple(sorted({*self.losses, *self.predicts}))
+
+    def gives(self, kind: Kind, k: int) -> Iterator[tuple[str, int]]:
+        """The messages that an action sends: the port, and the stage that gets it.
+
+        Args:
+          kind: of the action.
+          k: the stage that does it.
+
+        Yields:
+          Ports and stages.
+        """
+        for name, hop in kind.gives:
+            if 0 <= k + hop < self.num_stages and (name != OUTPUT or k in self.predicts):
+                yield name, k + hop
+
+    @functools.cached_property
+    def sources(self) -> dict[str, list[list[tuple[tuple[str, int], ...]]]]:
+        """For each kind and stage: kind and stage of the actions that it needs, of one batch; each
+        need is one of several alternatives."""
         opener = next((kind.name for kind in self.kinds if kind.in_flight == "opens"), "F")
-        found: dict[str, list[list[tuple[str, int]]]] = {}
+        found: dict[str, list[list[tuple[tuple[str, int], ...]]]] = {}
         for kind in self.kinds:
             found[kind.name] = []
             for k in range(self.num_stages):
-                needs = [(opener, k)] if kind.in_flight in ("reads", "closes") else []
+                needs: list[tuple[tuple[str, int], ...]] = []
+                if kind.in_flight in ("reads", "closes"):
+                    needs.append(((opener, k),))
                 for port in kind.takes:
                     if port.name == ACTIVATION and k == 0:
                         continue  # the mini-batch itself
                     if port.name == COTANGENT and k in self.losses:
                         continue  # of the loss: given by the stage's own forward
-                    needs += [
+                    givers = tuple(
                         (other.name, k - hop)
                         for other in self.kinds
                         for name, hop in other.gives
                         if name == port.name and 0 <= k - hop < self.num_stages
-                    ]
+                    )
+                    needs += [givers] if givers else []
                 found[kind.name].append(list(dict.fromkeys(needs)))
         return found
 
     def needs(self, action: Action) -> list[Action]:
         """What must have been done before an action: where its inputs come from.
+
+        Where one of several actions may give an input, all of them are named.
 
         Args:
           action: of this schedule.
@@ -112,7 +144,8 @@ class Schedule:
           ['F4@1', 'B4@2']
         """
         found = self.sources[action.kind][action.stage]
-        return [Action(kind, action.batch, k, action.micro) for kind, k in found]
+        every = dict.fromkeys(need for alternatives in found for need in alternatives)
+        return [Action(kind, action.batch, k, action.micro) for kind, k in every]
 
     def tick(self, t: int, end: int | None = None) -> list[Action]:
         """The actions of one tick.
@@ -148,17 +181,20 @@ class Schedule:
         adding = {kind.name for kind in self.kinds if kind.gradient == "adds"}
         t = idle = gradients = 0
         total = batches * self.num_stages * self.microbatches
-        while gradients < total:
+        while True:
             actions = self.tick(t, batches)
+            if gradients == total and not actions:
+                return
             checker.check(t, actions)
             idle = 0 if any(a.kind != UPDATE.name for a in actions) else idle + 1
             gradients += sum(a.kind in adding for a in actions)
             if idle > 8 * self.num_stages + self.period:
                 raise ValueError(f"schedule {self.name}: after tick {t} batches are left in flight")
             t += 1
-            if gradients == total:
+            if gradients == total and any(n >= 0 for n in checker.pending):
                 left = enumerate(checker.pending)
                 actions = actions + [Action(UPDATE.name, n, k) for k, n in left if n >= 0]
+                checker.pending = [-1] * self.num_stages
             yield actions
 
     @functools.cached_property

@@ -12,6 +12,7 @@ import pytest
 
 import fdg_jax as fdg
 from fdg_jax.checkpoint import Checkpointer
+from fdg_jax.partition.cuts import units_of
 from tests import networks
 
 SCHEDULES = {
@@ -34,7 +35,10 @@ def make(schedule=None, width=networks.WIDTH, **options) -> fdg.Pipeline:
         networks.batch_norm(),
         networks.dense(networks.CLASSES, lambda x: x),
     ]
-    stages = fdg.partition(layers, k, networks.batches(1)[0][0], cost=[1] * 6)
+    if options.get("gradient") == "reversible":
+        layers = networks.reversible_network()
+    costs = [1] * len(units_of(layers))
+    stages = fdg.partition(layers, k, networks.batches(1)[0][0], cost=costs)
     return fdg.Pipeline(stages, networks.loss_fn, networks.sgd(0.5, k), schedule, **options)
 
 
@@ -77,6 +81,7 @@ CASES = [
     for j, gradient in enumerate(GRADIENTS)
 ]
 CASES += [("fdg", gradient, 3, 1 + j) for j, gradient in enumerate(GRADIENTS)]
+CASES += [("fdg", "reversible", 3, 6), ("adl", "reversible", 4, 7), ("gpipe", "reversible", 2, 3)]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,7 +10,7 @@ import fdg_jax as fdg
 from tests import networks
 
 DATA = networks.batches(10)
-RULES = ("stale", "recompute_stale", "recompute")
+RULES = ("stale", "recompute_stale", "recompute", "reversible")
 
 
 def pipeline(schedule, **options) -> fdg.Pipeline:
@@ -37,7 +37,7 @@ SCHEDULES = {
 }
 
 
-CASES = [(name, RULES[i % 3]) for i, name in enumerate(SCHEDULES)] + [("fdg", "stale")]
+CASES = [(name, RULES[i % 4]) for i, name in enumerate(SCHEDULES)] + [("fdg", "stale")]
 
 
 @pytest.mark.parametrize(("name", "rule"), CASES)

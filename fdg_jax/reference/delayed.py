@@ -1,55 +1,23 @@
-"""The oracle: training with delayed gradients, written from the equations.
-
-With :math:`w_k^{(v)}` the weights of stage k after v updates and :math:`v_k(n)` the number of
-updates that stage k had made when it forwarded batch n, the gradient of batch n is the ordinary
-gradient of the *whole* network at a tuple of weights of mixed age,
-
-.. math::
-    g(n) = \\nabla L_n\\left(w_0^{(v_0(n))}, \\dots, w_{K-1}^{(v_{K-1}(n))}\\right),
-
-and stage k's update number v applies the mean of its parts of the gradients that are due,
-
-.. math::
-    w_k^{(v+1)} = w_k^{(v)} + U_k\\left(\\tfrac{1}{|D|} \\textstyle\\sum_{n \\in D} g_k(n)\\right).
-
-Where a gradient rule keeps no weights ("recompute") the versions are those of each stage's own
-backward, and every stage is given the input that it had at its forward:
-:math:`y - \\mathrm{sg}(y) + x` has the value x and the gradient of y. Where mini-batches are
-divided, n counts micro-batches.
-
-Where stages have losses of their own, :math:`L_n` is the stage's, and its input a constant.
-
-Nothing here is fast, and nothing is shared with the pipeline but the layers and the action stream.
-"""
+"""The oracle of delayed gradients: the whole network at weights of mixed age."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fdg_jax.engine.gradient_rule import GradientRule, gradient_rule
+from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.rules import gradient_rule
+from fdg_jax.engine.synthesizer import Synthesizer, SynthesizerState
 from fdg_jax.layer import Layer, batch_key, typed_key
 from fdg_jax.optim import StageOptimizer
+from fdg_jax.reference import local, predicted, reversible
+from fdg_jax.reference.result import Result, part_of
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import Key, LossFn, PyTree
-
-
-class Result(NamedTuple):
-    """What a reference run gives.
-
-    Attributes:
-      params: final parameters, one pytree per stage.
-      model_state: final model state, one pytree per stage.
-      losses: one per batch, in order.
-    """
-
-    params: list[PyTree]
-    model_state: list[PyTree]
-    losses: list[jax.Array]
 
 
 def train(
@@ -62,6 +30,7 @@ def train(
     key: Key,
     batches: Sequence[tuple[PyTree, PyTree]],
     gradient: str | GradientRule = "stale",
+    synthesizers: Sequence[tuple[Synthesizer, SynthesizerState]] = (),
 ) -> Result:
     """Trains on ``batches`` as ``schedule`` says, from the fill to the drain, exactly.
 
@@ -74,6 +43,7 @@ def train(
       key: the root key of dropout.
       batches: (inputs, labels) each.
       gradient: as in `fdg_jax.Pipeline`; "stale" and "recompute_stale" are the same gradient.
+      synthesizers: of the stages that predict, and their initial states.
 
     Returns:
       A `Result`.
@@ -94,10 +64,17 @@ def train(
     """
     stages = tuple(stages)
     rule, kinds = gradient_rule(gradient), schedule.kind_of
+    rest = optimizer, schedule, params, model_state, key, batches
     if not callable(loss_fn) and len(schedule.losses) > 1:
-        return _local(stages, loss_fn, optimizer, schedule, params, model_state, key, batches)
+        return local.train(stages, loss_fn, *rest)
     final = loss_fn if callable(loss_fn) else loss_fn[-1]
     assert final is not None
+    if schedule.predicts:
+        return predicted.train(stages, final, rule, synthesizers, *rest)
+    if rule.reconstructs:
+        return reversible.train(
+            stages, final, optimizer, schedule, params, model_state, key, batches
+        )
     last, count = len(stages) - 1, schedule.microbatches
     key = typed_key(key)
     places = [sum(stage.size for stage in stages[:k]) for k in range(len(stages))]
@@ -143,7 +120,7 @@ def train(
         k, n = action.stage, action.batch * count + (action.micro or 0)
         kind = kinds[action.kind]
         if kind.in_flight == "opens":
-            x, labels = _part(batches[action.batch], action.micro or 0, count)
+            x, labels = part_of(batches[action.batch], action.micro or 0, count)
             seen[k, n] = len(versions[k]) - 1 if action.version is None else action.version
             if k == last:
                 mixed = tuple(versions[j][seen[j, n]] for j in range(len(stages)))
@@ -151,7 +128,7 @@ def train(
                 met[n], state = (state, inputs, whole), tuple(left)
                 losses[action.batch].append(loss)
         elif kind.gradient == "adds":
-            x, labels = _part(batches[action.batch], action.micro or 0, count)
+            x, labels = part_of(batches[action.batch], action.micro or 0, count)
             old_state, inputs, whole = met[n]
             if not rule.keeps_weights:
                 # Stages above k have done their backward of this batch, at versions now in `seen`.
@@ -180,57 +157,8 @@ def train(
     return Result([v[-1] for v in versions], list(state), means)
 
 
-def _local(
-    stages: Sequence[Layer],
-    losses: Sequence[LossFn | None],
-    optimizer: Callable[[int], optax.GradientTransformation | StageOptimizer],
-    schedule: Schedule,
-    params: Sequence[PyTree],
-    model_state: Sequence[PyTree],
-    key: Key,
-    batches: Sequence[tuple[PyTree, PyTree]],
-) -> Result:
-    """Every stage alone: its input a constant, its loss its own, one update a mini-batch."""
-    key = typed_key(key)
-    values, state, found = list(params), list(model_state), []
-    optimizers = [StageOptimizer.of(optimizer(k)) for k in range(len(stages))]
-    opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
-    sent: dict[tuple[int, int], PyTree] = {}  # (stage, batch) -> its input
-    for action in (a for tick in schedule.stream(len(batches)) for a in tick):
-        k, n = action.stage, action.batch
-        if schedule.kind_of[action.kind].in_flight != "opens":
-            continue
-        layer = stages[k].at(sum(stage.size for stage in stages[:k]))
-
-        def loss(p: PyTree, k: int = k, n: int = n, layer: Layer = layer) -> Any:
-            one, labels = losses[k], batches[n][1]
-            assert one is not None
-            y, left = layer.apply(p, state[k], sent[k, n], train=True, key=batch_key(key, n))
-            return one(y, labels)[0], (y, left)
-
-        sent.setdefault((k, n), batches[n][0])
-        (value, (y, state[k])), gradient = jax.value_and_grad(loss, has_aux=True)(values[k])
-        sent[k + 1, n] = y
-        extra = {"stale_params": values[k], "staleness": jnp.float32(0)}
-        updates, opt_states[k] = optimizers[k].update(gradient, opt_states[k], values[k], **extra)
-        values[k] = optax.apply_updates(values[k], updates)
-        if k == len(stages) - 1:
-            found.append(value)
-    return Result(values, state, found)
-
-
 def _pin(y: jax.Array, value: jax.Array) -> jax.Array:
     """The value, with the gradient of y."""
     if not jnp.issubdtype(y.dtype, jnp.inexact):
         return value
     return y - jax.lax.stop_gradient(y) + value
-
-
-def _part(batch: tuple[PyTree, PyTree], micro: int, count: int) -> tuple[PyTree, PyTree]:
-    """One of the micro-batches of a mini-batch; a leaf without a batch axis goes to each."""
-
-    def part(v: Any) -> Any:
-        size = len(v) // count if jnp.ndim(v) else 0
-        return v[micro * size : (micro + 1) * size] if jnp.ndim(v) else v
-
-    return jax.tree.map(part, batch)

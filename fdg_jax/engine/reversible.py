@@ -1,0 +1,182 @@
+"""The gradient rule of PETRA: a stage keeps nothing that it can compute again from its output.
+
+    forward     x ──► layer ──► y           kept: the input of layers that have no inverse
+    backward    (y~, cotangent) ──► (x~, cotangent of x), gradient, all at the newest weights
+
+A stage's layers are gone through in runs: layers with an inverse reconstruct their input one by
+one, others begin again from the input that the run kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+
+from fdg_jax.engine.gradient_rule import GradientRule, Stage
+from fdg_jax.engine.residuals import Stash, split_inexact
+from fdg_jax.layer import Chain, Layer, batch_key
+from fdg_jax.typing import Key, PyTree
+
+
+class Run(NamedTuple):
+    """Neighbouring layers of a stage that all have an inverse, or all have none.
+
+    Attributes:
+      layers: with their numbers in the network.
+      first: position of the first of them in the stage.
+      inverts: whether they have an inverse.
+    """
+
+    layers: tuple[Layer, ...]
+    first: int
+    inverts: bool
+
+
+def runs(layer: Layer) -> list[Run]:
+    """The runs of a stage, input first.
+
+    Args:
+      layer: the stage; a chain is divided, any other layer is a run.
+
+    Returns:
+      Runs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from fdg_jax import chain, coupling, from_fn
+      >>> sin, block = from_fn(jnp.sin), coupling(from_fn(jnp.sin))
+      >>> [(len(run.layers), run.inverts) for run in runs(chain([sin, sin, block]))]
+      [(2, False), (1, True)]
+    """
+    found: list[Run] = []
+    for i, one in enumerate(layer.numbered if isinstance(layer, Chain) else [layer]):
+        inverts = one.inverse is not None
+        if found and found[-1].inverts == inverts:
+            found[-1] = found[-1]._replace(layers=(*found[-1].layers, one))
+        else:
+            found.append(Run((one,), i, inverts))
+    return found
+
+
+@dataclass(frozen=True)
+class Reversible(GradientRule):
+    """Inputs are reconstructed from outputs; nothing of a reversible layer is kept.
+
+    .. math::
+        \\tilde x = F^{-1}(\\tilde y, w_t), \\qquad
+        (\\delta_x, g) = \\mathrm{vjp}_{F(\\cdot, w_t)}(\\tilde x)(\\delta_y)
+
+    with the newest weights; the message to the stage before is the pair of :math:`\\tilde x` and
+    :math:`\\delta_x`. Layers without an inverse keep their input and are run again. A stage with a
+    loss runs backward right after forward: it keeps what "stale" keeps, and sends its true input.
+
+    References:
+      Rivaud et al., `PETRA: Parallel End-to-end Training with Reversible Architectures
+      <https://arxiv.org/abs/2406.02052>`_, section 3, 2024.
+    """
+
+    name: str = "reversible"
+    keeps_residuals: bool = False
+    keeps_weights: bool = False
+    reconstructs: bool = True
+
+    def of_stage(self, has_loss: bool) -> GradientRule:
+        return _WITH_LOSS if has_loss else self
+
+    def apply(
+        self, layer: Layer, params: PyTree, state: PyTree, x: PyTree, key: Key
+    ) -> tuple[PyTree, PyTree, PyTree]:
+        kept, new_state = [], []
+        params, state = _each(layer, params), _each(layer, state)
+        for run in runs(layer):
+            if not run.inverts:
+                kept.append(x)
+            for one, p, s in _numbered(run, params, state):
+                x, left = one.apply(p, s, x, train=True, key=key)
+                new_state.append(left)
+        return x, tuple(new_state) if isinstance(layer, Chain) else new_state[0], kept
+
+    def message(self, inputs: PyTree, cotangent: PyTree) -> PyTree:
+        return inputs, cotangent
+
+    def cotangent(self, message: PyTree) -> PyTree:
+        return message[1]
+
+    def backward(
+        self, stage: Stage, params: PyTree, stash: Stash, key: Key, message: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        y, cotangent = message
+        kept, noise = list(stash.inputs), batch_key(key, stash.number)
+        each, state = _each(stage.layer, params), _each(stage.layer, stash.model_state)
+        gradients: list[PyTree] = []
+        for run in reversed(runs(stage.layer)):
+            if run.inverts:
+                for one, p, s in reversed(list(_numbered(run, each, state))):
+                    assert one.reverse is not None
+                    above = jax.tree.unflatten(jax.tree.structure(y), cotangent)
+                    y, gradient, below = one.reverse(p, s, y, above, key=noise)
+                    cotangent = jax.tree.leaves(below)
+                    gradients.append(gradient)
+            else:
+                y = kept.pop()
+                own, cotangent = _recompute(run, each, state, y, cotangent, noise)
+                gradients += reversed(own)
+        whole = tuple(reversed(gradients))
+        gradient = whole if isinstance(stage.layer, Chain) else whole[0]
+        return gradient, self.message(y, cotangent) if stage.sends else None
+
+
+@dataclass(frozen=True)
+class _WithLoss(GradientRule):
+    """Of a stage with a loss: as "stale", but for what it sends."""
+
+    name: str = "reversible"
+    reconstructs: bool = True
+
+    def message(self, inputs: PyTree, cotangent: PyTree) -> PyTree:
+        return inputs, cotangent
+
+    def cotangent(self, message: PyTree) -> PyTree:
+        return message[1]
+
+
+_WITH_LOSS = _WithLoss()
+REVERSIBLE = Reversible()
+
+
+def _each(layer: Layer, tree: PyTree) -> Sequence[PyTree]:
+    """Params or state of every layer of a stage."""
+    return tree if isinstance(layer, Chain) else (tree,)
+
+
+def _numbered(
+    run: Run, params: Sequence[PyTree], state: Sequence[PyTree]
+) -> Iterator[tuple[Layer, PyTree, PyTree]]:
+    for i, layer in enumerate(run.layers, start=run.first):
+        yield layer, params[i], state[i]
+
+
+def _recompute(
+    run: Run,
+    params: Sequence[PyTree],
+    state: Sequence[PyTree],
+    x: PyTree,
+    cotangent: list[jax.Array],
+    key: Key,
+) -> tuple[list[PyTree], list[jax.Array]]:
+    """Gradients of a run's layers and the cotangent of its input, from that input."""
+    moving, join = split_inexact(x)
+    end = run.first + len(run.layers)
+
+    def outputs(own: Sequence[PyTree], moving: list[jax.Array]) -> list[jax.Array]:
+        y = join(moving)
+        for one, p, s in zip(run.layers, own, state[run.first : end], strict=True):
+            y, _ = one.apply(p, s, y, train=True, key=key)
+        return split_inexact(y)[0]
+
+    _, vjp = jax.vjp(outputs, list(params[run.first : end]), moving)
+    gradients, below = vjp(cotangent)
+    return gradients, below

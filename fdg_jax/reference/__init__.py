@@ -1,0 +1,42 @@
+"""The oracle: training with delayed gradients, written from the equations.
+
+With :math:`w_k^{(v)}` the weights of stage k after v updates and :math:`v_k(n)` the number of
+updates that stage k had made when it forwarded batch n, the gradient of batch n is the ordinary
+gradient of the *whole* network at a tuple of weights of mixed age,
+
+.. math::
+    g(n) = \\nabla L_n\\left(w_0^{(v_0(n))}, \\dots, w_{K-1}^{(v_{K-1}(n))}\\right),
+
+and stage k's update number v applies the mean of its parts of the gradients that are due,
+
+.. math::
+    w_k^{(v+1)} = w_k^{(v)} + U_k\\left(\\tfrac{1}{|D|} \\textstyle\\sum_{n \\in D} g_k(n)\\right).
+
+Where a gradient rule keeps no weights ("recompute") the versions are those of each stage's own
+backward, and every stage is given the input that it had at its forward:
+:math:`y - \\mathrm{sg}(y) + x` has the value x and the gradient of y. Where mini-batches are
+divided, n counts micro-batches.
+
+Where inputs are reconstructed ("reversible"), a stage inverts itself at the newest weights and
+takes the gradient at the input that it finds,
+
+.. math::
+    \\tilde x_k = F_k^{-1}(\\tilde x_{k+1}, w_k), \\qquad
+    (\\delta_k, g_k) = \\mathrm{vjp}_{F_k(\\cdot, w_k)}(\\tilde x_k)(\\delta_{k+1});
+
+layers without an inverse begin from the input that they had.
+
+Where cotangents are predicted, a stage's gradient is that of its own part of the network alone,
+
+.. math::
+    g_k(n) = \\left(\\partial h_k / \\partial w_k\\right)^T S_k(h_k, \\text{labels}).
+
+Where stages have losses of their own, :math:`L_n` is the stage's, and its input a constant.
+
+Nothing here is fast, and nothing is shared with the pipeline but the layers and the action stream.
+"""
+
+from fdg_jax.reference.delayed import train
+from fdg_jax.reference.result import Result
+
+__all__ = ["Result", "train"]

@@ -1,0 +1,127 @@
+"""The oracle of stages that reconstruct their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fdg_jax.layer import Chain, Layer, batch_key, chain, typed_key
+from fdg_jax.optim import StageOptimizer
+from fdg_jax.reference.result import Result, part_of
+from fdg_jax.schedule import Schedule
+from fdg_jax.typing import Key, LossFn, PyTree
+
+
+def train(
+    stages: Sequence[Layer],
+    final: LossFn,
+    optimizer: Callable[[int], optax.GradientTransformation | StageOptimizer],
+    schedule: Schedule,
+    params: Sequence[PyTree],
+    model_state: Sequence[PyTree],
+    key: Key,
+    batches: Sequence[tuple[PyTree, PyTree]],
+) -> Result:
+    """Inverses and derivatives run by run, each from its definition."""
+    key, last, count = typed_key(key), len(stages) - 1, schedule.microbatches
+    placed = [s.at(sum(stage.size for stage in stages[:k])) for k, s in enumerate(stages)]
+    parts = [_runs(stage) for stage in placed]
+    values, state = list(params), list(model_state)
+    optimizers = [StageOptimizer.of(optimizer(k)) for k in range(len(stages))]
+    opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
+    up: dict[tuple[int, int], PyTree] = {}  # (stage, micro-batch) -> input at its forward
+    kept: dict[tuple[int, int], Any] = {}  # -> inputs of its runs, state of its forward
+    down: dict[tuple[int, int], Any] = {}  # -> output reconstructed above, and its cotangent
+    ready: dict[int, Any] = {}  # of the last stage: gradient, input and its cotangent
+    due: list[list[PyTree]] = [[] for _ in stages]
+    losses: list[list[jax.Array]] = [[] for _ in batches]
+    for action in (a for tick in schedule.stream(len(batches)) for a in tick):
+        k, n = action.stage, action.batch * count + (action.micro or 0)
+        kind, noise = schedule.kind_of[action.kind], batch_key(key, n)
+        if kind.in_flight == "opens":
+            x, labels = part_of(batches[action.batch], action.micro or 0, count)
+            x = up.pop((k, n), x)
+            if k == last:
+
+                def loss(p: PyTree, x: PyTree, labels: Any = labels, noise: Any = noise) -> Any:
+                    y, left = placed[last].apply(p, state[last], x, train=True, key=noise)
+                    return final(y, labels)[0], left
+
+                (value, state[k]), (gradient, below) = jax.value_and_grad(
+                    loss, argnums=(0, 1), has_aux=True, allow_int=True
+                )(values[k], x)
+                losses[action.batch].append(value)
+                ready[n] = gradient, (x, below)
+            else:
+                inputs, left = [], []
+                for i, layer in parts[k]:
+                    inputs.append(x)
+                    x, s = layer.apply(
+                        _at(values[k], i), _at(state[k], i), x, train=True, key=noise
+                    )
+                    left.append(s)
+                kept[k, n] = inputs, state[k]
+                state[k] = _joined(stages[k], left)
+                up[k + 1, n] = x
+        elif kind.gradient != "applies":  # a backward, or one of its halves
+            if k == last:
+                gradient, down[k - 1, n] = ready[n]
+            else:
+                y, cotangent = down[k, n]
+                inputs, old = kept[k, n]
+                found = []
+                for (i, layer), x in reversed(list(zip(parts[k], inputs, strict=True))):
+                    p, s = _at(values[k], i), _at(old, i)
+                    if layer.inverse is not None:
+                        x = layer.inverse(p, s, y, train=True, key=noise)
+
+                    def run(
+                        p: PyTree, x: PyTree, layer: Any = layer, s: Any = s, z: Any = noise
+                    ) -> PyTree:
+                        return layer.apply(p, s, x, train=True, key=z)[0]
+
+                    of_params, cotangent = jax.vjp(run, p, x)[1](cotangent)
+                    y = x
+                    found.append(of_params)
+                gradient, down[k - 1, n] = _joined(stages[k], found[::-1]), (y, cotangent)
+            if kind.gradient == "adds":
+                due[k].append(gradient)
+        else:
+            scale = len(due[k]) if schedule.reduction == "mean" else 1
+            reduced = jax.tree.map(lambda *g, scale=scale: sum(g) / scale, *due[k])
+            due[k] = []
+            updates, opt_states[k] = optimizers[k].update(reduced, opt_states[k], values[k])
+            values[k] = optax.apply_updates(values[k], updates)
+    return Result(values, state, [jnp.mean(jnp.stack(found)) for found in losses])
+
+
+def _runs(stage: Layer) -> list[tuple[slice | None, Layer]]:
+    """The layers of a stage, those without an inverse joined where they are neighbours."""
+    if not isinstance(stage, Chain):
+        return [(None, stage)]
+    groups: list[list[int]] = []
+    for i, layer in enumerate(stage.layers):
+        plain = layer.inverse is None
+        if plain and groups and stage.layers[groups[-1][-1]].inverse is None:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    first = [
+        stage.first + sum(one.size for one in stage.layers[:i]) for i in range(len(stage.layers))
+    ]
+    return [
+        (slice(g[0], g[-1] + 1), chain(stage.layers[g[0] : g[-1] + 1], first=first[g[0]]))
+        for g in groups
+    ]
+
+
+def _at(tree: PyTree, part: slice | None) -> PyTree:
+    return tree if part is None else tree[part]
+
+
+def _joined(stage: Layer, parts: Sequence[PyTree]) -> PyTree:
+    return tuple(v for part in parts for v in part) if isinstance(stage, Chain) else parts[0]
