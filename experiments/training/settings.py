@@ -22,7 +22,7 @@ HELP = {
     "crop_padding": "Pixels of black border for random crops; 0 switches crops off.",
     "flip": "Whether to mirror half of the train images.",
     "model": "small_resnet; resnet20, 32, 44, 56, 110, 1202; resnet18, 34, 50, 101; plain16; "
-    "wrn28_10 or any other wrn<6n+4>_<k>.",
+    "wrn28_10 or any other wrn<6n+4>_<k>; reversible: small_revnet, revnet18, 34, 50.",
     "dropout": "Rate in the blocks of a wide ResNet, in [0, 1); the other models have none.",
     "unroll": f"Equal blocks written out, or compiled once and scanned: {config.UNROLL}. auto "
     "scans on GPU and TPU only.",

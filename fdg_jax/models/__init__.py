@@ -11,9 +11,11 @@ from fdg_jax.layer import Layer
 from fdg_jax.models.compute import DEFAULT, Compute
 from fdg_jax.models.plain import plain
 from fdg_jax.models.resnet import resnet, small_resnet, thin_resnet, wide_resnet
+from fdg_jax.models.revnet import revnet, small_revnet
 
 THIN_DEPTHS = (20, 32, 44, 56, 110, 1202)
 DEPTHS = (18, 34, 50, 101)
+REVERSIBLE_DEPTHS = (18, 34, 50)
 
 
 def create(
@@ -28,7 +30,8 @@ def create(
 
     Args:
       name: "small_resnet"; "resnet20", 32, 44, 56, 110, 1202 (thin); "resnet18", 34, 50, 101;
-        "plain16"; "wrn28_10" and any other "wrn<6n+4>_<k>".
+        "plain16"; "wrn28_10" and any other "wrn<6n+4>_<k>"; reversible: "small_revnet",
+        "revnet18", 34, 50.
       num_classes: size of the output.
       channels: of the images.
       unroll: whether equal blocks are written out or scanned, see `fdg_jax.repeat`.
@@ -51,6 +54,8 @@ def create(
         **{f"resnet{d}": functools.partial(resnet, d, **options) for d in DEPTHS},
         "small_resnet": functools.partial(small_resnet, compute=compute),
         "plain16": functools.partial(plain, 16, **options),
+        "small_revnet": functools.partial(small_revnet, compute=compute),
+        **{f"revnet{d}": functools.partial(revnet, d, **options) for d in REVERSIBLE_DEPTHS},
     }
     if wide := re.fullmatch(r"wrn(\d{1,4})_(\d{1,3})", name):
         depth, widen = map(int, wide.groups())
@@ -64,4 +69,14 @@ def create(
     return makers[name](num_classes=num_classes, channels=channels)
 
 
-__all__ = ["Compute", "create", "plain", "resnet", "small_resnet", "thin_resnet", "wide_resnet"]
+__all__ = [
+    "Compute",
+    "create",
+    "plain",
+    "resnet",
+    "revnet",
+    "small_resnet",
+    "small_revnet",
+    "thin_resnet",
+    "wide_resnet",
+]

@@ -40,7 +40,10 @@ def test_number_of_parameters_is_the_published_one(name, millions, digits):
     assert round(parameters(name) / 1e6, digits) == millions
 
 
-@pytest.mark.parametrize("name", ["small_resnet", "resnet20", "resnet18", "resnet50", "wrn16_1"])
+@pytest.mark.parametrize(
+    "name",
+    ["small_resnet", "resnet20", "resnet18", "resnet50", "wrn16_1", "small_revnet", "revnet18"],
+)
 def test_outputs_are_logits_whatever_the_image(name):
     for shape, channels, classes in (((2, 32, 32, 3), 3, 10), ((3, 28, 28, 1), 1, 7)):
         network = fdg.chain(models.create(name, classes, channels))
@@ -167,7 +170,7 @@ def test_own_derivatives_are_those_of_jax(name):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("name", ["small_resnet", "wrn10_1"])
+@pytest.mark.parametrize("name", ["small_resnet", "wrn10_1", "small_revnet"])
 def test_half_precision_is_of_activations_alone(name, fast):
     layers = models.create(name, compute=models.Compute(jnp.bfloat16, fast))
     x = jnp.ones((2, 8, 8, 3), jnp.float32)
@@ -176,4 +179,5 @@ def test_half_precision_is_of_activations_alone(name, fast):
         assert {v.dtype for v in jax.tree.leaves(params)} <= {jnp.dtype(jnp.float32)}
         x, new = layer.apply(params, state, x, train=True, key=jax.random.key(1))
         assert {v.dtype for v in jax.tree.leaves(new)} <= {jnp.dtype(jnp.float32)}
-        assert x.dtype == (jnp.bfloat16 if i < len(layers) - 1 else jnp.float32)
+        dtype = jnp.bfloat16 if i < len(layers) - 1 else jnp.float32
+        assert {v.dtype for v in jax.tree.leaves(x)} == {jnp.dtype(dtype)}
