@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fdg_jax.layer import Layer
+from fdg_jax.models.auxiliary import auxiliary_head
 from fdg_jax.models.compute import DEFAULT, Compute
 from fdg_jax.models.plain import plain
 from fdg_jax.models.resnet import resnet, small_resnet, thin_resnet, wide_resnet
 from fdg_jax.models.revnet import revnet, small_revnet
+from fdg_jax.models.synthesizer import synthesizer
 
 THIN_DEPTHS = (20, 32, 44, 56, 110, 1202)
 DEPTHS = (18, 34, 50, 101)
@@ -71,12 +73,14 @@ def create(
 
 __all__ = [
     "Compute",
+    "auxiliary_head",
     "create",
     "plain",
     "resnet",
     "revnet",
     "small_resnet",
     "small_revnet",
+    "synthesizer",
     "thin_resnet",
     "wide_resnet",
 ]
