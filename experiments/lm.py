@@ -32,7 +32,7 @@ from experiments.common.memory import memory
 from experiments.common.screen import Screen
 from experiments.text import corpus
 from experiments.text.settings import Settings, define_flags, from_flags
-from experiments.text.transformer import kernels, transformer
+from experiments.text.transformer import kernels, reversible_transformer, transformer
 from experiments.training import curves, methods, remedies, setup
 from experiments.training.loop import params_sha256
 from experiments.training.shown import stage_table
@@ -65,7 +65,8 @@ def make(settings: Settings, vocabulary: int) -> tuple[fdg.Pipeline, fdg.Partiti
     Raises:
       UsageError: the network does not fit the machine, or the batch does not fit the devices.
     """
-    layers = transformer(vocabulary, settings.width, settings.blocks, settings.heads)
+    network = reversible_transformer if settings.reversible else transformer
+    layers = network(vocabulary, settings.width, settings.blocks, settings.heads)
     example = jax.ShapeDtypeStruct((settings.batch_size, settings.context), jnp.int32)
     params, _ = jax.eval_shape(fdg.chain(layers).init, jax.random.key(0), example)
     # Weights, gradients and AdamW's two moments, in float32.
@@ -258,7 +259,8 @@ def run(settings: Settings) -> dict[str, Any]:
         "staleness": [row["staleness"] for row in table],
         "params_sha256": params_sha256(pipe.true_params(state)),
     }
-    title = f"transformer on {source.name}: {settings.method}, K = {len(stages)}"
+    network = "reversible transformer" if settings.reversible else "transformer"
+    title = f"{network} on {source.name}: {settings.method}, K = {len(stages)}"
     out.write_bytes("curves.png", curves.draw(out.metrics(), title))
     out.write_json("summary.json", summary)  # the last: a run that has it is finished
     rows = [

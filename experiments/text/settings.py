@@ -21,6 +21,7 @@ HELP = {
     "width": "Of a byte's vector; the hidden layers are four times as wide.",
     "blocks": "Blocks of the transformer; with embedding and head, 2 more layers to cut between.",
     "heads": "Of each block's attention.",
+    "reversible": "Whether the blocks can be inverted: attention and perceptron on two streams.",
     "context": "Bytes of a sequence.",
     "num_stages": "K: the number of modules that the network is split into, by FLOPs.",
     "method": f"One of {', '.join(methods.METHODS)}.",
@@ -55,6 +56,7 @@ class Settings(remedies.Remedies):
     width: int = 64
     blocks: int = 4
     heads: int = 4
+    reversible: bool = False
     context: int = 64
     num_stages: int = 2
     method: str = "fdg"

@@ -1,4 +1,4 @@
-"""A decoder-only transformer as a list of layers, in pure functions.
+"""A decoder-only transformer, and a reversible one, as lists of layers in pure functions.
 
 Blocks that normalise first, learned positions, GELU, and the initial weights of Radford et al.,
 "Language Models are Unsupervised Multitask Learners", 2019.
@@ -7,6 +7,7 @@ Blocks that normalise first, learned positions, GELU, and the initial weights of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,45 @@ def transformer(vocabulary: int, width: int, blocks: int, heads: int) -> list[La
     return [_embedding(vocabulary, width), repeated, _head(vocabulary)]
 
 
+def reversible_transformer(vocabulary: int, width: int, blocks: int, heads: int) -> list[Layer]:
+    r"""The transformer on two streams, whose blocks can be inverted.
+
+    .. math::
+        y_1 = x_1 + \mathrm{attention}(x_2), \qquad y_2 = x_2 + \mathrm{perceptron}(y_1)
+
+    Both streams begin as the embedding; the head reads their mean. A block has the parameters of
+    `transformer`'s.
+
+    Args:
+      vocabulary, width, blocks, heads: as in `transformer`; each stream has the width.
+
+    Returns:
+      Layers that map as those of `transformer`; between them pass pairs.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> network = fdg.chain(reversible_transformer(vocabulary=5, width=8, blocks=2, heads=2))
+      >>> tokens = jnp.zeros((3, 4), jnp.int32)
+      >>> params, state = network.init(jax.random.key(0), tokens)
+      >>> network.apply(params, state, tokens, train=False, key=None)[0].shape
+      (3, 4, 5)
+
+    References:
+      Kitaev et al., `Reformer <https://arxiv.org/abs/2001.04451>`_, section 3, 2020.
+    """
+    std = _STD / math.sqrt(2 * blocks)
+    attention = _branch(
+        lambda keys, width: _attention_params(keys, width, std),
+        lambda params, x: _attention(params, x, heads),
+    )
+    perceptron = _branch(lambda keys, width: _perceptron_params(keys, width, std), _perceptron)
+    return [
+        fdg.chain([_embedding(vocabulary, width), fdg.from_fn(lambda x: (x, x))]),
+        fdg.repeat(fdg.reversible(attention, perceptron), blocks),
+        fdg.chain([fdg.from_fn(lambda streams: (streams[0] + streams[1]) / 2), _head(vocabulary)]),
+    ]
+
+
 def kernels(params: PyTree) -> PyTree:
     """True for the matrices of dense layers, which weight decay is for, False for all else."""
     return jax.tree_util.tree_map_with_path(
@@ -72,30 +112,59 @@ def _block(heads: int, out_std: float) -> Layer:
     """Attention and a two-layer perceptron, each added to what it was given."""
 
     def init(key: Key, x: jax.Array) -> tuple[PyTree, PyTree]:
-        width = x.shape[-1]
-        keys = jax.random.split(key, 4)
+        width, keys = x.shape[-1], jax.random.split(key, 4)
         return {
-            "attention_norm": _norm_params(width),
-            "qkv": _dense_params(keys[0], width, 3 * width, _STD),
-            "projection": _dense_params(keys[1], width, width, out_std),
-            "mlp_norm": _norm_params(width),
-            "expand": _dense_params(keys[2], width, 4 * width, _STD),
-            "contract": _dense_params(keys[3], 4 * width, width, out_std),
+            **_attention_params(keys[:2], width, out_std),
+            **_perceptron_params(keys[2:], width, out_std),
         }, ()
 
     def apply(
         params: PyTree, state: PyTree, x: jax.Array, *, train: bool, key: Key | None
     ) -> tuple[jax.Array, PyTree]:
         del train, key
-        batch, length, width = x.shape
-        qkv = _dense(params["qkv"], _norm(params["attention_norm"], x))
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, heads, width // heads), 2, 0)
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + _dense(params["projection"], attended.reshape(x.shape))
-        hidden = jax.nn.gelu(_dense(params["expand"], _norm(params["mlp_norm"], x)))
-        return x + _dense(params["contract"], hidden), state
+        x = x + _attention(params, x, heads)
+        return x + _perceptron(params, x), state
 
     return Layer(init, apply)
+
+
+def _branch(
+    init: Callable[[Key, int], PyTree], apply: Callable[[PyTree, jax.Array], jax.Array]
+) -> Layer:
+    """A part of a block as a layer; ``init`` gets two keys and the width."""
+    return Layer(
+        lambda key, x: (init(jax.random.split(key), x.shape[-1]), ()),
+        lambda params, state, x, *, train, key: (apply(params, x), state),
+    )
+
+
+def _attention_params(keys: Key, width: int, out_std: float) -> PyTree:
+    return {
+        "attention_norm": _norm_params(width),
+        "qkv": _dense_params(keys[0], width, 3 * width, _STD),
+        "projection": _dense_params(keys[1], width, width, out_std),
+    }
+
+
+def _attention(params: PyTree, x: jax.Array, heads: int) -> jax.Array:
+    batch, length, width = x.shape
+    qkv = _dense(params["qkv"], _norm(params["attention_norm"], x))
+    q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, heads, width // heads), 2, 0)
+    attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    return _dense(params["projection"], attended.reshape(x.shape))
+
+
+def _perceptron_params(keys: Key, width: int, out_std: float) -> PyTree:
+    return {
+        "mlp_norm": _norm_params(width),
+        "expand": _dense_params(keys[0], width, 4 * width, _STD),
+        "contract": _dense_params(keys[1], 4 * width, width, out_std),
+    }
+
+
+def _perceptron(params: PyTree, x: jax.Array) -> jax.Array:
+    hidden = jax.nn.gelu(_dense(params["expand"], _norm(params["mlp_norm"], x)))
+    return _dense(params["contract"], hidden)
 
 
 def _head(vocabulary: int) -> Layer:

@@ -20,7 +20,7 @@ from experiments import lm
 from experiments.common.errors import UsageError
 from experiments.text import corpus
 from experiments.text.settings import HELP, Settings, define_flags, from_flags
-from experiments.text.transformer import kernels, transformer
+from experiments.text.transformer import kernels, reversible_transformer, transformer
 from experiments.training import methods, setup
 from tests import networks
 
@@ -61,10 +61,11 @@ def test_fdg_trains_writes_its_files_and_repeats_bit_for_bit(settings, tmp_path)
         lm.run(settings)
 
 
-def test_three_stages_equal_the_oracle():
+@pytest.mark.parametrize("network", [transformer, reversible_transformer])
+def test_three_stages_equal_the_oracle(network):
     rng = np.random.default_rng(1)
     data = [(x[:, :-1], x[:, 1:]) for x in rng.integers(0, 5, (9, 4, 7)).astype(np.int32)]
-    stages = fdg.partition(transformer(5, 8, 1, 2), 3, data[0][0], cost=[1] * 3)
+    stages = fdg.partition(network(5, 8, 1, 2), 3, data[0][0], cost=[1] * 3)
     optimizer = networks.sgd(0.5, 3)
     pipe, state = networks.assert_equals_oracle(
         stages, optimizer, fdg.schedule.fdg(3), data, setup.loss_fn
@@ -72,8 +73,9 @@ def test_three_stages_equal_the_oracle():
     assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(pipe.params(state)))
 
 
-def test_a_later_token_changes_nothing_before_it():
-    network = fdg.chain(transformer(vocabulary=5, width=8, blocks=2, heads=2))
+@pytest.mark.parametrize("made", [transformer, reversible_transformer])
+def test_a_later_token_changes_nothing_before_it(made):
+    network = fdg.chain(made(vocabulary=5, width=8, blocks=2, heads=2))
     params, state = jax.jit(network.init)(jax.random.key(0), TOKENS)
     # The initial weights are small, and what follows from a token would be, too.
     params = jax.tree.map(lambda leaf: 20 * leaf, params)
@@ -87,6 +89,52 @@ def test_a_later_token_changes_nothing_before_it():
         changed = np.asarray(logits(TOKENS.at[:, place].set((TOKENS[:, place] + 1) % 5)))
         np.testing.assert_array_equal(changed[:, :place], before[:, :place])
         assert (abs(changed - before)[:, place:].max(axis=(0, 2)) > 1e-3).all()
+
+
+def test_reversible_blocks_are_undone_and_the_head_reads_the_mean():
+    sizes = {"vocabulary": 5, "width": 8, "blocks": 2, "heads": 2}
+    embedding, blocks, head = reversible_transformer(**sizes)
+    _, _, plain_head = plain = transformer(**sizes)
+
+    def run(layer, params, state, x):
+        return layer.apply(params, state, x, train=True, key=None)[0]
+
+    @jax.jit
+    def results(params, state):
+        streams = [run(embedding, params[0], state[0], TOKENS)]
+        undone = []
+        for _ in range(2):  # from equal streams, then from others
+            streams.append(run(blocks, params[1], state[1], streams[-1]))
+            undone.append(blocks.inverse(params[1], state[1], streams[-1], train=True, key=None))
+        mean = (streams[-1][0] + streams[-1][1]) / 2
+        logits = (
+            run(head, params[2], state[2], streams[-1]),
+            run(plain_head, params[2][1], (), mean),
+        )
+        return streams, undone, logits
+
+    params, state = jax.jit(fdg.chain([embedding, blocks, head]).init)(jax.random.key(0), TOKENS)
+    streams, undone, logits = results(jax.tree.map(lambda leaf: 20 * leaf, params), state)
+    np.testing.assert_array_equal(*streams[0])
+    for x, before, after in zip(undone, streams, streams[1:], strict=False):
+        assert networks.difference(x, before) < 1e-9
+        assert networks.difference(after, before) > 1
+    np.testing.assert_allclose(*logits, rtol=1e-12)
+
+    others, _ = jax.eval_shape(fdg.chain(plain).init, jax.random.key(0), TOKENS)
+    ours, theirs = (sum(v.size for v in jax.tree.leaves(tree)) for tree in (params, others))
+    assert ours == theirs
+    assert sum(jax.tree.leaves(kernels(params))) == 5
+
+
+def test_a_reversible_transformer_is_trained_where_the_flag_says_so(settings):
+    values = flags.FlagValues()
+    define_flags(values)
+    values(["lm", "--reversible", "--workdir=somewhere"])
+    assert from_flags(values).reversible
+    summary = lm.run(dataclasses.replace(settings, reversible=True))
+    assert summary["validation_loss"] < 1
+    assert json.loads((pathlib.Path(settings.workdir) / "config.json").read_text())["reversible"]
 
 
 def test_a_stage_clips_by_its_share_and_shrinks_what_adamw_gives():
