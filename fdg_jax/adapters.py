@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen, nnx
 
 from fdg_jax.layer import Layer, typed_key
@@ -63,7 +64,7 @@ def from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Layer:
             graph,
             jax.tree.unflatten(params_structure, jax.tree.leaves(params)),
             _seeded(rngs, key),
-            jax.tree.unflatten(state_structure, jax.tree.leaves(state)),
+            jax.tree.unflatten(state_structure, [_unwritable(v) for v in jax.tree.leaves(state)]),
             copy=True,
         )
         if train:
@@ -82,6 +83,11 @@ def _split(module: nnx.Module) -> Any:
     parts: Any = nnx.split(module, nnx.Param, nnx.RngState, nnx.Intermediate, ...)
     graph, params, rngs, _, state = parts
     return graph, params, rngs, state
+
+
+def _unwritable(array: Any) -> Any:
+    """An array that a module cannot write into: of numpy's it would change the caller's own."""
+    return jax.numpy.asarray(array) if isinstance(array, np.ndarray) else array
 
 
 def _seeded(rngs: PyTree, key: Key | None) -> PyTree:

@@ -79,6 +79,16 @@ def test_batch_statistics_move_once_per_training_call_and_never_in_evaluation(ma
 
 
 @each
+def test_a_state_in_numpy_is_left_as_it_was(make):
+    layer = make()
+    params, state = layer.init(KEY, X)
+    host = jax.tree.map(np.array, state)  # copies, which can be written into
+    y, new = layer.apply(params, host, X, train=True, key=KEY)
+    equal(host, state)
+    equal((y, new), layer.apply(params, state, X, train=True, key=KEY))
+
+
+@each
 def test_evaluation_uses_the_running_statistics_and_drops_nothing(make):
     layer = make()
     params, state = layer.init(KEY, X)
