@@ -180,15 +180,17 @@ def wide(layer, times):
     return dataclasses.replace(layer, init=init)
 
 
-def test_three_stages_of_fdg_equal_the_oracle():
+@pytest.mark.parametrize("gradient", ["stale", "reversible"])
+def test_three_stages_of_fdg_equal_the_oracle(gradient):
     rng = np.random.default_rng(0)
     data = [(rng.normal(size=(4, 8, 8, 3)), rng.integers(0, 10, 4)) for _ in range(6)]
     pool = fdg.from_fn(lambda streams: jnp.concatenate(streams, axis=-1).mean((1, 2)))
     layers = [*(wide(layer, 2) for layer in models.create("small_revnet")[:4]), pool]
     # The first cut is within a group, the second after a block that halves the image.
     stages = fdg.partition(layers, 3, data[0][0], cost=[2, 4])
+    schedule, optimizer = fdg.schedule.fdg(3), networks.sgd(0.5, 3)
     networks.assert_equals_oracle(
-        stages, networks.sgd(0.5, 3), fdg.schedule.fdg(3), data, tolerance=1e-9
+        stages, optimizer, schedule, data, tolerance=1e-9, gradient=gradient
     )
 
 
