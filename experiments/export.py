@@ -15,6 +15,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -24,10 +25,11 @@ import fdg_jax as fdg
 from experiments.common import command
 from experiments.common.errors import UsageError
 from experiments.exporting import model_file
-from experiments.training import methods, remedies, resume, setup
+from experiments.training import family, methods, remedies, resume, setup
 from experiments.training.config import Config, check_experiment
 from experiments.training.loop import params_sha256
 from fdg_jax.checkpoint import manifest, weights
+from fdg_jax.layer import Layer
 from fdg_jax.partition.layerwise import separate
 
 FLAGS = flags.FLAGS
@@ -182,20 +184,22 @@ def export(workdir: str, output: str, kind: str, checkpoint: str, overwrite: boo
     return f"{run['model']} after step {step}, {count:,} parameters: {output}"
 
 
-def read(run: dict[str, Any], folder: pathlib.Path) -> tuple[fdg.Partition, weights.Weights]:
+def read(run: dict[str, Any], folder: pathlib.Path) -> tuple[Sequence[Layer], weights.Weights]:
     """The stages of a run, and what a checkpoint has of them."""
     layers, example = model_file.layers(run), model_file.example(run, 1)
     stages = fdg.partition(layers, len(run["cuts"]) + 1, example, cost=run["cuts"])
-    if not remedies.predicts(run.get("remedy", "none")):
-        return stages, weights.read(folder, stages, example)
     known = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{name: value for name, value in run.items() if name in known})
-    schedule, rate = methods.schedule(config), optax.constant_schedule(config.learning_rate)
+    schedule, classes = methods.schedule(config), run["num_classes"]
+    own = family.assemble(config, schedule, stages, setup.loss_fn, classes, images=True)
+    if not remedies.predicts(run.get("remedy", "none")):
+        return own.stages, weights.read(folder, own.stages, example)
+    rate = optax.constant_schedule(config.learning_rate)
 
     def optimizer(k: int) -> optax.GradientTransformation:
         return setup.optimizer(config, rate, schedule, k)
 
-    return stages, weights.read(folder, stages, example, optimizer)
+    return own.stages, weights.read(folder, own.stages, example, optimizer)
 
 
 def main() -> None:

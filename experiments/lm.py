@@ -33,7 +33,7 @@ from experiments.common.screen import Screen
 from experiments.text import corpus
 from experiments.text.settings import Settings, define_flags, from_flags
 from experiments.text.transformer import kernels, reversible_transformer, transformer
-from experiments.training import curves, methods, remedies, setup
+from experiments.training import curves, family, methods, remedies, setup
 from experiments.training.loop import params_sha256
 from experiments.training.shown import stage_table
 from fdg_jax.errors import StageError
@@ -85,15 +85,17 @@ def make(settings: Settings, vocabulary: int) -> tuple[fdg.Pipeline, fdg.Partiti
         )
     stages = fdg.partition(layers, num_stages, example)
     schedule = methods.schedule(settings)
+    own = family.assemble(settings, schedule, stages, setup.loss_fn, vocabulary, images=False)
     pipe = fdg.Pipeline(
-        stages,
-        setup.loss_fn,
+        own.stages,
+        own.loss_fn,
         lambda k: optimizer(settings, schedule, k),
         schedule,
         devices=devices,
         gradient=methods.gradient(settings),
         max_ahead=settings.max_ahead,
         on_nonfinite="stop",
+        synthesizers=own.synthesizers,
     )
     return pipe, stages
 
@@ -189,23 +191,25 @@ def run(settings: Settings) -> dict[str, Any]:
 
     tokens = settings.batch_size * settings.context  # of a mini-batch
     evaluate = evaluation(pipe, source, settings)
-    waiting: collections.deque[fdg.Metrics] = collections.deque()
+    waiting: collections.deque[dict[str, Any]] = collections.deque()
     seconds, logged_batch, logged_seconds = 0.0, 0, 0.0
 
-    def record(step: int, split: str, loss: float, error: float, **speed: float) -> None:
+    def record(step: int, split: str, loss: float, error: float, **speed: Any) -> None:
         epoch = step * tokens / len(source.train)
         line = {"step": step, "epoch": epoch, "split": split, "loss": loss, "error": error}
         out.append_metrics({**line, **speed})
 
-    def log(done: Sequence[fdg.Metrics], step: int, now: float) -> None:
+    def log(done: Sequence[dict[str, Any]], step: int, now: float) -> None:
         nonlocal logged_batch, logged_seconds
-        values = jax.device_get([(m.loss, m.aux["error"]) for m in done])
+        values = jax.device_get(list(done))
         # In double precision, whatever the devices count in.
-        loss, error = (float(np.mean([float(v[i]) for v in values])) for i in (0, 1))
-        seen = done[-1].batch + 1
+        loss, error = (float(np.mean([float(v[i]) for v in values])) for i in ("loss", "error"))
+        below = family.stage_errors(values, lambda column: float(np.mean(column)))
+        seen = done[-1]["batch"] + 1
         speed = tokens * (seen - logged_batch) / max(now - logged_seconds, 1e-9)
         logged_batch, logged_seconds = seen, now
-        record(seen, "train", loss, error, bytes_per_second=round(speed), seconds=round(now, 3))
+        more = {"bytes_per_second": round(speed), "seconds": round(now, 3), **below}
+        record(seen, "train", loss, error, **more)
         screen.advance(step, loss, error, speed, "bytes")
 
     def assess(state: fdg.PipelineState, step: int) -> float:
@@ -224,7 +228,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 shape = (settings.context, settings.batch_size)
                 batch = corpus.batch(source.train, *shape, settings.seed, step)
                 state, metrics = pipe.step(state, batch)
-                waiting.extend(metrics)
+                waiting.extend(family.lines_of(metrics, len(stages) - 1))
                 # The pipeline has waited for all but the last max_ahead ticks.
                 ended = len(waiting) - settings.max_ahead - 1
                 if (step + 1) % settings.log_every_steps == 0 and ended > 0:
@@ -240,7 +244,7 @@ def run(settings: Settings) -> dict[str, Any]:
             pipe.check()
             jax.block_until_ready(state)
             seconds += time.perf_counter() - clock
-            log([*waiting, *rest], settings.steps, seconds)
+            log([*waiting, *family.lines_of(rest, len(stages) - 1)], settings.steps, seconds)
             loss = assess(state, settings.steps)
     except KeyboardInterrupt:
         screen.line("there are no checkpoints: begin again with --overwrite")

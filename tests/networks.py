@@ -87,6 +87,29 @@ def reversible_network(*, dropping: bool = True) -> list[fdg.Layer]:
     ]
 
 
+def conditional() -> fdg.Layer:
+    """A dense layer of the output and the label, with batch norm and noise."""
+    hidden = fdg.chain([dense(8), batch_norm(), dropout()])
+
+    def joined(pair):
+        y, labels = pair
+        return jnp.concatenate([y, jax.nn.one_hot(labels, CLASSES, dtype=y.dtype)], -1)
+
+    def init(key, pair):
+        params, state = hidden.init(key, joined(pair))
+        out = 0.1 * jax.random.normal(key, (8, pair[0].shape[-1]), pair[0].dtype)
+        return (params, out), state
+
+    def apply(params, state, pair, *, train, key):
+        h, state = hidden.apply(params[0], state, joined(pair), train=train, key=key)
+        return h @ params[1], state
+
+    return fdg.Layer(init, apply)
+
+
+SYNTHESIZER = fdg.Synthesizer(conditional(), optax.adam(0.01))
+
+
 def loss_fn(outputs, labels):
     loss = optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
     return loss, {"error": jnp.mean(outputs.argmax(-1) != labels)}

@@ -9,12 +9,13 @@ from absl import flags
 
 from experiments.common import fields
 from experiments.common.errors import UsageError
-from experiments.training import methods, remedies
+from experiments.training import family, methods, remedies
 from experiments.training.config import GRADIENTS, ORDERS, REDUCTIONS, blame
 
 OPTIMIZERS = ("adamw", "muon")
 HELP = {
     **remedies.help_texts(OPTIMIZERS),
+    **family.HELP,
     "workdir": "Folder for config.json, metrics.jsonl, summary.json and curves.png.",
     "text": "A file of any bytes; without it the documentation of the standard library is taken.",
     "validation_fraction": "Share of the text, at its end, that is held out.",
@@ -47,7 +48,7 @@ HELP = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(remedies.Remedies):
+class Settings(remedies.Remedies, family.Family):
     """The settings of one run; each field is the flag of that name."""
 
     workdir: str
@@ -106,6 +107,7 @@ class Settings(remedies.Remedies):
             if type(value) is float and not (0 <= value < math.inf):
                 raise UsageError(f"--{field.name}={value}: must be finite, and 0 or more")
         remedies.check(self, OPTIMIZERS)
+        family.check(self)
         for name in ("learning_rate", "clip_norm"):
             if getattr(self, name) == 0:
                 raise UsageError(f"--{name}=0: must be above 0; try {getattr(Settings, name):g}")

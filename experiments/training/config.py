@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from experiments.common.errors import UsageError
-from experiments.training import methods, remedies, writers
+from experiments.training import family, methods, remedies, writers
 from fdg_jax.engine.rules import RULES
 
 LR_SCHEDULES = ("milestones", "cosine", "constant")
@@ -38,7 +38,7 @@ FREE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(remedies.Remedies):
+class Config(remedies.Remedies, family.Family):
     """The settings of one training run; each field is the flag of that name."""
 
     workdir: str
@@ -120,6 +120,7 @@ class Config(remedies.Remedies):
         for name in ("checkpoint_every_steps", "timeline", "profile"):
             self._bound(name, 0)
         remedies.check(self, OPTIMIZERS)
+        family.check(self)
         writers.check(self.writers)
         if self.checkpoint_every_minutes < 0:
             raise UsageError(

@@ -20,7 +20,16 @@ from experiments import data
 from experiments.common import workdir
 from experiments.common.errors import Failed, Stopped
 from experiments.common.screen import Screen
-from experiments.training import cluster, curves, evaluation, resume, setup, timeline, writers
+from experiments.training import (
+    cluster,
+    curves,
+    evaluation,
+    family,
+    resume,
+    setup,
+    timeline,
+    writers,
+)
 from experiments.training.config import Config
 from experiments.training.shown import conclude, introduce
 from fdg_jax import distributed
@@ -106,10 +115,10 @@ def run(config: Config) -> dict[str, Any]:
         nonlocal logged_batch, logged_seconds
         if not writes:
             return
-        values = jax.device_get([(m["loss"], m["error"]) for m in done])
+        values = jax.device_get(list(done))
         # In double precision, in which a checkpoint keeps those that are not yet logged. What is
         # not finite was left out of the training as well.
-        loss, error = (finite_mean([float(v[i]) for v in values]) for i in (0, 1))
+        loss, error = (finite_mean([float(v[i]) for v in values]) for i in ("loss", "error"))
         seen = done[-1]["batch"] + 1
         speed = config.batch_size * (seen - logged_batch) / max(seconds - logged_seconds, 1e-9)
         logged_batch, logged_seconds = seen, seconds
@@ -122,6 +131,7 @@ def run(config: Config) -> dict[str, Any]:
                 "error": error,
                 "images_per_second": round(speed, 1),
                 "seconds": round(seconds, 3),
+                **family.stage_errors(values, finite_mean),
             }
         )
         screen.advance(step, loss, error, speed)
@@ -155,7 +165,7 @@ def run(config: Config) -> dict[str, Any]:
     ) -> None:
         extra = {
             "lines": out.lines,
-            "waiting": [{name: m[name] for name in ("batch", "loss", "error")} for m in waiting],
+            "waiting": list(waiting),
             "best": best,
             "evaluated": evaluated if step == run.total_steps else None,
             "clocks": [seconds, logged_batch, logged_seconds],
@@ -177,7 +187,7 @@ def run(config: Config) -> dict[str, Any]:
             images, number = put((images, np.int32(step)), (first.sharded, first.replicated))
             x = augment(augment_key, number, images, mean, std)
             state, metrics = pipe.step(state, (x, labels))
-            waiting.extend(map(line_of, metrics))
+            waiting.extend(family.lines_of(metrics, len(pipe.stages) - 1))
             if (step + 1) % config.log_every_steps == 0:
                 # The pipeline has waited for all but the last max_ahead ticks.
                 count = len(waiting) - config.max_ahead - 1
@@ -205,7 +215,7 @@ def run(config: Config) -> dict[str, Any]:
         jax.block_until_ready(state)
         if evaluated is None:  # else nothing has been trained since
             train_seconds += time.perf_counter() - clock
-        waiting.extend(map(line_of, rest))
+        waiting.extend(family.lines_of(rest, len(pipe.stages) - 1))
         if waiting:
             log(list(waiting), run.total_steps, train_seconds)
             waiting.clear()
@@ -243,11 +253,6 @@ def run(config: Config) -> dict[str, Any]:
     conclude(screen, run, summary)
     distributed.gather(np.int32(run.total_steps))
     return summary
-
-
-def line_of(metrics: fdg.Metrics) -> dict[str, Any]:
-    """What a log line is made of."""
-    return {"batch": metrics.batch, "loss": metrics.loss, "error": metrics.aux["error"]}
 
 
 def fetch(loader: data.Loader, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Protocol
 
 import fdg_jax as fdg
+from experiments.training import family
 from fdg_jax.methods import METHODS, Method
 from fdg_jax.schedule import Schedule
 
 __all__ = ["METHODS", "Method", "beta", "gradient", "num_stages", "schedule"]
 
 
-class Config(Protocol):
+class Config(family.Settings, Protocol):
     """The settings that a method is made from; every program's own have them among others."""
 
     @property
@@ -43,6 +44,7 @@ def schedule(config: Config) -> Schedule:
     Raises:
       ValueError: an option that the schedule uses is out of its bounds.
     """
+    predicted, true = family.phases(config)
     # A schedule ignores the options that only others have.
     return fdg.schedule.create(
         METHODS[config.method].schedule,
@@ -51,6 +53,8 @@ def schedule(config: Config) -> Schedule:
         microbatches=config.microbatches,
         accumulate=config.accumulate or METHODS[config.method].accumulate,
         reduction=config.reduction,
+        predicted=predicted,
+        true=true,
     )
 
 

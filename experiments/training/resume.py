@@ -201,6 +201,9 @@ def _fits(extra: Any, step: int) -> bool:
         }:
             parts = [m if isinstance(m, dict) else {} for m in waiting]
             values = [part.get(name) for part in parts for name in ("batch", "loss", "error")]
+            for part in parts:
+                below = part.get("stage_errors", [])
+                values += below if isinstance(below, list) else [None]
             whole = all(isinstance(value, int | float) for value in values)
             return whole and there == position == step and lines >= 0
     return False

@@ -6,10 +6,11 @@ from absl import flags
 
 from experiments.common import fields
 from experiments.common.errors import UsageError
-from experiments.training import config, methods, remedies, writers
+from experiments.training import config, family, methods, remedies, writers
 from experiments.training.config import Config
 
 HELP = {
+    **family.HELP,
     **remedies.help_texts(config.OPTIMIZERS),
     "workdir": "Folder for config.json, metrics.jsonl, summary.json, curves.png and checkpoints.",
     "dataset": "fashion_mnist_small, cifar10, cifar100, tfds:NAME, or folder:PATH with "

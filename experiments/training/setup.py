@@ -17,7 +17,7 @@ from experiments import data
 from experiments.common import machine
 from experiments.common.errors import UsageError
 from experiments.common.memory import memory
-from experiments.training import measured, methods, remedies
+from experiments.training import family, measured, methods, remedies
 from experiments.training.config import Config, blame
 from experiments.training.places import places, shared_cuts, without_images
 from fdg_jax.engine.allocator import keep_freed_memory
@@ -143,9 +143,10 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
     )
     stages, times = split(config, layers, dataset, schedule.microbatches, cuts)
     rate = learning_rate(config, loader.steps_per_epoch / schedule.period, total / schedule.period)
+    own = family.assemble(config, schedule, stages, loss_fn, dataset.num_classes, images=True)
     pipe = fdg.Pipeline(
-        stages,
-        loss_fn,
+        own.stages,
+        own.loss_fn,
         lambda k: optimizer(config, rate, schedule, k),
         schedule,
         devices=devices,
@@ -153,6 +154,7 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
         max_ahead=config.max_ahead,
         on_nonfinite=config.on_nonfinite,
         shard_optimizer=config.shard_optimizer,
+        synthesizers=own.synthesizers,
     )
     if not pipe.stages[0].here:
         dataset = without_images(dataset)

@@ -19,28 +19,6 @@ def partitioned(num_stages: int, **options):
     return fdg.partition(layers, num_stages, DATA[0][0], cost=[1] * len(units_of(layers)))
 
 
-def conditional() -> fdg.Layer:
-    """A dense layer of the output and the label, with batch norm and noise."""
-    hidden = fdg.chain([networks.dense(8), networks.batch_norm(), networks.dropout()])
-
-    def joined(pair):
-        y, labels = pair
-        return jnp.concatenate([y, jax.nn.one_hot(labels, networks.CLASSES, dtype=y.dtype)], -1)
-
-    def init(key, pair):
-        params, state = hidden.init(key, joined(pair))
-        out = 0.1 * jax.random.normal(key, (8, pair[0].shape[-1]), pair[0].dtype)
-        return (params, out), state
-
-    def apply(params, state, pair, *, train, key):
-        h, state = hidden.apply(params[0], state, joined(pair), train=train, key=key)
-        return h @ params[1], state
-
-    return fdg.Layer(init, apply)
-
-
-SYNTHESIZER = fdg.Synthesizer(conditional(), optax.adam(0.01))
-
 SCHEDULES = {
     "dni": fdg.schedule.dni,
     "late": fdg.schedule.dni_late,
@@ -49,7 +27,7 @@ SCHEDULES = {
 }
 
 
-def compare(schedule, stages, data=DATA, gradient="stale", synthesizers=SYNTHESIZER):
+def compare(schedule, stages, data=DATA, gradient="stale", synthesizers=networks.SYNTHESIZER):
     k = schedule.num_stages
     pipe = fdg.Pipeline(
         stages,
@@ -108,7 +86,7 @@ def test_synthesizers_learn():
         networks.loss_fn,
         optax.sgd(0.0),
         fdg.schedule.dni_late(2),
-        synthesizers=fdg.Synthesizer(conditional(), optax.adam(0.02)),
+        synthesizers=fdg.Synthesizer(networks.conditional(), optax.adam(0.02)),
     )
     state = pipe.init(jax.random.key(0), *DATA[0])
     errors = []
@@ -181,11 +159,11 @@ def test_wrong_synthesizers_are_refused():
     with pytest.raises(ValueError, match="synthesizers=None: schedule dni predicts in stages"):
         make()
     with pytest.raises(ValueError, match="schedule fdg has none"):
-        make(schedule=fdg.schedule.fdg(2), synthesizers=SYNTHESIZER)
+        make(schedule=fdg.schedule.fdg(2), synthesizers=networks.SYNTHESIZER)
     with pytest.raises(ValueError, match="is no Synthesizer"):
-        make(synthesizers=lambda k: conditional())
+        make(synthesizers=lambda k: networks.conditional())
     with pytest.raises(ValueError, match="a prediction comes without the output"):
-        make(synthesizers=SYNTHESIZER, gradient="reversible")
+        make(synthesizers=networks.SYNTHESIZER, gradient="reversible")
     wide = fdg.Synthesizer(fdg.from_fn(lambda pair: jnp.tile(pair[0], 2)), optax.sgd(0.1))
     with pytest.raises(ValueError, match="must keep structure, shapes and dtypes"):
         make(synthesizers=wide).init(jax.random.key(0), *DATA[0])
@@ -196,7 +174,7 @@ def test_each_stage_may_have_its_own():
 
     def own(k):
         seen.append(k)
-        return SYNTHESIZER
+        return networks.SYNTHESIZER
 
     fdg.Pipeline(
         partitioned(4),
@@ -217,7 +195,7 @@ def test_a_restored_run_goes_on_to_the_bit(tmp_path):
             networks.loss_fn,
             networks.sgd(1, 3),
             fdg.schedule.dni_late(3, predicted=2, true=1),
-            synthesizers=SYNTHESIZER,
+            synthesizers=networks.SYNTHESIZER,
         )
 
     pipe = pipeline()

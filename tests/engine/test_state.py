@@ -19,6 +19,8 @@ def pipeline(schedule, **options) -> fdg.Pipeline:
     losses = networks.loss_fn
     if len(schedule.losses) > 1:
         losses = [local_loss] * (k - 1) + [networks.loss_fn]
+    if schedule.predicts:
+        options["synthesizers"] = networks.SYNTHESIZER
     return fdg.Pipeline(stages, losses, networks.sgd(0.5, k), schedule, **options)
 
 
@@ -37,7 +39,9 @@ SCHEDULES = {
 }
 
 
-CASES = [(name, RULES[i % 4]) for i, name in enumerate(SCHEDULES)] + [("fdg", "stale")]
+CASES = [
+    (name, RULES[i % (3 if name.startswith("dni") else 4)]) for i, name in enumerate(SCHEDULES)
+] + [("fdg", "stale")]
 
 
 @pytest.mark.parametrize(("name", "rule"), CASES)

@@ -29,7 +29,7 @@ def versions() -> tuple[fdg.Layer, optax.GradientTransformation]:
 
 def counted(pipe: fdg.Pipeline, steps: int):
     """Per stage what its updates noted, and the tick of its first update."""
-    state = pipe.init(jax.random.key(0), np.ones((4, 1)))
+    state = pipe.init(jax.random.key(0), np.ones((4, 1)), np.zeros(4))
     first = {}
     for t in range(steps):
         state, _ = pipe.step(state, (np.ones((4, 1)), np.zeros(4)))
@@ -77,6 +77,8 @@ def literature(name: str, num_stages: int) -> list[float]:
         "one_f_one_b": [0] * num_stages,
         "zero_bubble": [0] * num_stages,
         "local": [0] * num_stages,
+        "dni": [0] * num_stages,
+        "dni_late": [0] * num_stages,
         "ddg": hops,
         "pipedream": hops,
         "fdg": [2 * h for h in hops],
@@ -93,12 +95,17 @@ def test_staleness_of_every_method_counted_from_a_run(name, num_stages):
     def mean(y, t):
         return jnp.mean(y), {}
 
+    # The cotangent of a mean is known.
+    exact = fdg.Synthesizer(
+        fdg.from_fn(lambda pair: jnp.full_like(pair[0], 1 / pair[0].size)), optax.sgd(0.1)
+    )
     schedule = fdg.schedule.create(name, num_stages, microbatches=4, accumulate=None)
     pipe = fdg.Pipeline(
         [layer] * num_stages,
         [mean if k in schedule.losses else None for k in range(num_stages)],
         lambda k: optax.chain(optax.identity(), note),
         schedule,
+        synthesizers=exact if schedule.predicts else None,
     )
     notes, _ = counted(pipe, 34)
     for k, seen in enumerate(notes):
