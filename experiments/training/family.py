@@ -21,6 +21,7 @@ from fdg_jax.typing import LossFn
 HELP = {
     "auxiliary_head": f"With dgl: the head of every stage but the last, one of {', '.join(HEADS)}.",
     "synthesizer_learning_rate": "With dni and dni_late: Adam's rate in the synthesizers.",
+    "synthesizer_width": "With dni and dni_late: channels of a synthesizer's hidden layers.",
     "phases": "With dni_late: mini-batches that learn from predicted and from true gradients, in "
     "turn, such as 4:1; 1:0 predicts always.",
 }
@@ -32,6 +33,7 @@ class Family:
 
     auxiliary_head: str = "mlp-sr"
     synthesizer_learning_rate: float = 1e-4
+    synthesizer_width: int = 128
     phases: str = "1:0"
 
 
@@ -42,6 +44,8 @@ class Settings(Protocol):
     def auxiliary_head(self) -> str: ...
     @property
     def synthesizer_learning_rate(self) -> float: ...
+    @property
+    def synthesizer_width(self) -> int: ...
     @property
     def phases(self) -> str: ...
 
@@ -57,6 +61,10 @@ def check(settings: Settings) -> None:
         raise UsageError(
             f"--synthesizer_learning_rate={settings.synthesizer_learning_rate:g}: must be above 0; "
             "try 0.0001"
+        )
+    if not 1 <= settings.synthesizer_width < 2**16:
+        raise UsageError(
+            f"--synthesizer_width={settings.synthesizer_width}: must lie in 1..{2**16 - 1}; try 128"
         )
     phases(settings)
 
@@ -120,7 +128,8 @@ def assemble(
         stages = [*(fdg.with_head(stage, head) for stage in stages[:-1]), stages[-1]]
         losses = [loss_fn] * len(stages)
     if schedule.predicts:
-        layer = fdg.models.synthesizer("conv" if images else "mlp", labels=num_classes)
+        kind, width = "conv" if images else "mlp", settings.synthesizer_width
+        layer = fdg.models.synthesizer(kind, labels=num_classes, width=width)
         rate = settings.synthesizer_learning_rate
         synthesizer = fdg.Synthesizer(layer, optax.adam(rate))
     return Assembled(stages, losses, synthesizer)
