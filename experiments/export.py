@@ -28,6 +28,7 @@ from experiments.training import methods, remedies, resume, setup
 from experiments.training.config import Config, check_experiment
 from experiments.training.loop import params_sha256
 from fdg_jax.checkpoint import manifest, weights
+from fdg_jax.engine.rules import stage_rule
 from fdg_jax.partition.layerwise import separate
 
 FLAGS = flags.FLAGS
@@ -192,8 +193,9 @@ def read(run: dict[str, Any], folder: pathlib.Path) -> tuple[fdg.Partition, weig
     config = Config(**{name: value for name, value in run.items() if name in known})
     schedule, rate = methods.schedule(config), optax.constant_schedule(config.learning_rate)
 
-    def optimizer(k: int) -> optax.GradientTransformation:
-        return setup.optimizer(config, rate, schedule, k)
+    def optimizer(k: int) -> fdg.StageOptimizer:
+        own = fdg.StageOptimizer.of(setup.optimizer(config, rate, schedule, k))
+        return stage_rule(methods.gradient(config), schedule, k).optimizer(own)
 
     return stages, weights.read(folder, stages, example, optimizer)
 
