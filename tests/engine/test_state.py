@@ -10,7 +10,7 @@ import fdg_jax as fdg
 from tests import networks
 
 DATA = networks.batches(10)
-RULES = ("stale", "recompute_stale", "recompute", "reversible")
+RULES = ("stale", "recompute_stale", "recompute", "reversible", "reconstruct")
 
 
 def pipeline(schedule, **options) -> fdg.Pipeline:
@@ -37,7 +37,8 @@ SCHEDULES = {
 }
 
 
-CASES = [(name, RULES[i % 4]) for i, name in enumerate(SCHEDULES)] + [("fdg", "stale")]
+CASES = [(name, RULES[i % len(RULES)]) for i, name in enumerate(SCHEDULES)]
+CASES += [("fdg", "stale"), ("fdg", "reconstruct"), ("adl", "reconstruct")]
 
 
 @pytest.mark.parametrize(("name", "rule"), CASES)

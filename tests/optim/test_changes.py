@@ -1,5 +1,7 @@
 """The average of an optimizer's updates, and weights of earlier from it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def test_the_average_is_the_recursion_and_the_updates_stay(decay):
     found, state = run(optimizer, 0)
     np.testing.assert_array_equal(found, plain)
     average = np.zeros_like(start())
-    for old, new in zip(found, found[1:], strict=False):
+    for old, new in itertools.pairwise(found):
         average = decay * average + (1 - decay) * (new - old)
     np.testing.assert_allclose(state.average, average, rtol=0, atol=1e-15)
     past = fdg.past_params(found[-1], state, 3)
