@@ -15,9 +15,9 @@ import fdg_jax as fdg
 from experiments.common import gantt
 from fdg_jax.analysis import Costs
 from fdg_jax.analysis.simulate import simulate
-from fdg_jax.engine.rules import RULES
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
+RULES = ("stale", "recompute_stale", "recompute", "reconstruct")
 SCHEDULES = {"back-propagation": "backprop", "DDG": "ddg", "FDG": "fdg"}
 
 
@@ -73,8 +73,10 @@ def _figure() -> tuple[Figure, Axes]:
 
 def _bars(axis: Axes, groups: dict[str, list[float]]) -> None:
     """One group of bars a stage."""
+    step = 0.81 / len(groups)
     for i, (label, values) in enumerate(groups.items()):
-        bars = axis.bar(np.arange(len(values)) + 0.27 * (i - 1), values, 0.25, label=label)
+        places = np.arange(len(values)) + step * (i - (len(groups) - 1) / 2)
+        bars = axis.bar(places, values, step - 0.02, label=label)
         axis.bar_label(bars, fmt="%.0f", fontsize=8)
     axis.set_xticks(range(4), [f"stage {k}" for k in range(4)])
     axis.legend(frameon=False)

@@ -29,6 +29,7 @@ from experiments.training import family, methods, remedies, resume, setup
 from experiments.training.config import Config, check_experiment
 from experiments.training.loop import params_sha256
 from fdg_jax.checkpoint import manifest, weights
+from fdg_jax.engine.rules import stage_rule
 from fdg_jax.layer import Layer
 from fdg_jax.partition.layerwise import separate
 
@@ -196,8 +197,9 @@ def read(run: dict[str, Any], folder: pathlib.Path) -> tuple[Sequence[Layer], we
         return own.stages, weights.read(folder, own.stages, example)
     rate = optax.constant_schedule(config.learning_rate)
 
-    def optimizer(k: int) -> optax.GradientTransformation:
-        return setup.optimizer(config, rate, schedule, k)
+    def optimizer(k: int) -> fdg.StageOptimizer:
+        plain = fdg.StageOptimizer.of(setup.optimizer(config, rate, schedule, k))
+        return stage_rule(methods.gradient(config), schedule, k).optimizer(plain)
 
     return own.stages, weights.read(folder, own.stages, example, optimizer)
 

@@ -18,6 +18,7 @@ synthesizers (`fdg_jax.Synthesizer`).
     zero_bubble     zero_bubble                     micro-batches, 1F1B with a split backward
     petra           adl             reversible      inputs reconstructed from outputs
     paci            adl             recompute       accumulation, the newest weights
+    pipemare        ddg             reconstruct     1F1B without a flush, weights reconstructed
     dgl             local                           a loss in every stage
     dni             dni                             predicted gradients
     dni_late        dni_late                        predicted gradients, taught by FDG's
@@ -70,6 +71,7 @@ METHODS = {
     "dsp": Method("fdg", gradient="recompute"),
     "petra": Method("adl", gradient="reversible", accumulate=1),
     "paci": Method("adl", gradient="recompute"),
+    "pipemare": Method("ddg", gradient="reconstruct"),
     "dgl": Method("local", stale=False),
     "dni": Method("dni", stale=False),
     "dni_late": Method("dni_late", stale=False),
@@ -205,3 +207,35 @@ def dsp(num_stages: int) -> Preset:
       <https://arxiv.org/abs/1909.02625>`_, 2019.
     """
     return create("dsp", num_stages)
+
+
+def pipemare(num_stages: int) -> Preset:
+    """PipeMare: DDG whose backward runs the forward again at weights that are reconstructed.
+
+    This is its second technique, the correction of the discrepancy. Its first, a rate that begins
+    divided by the staleness, is `fdg_jax.staleness_rate` in the optimizer; its third, a synchronous
+    beginning, is `fdg_jax.schedule.then`.
+
+    Args:
+      num_stages: K.
+
+    Returns:
+      Arguments for `fdg_jax.Pipeline`.
+
+    Raises:
+      ValueError: K < 1.
+
+    Example:
+      >>> import optax
+      >>> import fdg_jax as fdg
+      >>> preset = pipemare(3)
+      >>> preset["schedule"].staleness(0), preset["gradient"]
+      (2, 'reconstruct')
+      >>> def optimizer(k):
+      ...     return optax.sgd(fdg.staleness_rate(0.1, (preset["schedule"], k), anneal_steps=500))
+
+    References:
+      Yang et al., `PipeMare: Asynchronous Pipeline Parallel DNN Training
+      <https://arxiv.org/abs/1910.05124>`_, 2019.
+    """
+    return create("pipemare", num_stages)

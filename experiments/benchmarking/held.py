@@ -135,8 +135,12 @@ def predict(contender: Piped) -> list[float]:
         parameter_bytes=parameters,
     )
     run = simulate(schedule, costs, gradient=contender.gradient)
-    # Added here: the simulator takes one multiple of the weights for all stages.
-    optimizers = [nbytes(own.opt_state) for own in state.stages]
+    # Added here: the simulator takes one multiple of the weights for all stages. Of what is in an
+    # optimizer's state it has an average of the weight changes already.
+    optimizers = [
+        nbytes(own.opt_state) - size * stage.rule.estimates_weights
+        for stage, own, size in zip(pipe.stages, state.stages, parameters, strict=True)
+    ]
     return [run.peak_bytes(k) + optimizers[k] for k in range(contender.stages)]
 
 

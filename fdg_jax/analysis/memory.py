@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fdg_jax.analysis.costs import Costs
 from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.rules import stage_rule
 from fdg_jax.schedule import Action, Schedule
 
 
@@ -64,5 +65,6 @@ def bytes_of(now: Held, costs: Costs, k: int, schedule: Schedule, rule: Gradient
     each = costs.input_bytes[k]
     if rule.keeps_residuals:
         each += costs.residual_bytes[k]
-    weights = costs.parameter_bytes[k] * (now.versions + costs.optimizer)
+    average = stage_rule(rule, schedule, k).estimates_weights
+    weights = costs.parameter_bytes[k] * (now.versions + costs.optimizer + average)
     return weights + now.flights * each / schedule.microbatches

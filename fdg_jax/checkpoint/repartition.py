@@ -22,7 +22,7 @@ from fdg_jax.engine.pipeline import Pipeline
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState, StageState, scalar
 from fdg_jax.layer import chain
-from fdg_jax.optim import without_prediction
+from fdg_jax.optim import ChangesState, without_prediction
 from fdg_jax.partition.layerwise import difference, join, separate
 from fdg_jax.typing import PyTree
 
@@ -42,9 +42,10 @@ def convert(
 
     From then on the trajectory differs from that of a run that never changed K. The drain applies
     the last gradients before batches that would have met the weights without them, and delays,
-    staleness and shrinking are those of the other K, and weight prediction begins anew from the
-    true weights. Dropout's noise does not change with K: it
-    follows from the micro-batch and from where a layer stands in the whole network.
+    staleness and shrinking are those of the other K, weight prediction begins anew from the true
+    weights, and an average of weight changes (`fdg_jax.track_changes`) from zero. Dropout's noise
+    does not change with K: it follows from the micro-batch and from where a layer stands in the
+    whole network.
 
     Args:
       source: the pipeline that made the state.
@@ -103,8 +104,9 @@ def convert(
     for stage, shapes in zip(target.stages, template.stages, strict=True):
         mine = slice(first, first := first + stage.layer.size)
         joined = {name: join(stage.layer, trees[mine]) for name, trees in parts.layers.items()}
-        slots, structure = _slots(stage, shapes.opt_state)
+        slots, structure = _slots(stage, _untracked(shapes.opt_state))
         whole = jax.tree.unflatten(structure, [(joined | shared)[name] for name in slots])
+        whole = _tracked(whole, shapes.opt_state)
         own = joined["params"], joined["model_state"], whole, state.key, number, target.record()
         names = ("params", "model_state", "opt_state", "key", "number", "record")
         placed = dict(zip(names, _own(stage, own), strict=True))
@@ -138,7 +140,7 @@ class _Copy:
 
 
 def _arrays(state: PipelineState) -> list[Arrays]:
-    return [(s.params, s.model_state, s.opt_state) for s in state.stages]
+    return [(s.params, s.model_state, _untracked(s.opt_state)) for s in state.stages]
 
 
 def _parts(pipe: Pipeline, arrays: Sequence[Arrays]) -> _Parts:
@@ -173,9 +175,14 @@ def _abstract(pipe: Pipeline, arrays: Sequence[Arrays]) -> _Parts:
 
 
 def _slots(stage: Stage, opt_state: optax.OptState) -> tuple[dict[str, Any], Any]:
-    """Copies of the params and other arrays of an optimizer state, by path, and its structure."""
+    """Copies of the params and other arrays of an optimizer state without averages of changes, by
+    path, and its structure."""
+
+    def init(params: PyTree) -> optax.OptState:
+        return _untracked(stage.optimizer.init(params))
+
     try:
-        marked = optax.tree.map_params(stage.optimizer, _Copy, opt_state, is_leaf=lambda tree: True)
+        marked = optax.tree.map_params(init, _Copy, opt_state, is_leaf=lambda tree: True)
     except Exception as error:
         raise ValueError(
             "optimizer: what in its state mirrors the params cannot be told from the rest "
@@ -183,6 +190,31 @@ def _slots(stage: Stage, opt_state: optax.OptState) -> tuple[dict[str, Any], Any
         ) from error
     leaves, structure = jax.tree_util.tree_flatten_with_path(marked)
     return {f"opt_state{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}, structure
+
+
+def _is_tracked(node: Any) -> bool:
+    return isinstance(node, ChangesState)
+
+
+def _untracked(opt_state: optax.OptState) -> optax.OptState:
+    """An optimizer state without averages of weight changes, which not every stage has."""
+
+    def inner(node: Any) -> Any:
+        return _untracked(node.inner) if _is_tracked(node) else node
+
+    return jax.tree.map(inner, opt_state, is_leaf=_is_tracked)
+
+
+def _tracked(opt_state: optax.OptState, like: optax.OptState) -> optax.OptState:
+    """The inverse of `_untracked`, with averages of zero of the shapes in ``like``."""
+
+    def outer(node: Any, inner: Any) -> Any:
+        if not _is_tracked(node):
+            return inner
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), node.average)
+        return ChangesState(_tracked(inner, node.inner), zeros)
+
+    return jax.tree.map(outer, like, opt_state, is_leaf=_is_tracked)
 
 
 def _check_copy(name: str, tree: PyTree, params: PyTree) -> None:

@@ -43,7 +43,8 @@ def read(
       example: an input with its batch axis; only shapes and dtypes are looked at.
       optimizer: that of the pipeline, in either form, where it predicts weights
         (`fdg_jax.predict_weights`, `fdg_jax.delayed_sgd`): its state is read as well, and the
-        params are the true ones. None: no optimizer state is read.
+        params are the true ones. With a rule that adds to the optimizer ("reconstruct"), those of
+        its stages: ``lambda k: pipe.stages[k].optimizer``. None: no optimizer state is read.
 
     Returns:
       `Weights`.

@@ -173,9 +173,8 @@ class Tick:
         s, stage = self.stages[k], self.programs[k]
         own, message = self.message(k, n, kind)
         version, stash = self.flight(k, n, kind)
-        params = self.weights(k, version)
+        params, late = self.weights(k, version)
         two = stage.optimizer.per_gradient is not None
-        late = stage.number_on_device(s.version - version if stage.rule.keeps_weights else 0)
         s.gradient, first, down, token, s.record = stage.backward(
             params,
             s.params if two else None,
@@ -200,7 +199,7 @@ class Tick:
         message, (version, stash) = s.take(kind.takes[0].name, n), self.flight(k, n, kind)
         token = stash.number
         if stage.sends:
-            params = self.weights(k, version)
+            params, _ = self.weights(k, version)
             down, token = stage.backward_input(params, stash, s.key, message)
             self.give(kind, k, n, down=down, own=message)
         else:
@@ -239,23 +238,28 @@ class Tick:
             return self.update(k)
         own, message = self.message(k, n, kind)
         version, stash = self.flight(k, n, kind)
-        late = stage.number_on_device(s.version - version if stage.rule.keeps_weights else 0)
+        params, late = self.weights(k, version)
         rest = (s.opt_state, stash, s.key, message, late, s.record)
-        newest = not stage.rule.keeps_weights or version == s.version
-        if newest and s.version not in self.met(k) and self.schedule.versions == 1:
-            made = stage.backward_update_own(s.params, *rest)
+        if params is s.params and s.version not in self.met(k) and self.schedule.versions == 1:
+            made = stage.backward_update_own(params, *rest)
         else:
-            made = stage.backward_update(s.params, self.weights(k, version), *rest)
+            made = stage.backward_update(s.params, params, *rest)
         params, opt_state, down, token, record = made
         self.updated(k, params, opt_state, record)
         self.give(kind, k, n, down=down, own=own)
         return token
 
-    def weights(self, k: int, version: int) -> PyTree:
-        """The weights of a backward whose forward met ``version``."""
-        s, rule = self.stages[k], self.programs[k].rule
-        then = s.weights(version) if rule.keeps_weights else None
-        return rule.backward_params(then, s.params)
+    def weights(self, k: int, version: int) -> tuple[PyTree, jax.Array]:
+        """The weights of a backward whose forward met ``version``, and of how many updates ago."""
+        s, stage, then = self.stages[k], self.programs[k], None
+        rule = stage.rule
+        old = rule.keeps_weights or rule.estimates_weights
+        late = stage.number_on_device(s.version - version if old else 0)
+        if rule.keeps_weights:
+            then = s.weights(version)
+        elif rule.estimates_weights:
+            (then,) = stage.past_params(s.params, s.opt_state, late)
+        return rule.backward_params(then, s.params), late
 
     def met(self, k: int) -> set[int]:
         """The versions of the weights that batches in flight keep."""

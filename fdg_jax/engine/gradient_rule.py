@@ -5,6 +5,7 @@
     recompute_stale   input, weights of forward               those of the forward
     recompute         input                                   the newest
     reversible        nothing, of layers with an inverse      the newest
+    reconstruct       input                                   an estimate of those of the forward
 
 Where residuals are not kept, the backward runs the forward again.
 """
@@ -14,8 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import jax
+import optax
+
 from fdg_jax.engine.residuals import Stash
 from fdg_jax.layer import Layer
+from fdg_jax.optim import StageOptimizer
 from fdg_jax.typing import Key, PyTree
 
 
@@ -35,7 +40,8 @@ class GradientRule:
     """Which weights a backward uses, and what is kept for it.
 
     A rule of one's own is a frozen dataclass that extends this one; it is an argument of
-    `fdg_jax.Pipeline` like the three names above. Its methods are traced by JAX.
+    `fdg_jax.Pipeline` like the names above. Its methods are traced by JAX, but for `of_stage`,
+    `optimizer` and `backward_params`.
 
     Args:
       name: stands in checkpoints and in error messages.
@@ -45,6 +51,7 @@ class GradientRule:
         kept; if not, the newest.
       reconstructs: whether a layer with an inverse computes its input again from its output, which
         the stage after it sends; then nothing of it is kept.
+      estimates_weights: whether a backward uses weights that `past_params` estimates.
 
     Example:
       >>> RECOMPUTE.backward_params(then="old", now="new")
@@ -55,15 +62,38 @@ class GradientRule:
     keeps_residuals: bool = True
     keeps_weights: bool = True
     reconstructs: bool = False
+    estimates_weights: bool = False
 
-    def of_stage(self, has_loss: bool) -> GradientRule:
+    def of_stage(self, has_loss: bool, staleness: int = 0) -> GradientRule:
         """The rule of one stage.
 
         Args:
           has_loss: whether the stage has a loss of its own.
+          staleness: the most updates between a batch's forward and its backward, in steady state.
         """
-        del has_loss
+        del has_loss, staleness
         return self
+
+    def optimizer(self, optimizer: StageOptimizer) -> StageOptimizer:
+        """The optimizer of a stage, with what `past_params` reads in its state.
+
+        Args:
+          optimizer: as it was given.
+        """
+        return optimizer
+
+    def past_params(
+        self, params: PyTree, opt_state: optax.OptState, updates_ago: jax.Array
+    ) -> PyTree:
+        """An estimate of earlier weights; asked for where the rule estimates weights.
+
+        Args:
+          params: the newest weights.
+          opt_state: of the optimizer that `optimizer` returned.
+          updates_ago: updates between the batch's forward and its backward, float32.
+        """
+        del opt_state, updates_ago
+        return params
 
     def apply(
         self, layer: Layer, params: PyTree, state: PyTree, x: PyTree, key: Key
@@ -103,10 +133,10 @@ class GradientRule:
         """The weights that a backward uses.
 
         Args:
-          then: of the batch's forward; None where they are not kept.
+          then: of the batch's forward, kept or estimated; None where they are neither.
           now: the newest.
         """
-        return then if self.keeps_weights else now
+        return then if self.keeps_weights or self.estimates_weights else now
 
     def message(self, inputs: PyTree, cotangent: PyTree) -> PyTree:
         """What a backward sends to the stage before.

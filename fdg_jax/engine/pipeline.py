@@ -31,7 +31,7 @@ from fdg_jax.engine.initial_state import initial_state
 from fdg_jax.engine.interrupt import deferred, protect
 from fdg_jax.engine.messages import Metrics, Watch, send
 from fdg_jax.engine.placement import gather, stage_meshes
-from fdg_jax.engine.rules import gradient_rule
+from fdg_jax.engine.rules import gradient_rule, stage_rule
 from fdg_jax.engine.run_ahead import RunAhead
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState
@@ -63,7 +63,8 @@ class Pipeline:
         for it. "stale": those of the batch's own forward; its residuals and that weight version.
         "recompute_stale": the same weights and the same gradient, but the forward is run again; the
         stage's input and that weight version. "recompute": the newest weights; the stage's input.
-        "reversible": the newest weights; nothing where layers have an inverse. Or a `GradientRule`.
+        "reversible": the newest weights; nothing where layers have an inverse. "reconstruct": those
+        of the forward, estimated; the stage's input. Or a `GradientRule`.
       max_ahead: how many ticks the host may be ahead of the slowest stage, >= 1.
       on_nonfinite: what becomes of a micro-batch whose loss, gradient, output or new model state is
         not finite. "ignore": not checked. "skip": weights, optimizer state, model state and sums
@@ -119,13 +120,14 @@ class Pipeline:
         sends = any(name == COTANGENT for kind in schedule.kinds for name, hop in kind.gives if hop)
         index = 0
         for k, mesh in enumerate(stage_meshes(len(stages), devices)):
+            own = stage_rule(rule, schedule, k)
             self.stages.append(
                 Stage(
                     stages[k].at(index),
-                    optimizer_of(optimizer, k),
+                    own.optimizer(optimizer_of(optimizer, k)),
                     mesh,
                     start=index,
-                    rule=rule.of_stage(losses[k] is not None),
+                    rule=own,
                     loss_fn=losses[k],
                     last=k == len(stages) - 1,
                     sends=sends and k > 0,

@@ -83,7 +83,8 @@ class Reversible(GradientRule):
     keeps_weights: bool = False
     reconstructs: bool = True
 
-    def of_stage(self, has_loss: bool) -> GradientRule:
+    def of_stage(self, has_loss: bool, staleness: int = 0) -> GradientRule:
+        del staleness
         return _WITH_LOSS if has_loss else self
 
     def apply(

@@ -82,8 +82,14 @@ class Stage(Functions):
         self.teach = program(self._teach, -1, ("synthesizer",))
         self.evaluate = program(self._evaluate, None)
         self.true_params = program(self._true_params, -1)
+        self.past_params = program(self._past_params, -1)
         self.split = program(self._split, None, (), "count")
         self.average = jax.jit(lambda trees: jax.tree.map(lambda *v: sum(v) / len(v), *trees))
+
+    def _past_params(
+        self, params: PyTree, opt_state: PyTree, updates_ago: jax.Array
+    ) -> tuple[PyTree]:
+        return (self._whole(self.rule.past_params(params, opt_state, updates_ago)),)
 
     @property
     def owner(self) -> int:

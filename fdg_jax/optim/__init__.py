@@ -7,6 +7,7 @@
     staleness_rate, stretched_momentum     rates and numbers
     error_feedback                         last in a chain
     predict_weights                        around a whole optimizer
+    track_changes, past_params             around a whole optimizer; weights of earlier from it
     delayed_sgd                            SGD with prediction, stretched momentum, compensation
     recipes                                whole optimizers, tuned
 
@@ -14,6 +15,7 @@ Imports nothing of the rest of the library.
 """
 
 from fdg_jax.optim import recipes
+from fdg_jax.optim.changes import ChangesState, past_params, track_changes
 from fdg_jax.optim.compensation import (
     DelayCompensationState,
     GapAwareState,
@@ -44,6 +46,7 @@ from fdg_jax.optim.staleness import Staleness, updates_late
 
 __all__ = [
     "BasisRotationState",
+    "ChangesState",
     "DelayCompensationState",
     "DelayedSGDState",
     "Displacement",
@@ -61,12 +64,14 @@ __all__ = [
     "fdg_shrink",
     "gap_aware",
     "muon_dimension_numbers",
+    "past_params",
     "predict_weights",
     "recipes",
     "scale_by_basis_rotation",
     "scale_by_spike_compensation",
     "staleness_rate",
     "stretched_momentum",
+    "track_changes",
     "true_params",
     "updates_late",
     "without_prediction",

@@ -17,6 +17,16 @@ backward, and every stage is given the input that it had at its forward:
 :math:`y - \\mathrm{sg}(y) + x` has the value x and the gradient of y. Where mini-batches are
 divided, n counts micro-batches.
 
+Where a rule estimates weights ("reconstruct"), those of the backward are
+
+.. math::
+    \\hat w_k = w_k - m \\, \\delta_k, \\qquad
+    \\delta_k \\leftarrow \\gamma_k \\delta_k
+    + (1 - \\gamma_k) (w_k^{(v+1)} - w_k^{(v)}), \\qquad \\gamma_k = D^{1 / \\tau_k}
+
+with m the updates between the batch's forward and its backward, and :math:`\\tau_k` their largest
+number in steady state.
+
 Where inputs are reconstructed ("reversible"), a stage inverts itself at the newest weights and
 takes the gradient at the input that it finds,
 

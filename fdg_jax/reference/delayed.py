@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.reconstruct import Reconstruct
 from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.engine.synthesizer import Synthesizer, SynthesizerState
 from fdg_jax.layer import Layer, batch_key, typed_key
@@ -42,7 +43,8 @@ def train(
       params, model_state: initial, one pytree per stage.
       key: the root key of dropout.
       batches: (inputs, labels) each.
-      gradient: as in `fdg_jax.Pipeline`; "stale" and "recompute_stale" are the same gradient.
+      gradient: as in `fdg_jax.Pipeline`; "stale" and "recompute_stale" are the same gradient. Of
+        rules that estimate weights, `fdg_jax.engine.reconstruct.Reconstruct`.
       synthesizers: of the stages that predict, and their initial states.
 
     Returns:
@@ -64,6 +66,10 @@ def train(
     """
     stages = tuple(stages)
     rule, kinds = gradient_rule(gradient), schedule.kind_of
+    gammas: dict[int, float] = {}  # of the averages, in stages whose weights are estimated
+    if isinstance(rule, Reconstruct):
+        late = {k: schedule.staleness(k) for k in range(len(stages))}
+        gammas = {k: rule.decay ** (1 / tau) for k, tau in late.items() if tau}
     rest = optimizer, schedule, params, model_state, key, batches
     if not callable(loss_fn) and len(schedule.losses) > 1:
         return local.train(stages, loss_fn, *rest)
@@ -110,8 +116,10 @@ def train(
     versions = [[p] for p in params]
     opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
     state = tuple(model_state)
+    changes = [jax.tree.map(jnp.zeros_like, p) for p in params]  # averages of these
     losses: list[list[jax.Array]] = [[] for _ in batches]
     seen: dict[tuple[int, int], int] = {}  # (stage, micro-batch) -> version of its forward
+    used: dict[tuple[int, int], PyTree] = {}  # -> weights of its forward, then of its backward
     met: dict[int, tuple[Any, ...]] = {}  # micro-batch -> state, inputs, gradient of its forward
     due: list[list[PyTree]] = [[] for _ in stages]
     extra: list[dict[str, Any]] = [{} for _ in stages]  # of the last gradient
@@ -122,23 +130,25 @@ def train(
         if kind.in_flight == "opens":
             x, labels = part_of(batches[action.batch], action.micro or 0, count)
             seen[k, n] = len(versions[k]) - 1 if action.version is None else action.version
+            used[k, n] = versions[k][seen[k, n]]
             if k == last:
-                mixed = tuple(versions[j][seen[j, n]] for j in range(len(stages)))
+                mixed = tuple(used[j, n] for j in range(len(stages)))
                 (loss, (inputs, left)), whole = network(mixed, state, n, x, labels)
                 met[n], state = (state, inputs, whole), tuple(left)
                 losses[action.batch].append(loss)
         elif kind.gradient == "adds":
             x, labels = part_of(batches[action.batch], action.micro or 0, count)
             old_state, inputs, whole = met[n]
+            ago = len(versions[k]) - 1 - seen[k, n]
             if not rule.keeps_weights:
-                # Stages above k have done their backward of this batch, at versions now in `seen`.
-                seen[k, n] = len(versions[k]) - 1
-                mixed = tuple(versions[j][seen[j, n]] for j in range(len(stages)))
+                # Stages above k have done their backward of this batch, at weights now in `used`.
+                ago = ago if k in gammas else 0
+                used[k, n] = jax.tree.map(
+                    lambda w, c, m=ago: w - m * c, versions[k][-1], changes[k]
+                )
+                mixed = tuple(used[j, n] for j in range(len(stages)))
                 _, whole = network(mixed, old_state, n, x, labels, inputs)
-            extra[k] = {
-                "stale_params": versions[k][seen[k, n]],
-                "staleness": jnp.float32(len(versions[k]) - 1 - seen[k, n]),
-            }
+            extra[k] = {"stale_params": used[k, n], "staleness": jnp.float32(ago)}
             part = whole[k]
             if (first := optimizers[k].per_gradient) is not None:
                 own = opt_states[k]
@@ -153,6 +163,11 @@ def train(
             now = versions[k][-1]
             updates, opt_states[k] = optimizers[k].update(reduced, opt_states[k], now, **more)
             versions[k].append(optax.apply_updates(now, updates))
+            if k in gammas:
+                changes[k] = jax.tree.map(
+                    lambda c, old, new, g=gammas[k]: g * c + (1 - g) * (new - old),
+                    *(changes[k], now, versions[k][-1]),
+                )
     means = [jnp.mean(jnp.stack(parts)) for parts in losses]
     return Result([v[-1] for v in versions], list(state), means)
 

@@ -82,6 +82,7 @@ CASES = [
 ]
 CASES += [("fdg", gradient, 3, 1 + j) for j, gradient in enumerate(GRADIENTS)]
 CASES += [("fdg", "reversible", 3, 6), ("adl", "reversible", 4, 7), ("gpipe", "reversible", 2, 3)]
+CASES += [("fdg", "reconstruct", 3, 2), ("ddg", "reconstruct", 3, 6), ("adl", "reconstruct", 3, 7)]
 
 
 @pytest.fixture(autouse=True, scope="module")

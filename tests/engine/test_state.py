@@ -10,7 +10,7 @@ import fdg_jax as fdg
 from tests import networks
 
 DATA = networks.batches(10)
-RULES = ("stale", "recompute_stale", "recompute", "reversible")
+RULES = ("stale", "recompute_stale", "recompute", "reversible", "reconstruct")
 
 
 def pipeline(schedule, **options) -> fdg.Pipeline:
@@ -39,9 +39,13 @@ SCHEDULES = {
 }
 
 
+# Predictions come without what "reversible" needs.
+PREDICTED = [rule for rule in RULES if rule != "reversible"]
 CASES = [
-    (name, RULES[i % (3 if name.startswith("dni") else 4)]) for i, name in enumerate(SCHEDULES)
-] + [("fdg", "stale")]
+    (name, (PREDICTED if name.startswith("dni") else RULES)[i % 4])
+    for i, name in enumerate(SCHEDULES)
+]
+CASES += [("fdg", "stale"), ("fdg", "reconstruct"), ("adl", "reconstruct")]
 
 
 @pytest.mark.parametrize(("name", "rule"), CASES)

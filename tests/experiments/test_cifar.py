@@ -175,6 +175,7 @@ def test_every_method_trains(images, cache, tmp_path):
     assert staleness["data_parallel"] == [0]
     assert staleness["fdg"] == staleness["dsp"] == [2, 0]
     assert staleness["ddg"] == staleness["fr"] == staleness["pipedream"] == [1, 0]
+    assert staleness["pipemare"] == staleness["ddg"]
     assert staleness["pipedream_2bw"] == [1, 1]
 
 

@@ -1,7 +1,5 @@
 """experiments.drift: what it measures, and what it refuses."""
 
-import json
-
 import numpy as np
 import pytest
 

@@ -112,6 +112,19 @@ def test_the_model_predicts_what_the_stages_predict(trained, tmp_path, kind):
     assert [p.name for p in tmp_path.iterdir()] == [kind]
 
 
+@pytest.mark.parametrize("remedy", ["none", "recipe"])
+def test_a_run_that_reconstructs_weights(tmp_path, remedy):
+    # An average of the weight changes is in the optimizer's state, beside what the remedy keeps.
+    folder = tmp_path / "run"
+    run, state = begin(folder, model="tiny", method="pipemare", remedy=remedy)
+    for _ in range(5):
+        state, _ = run.pipe.step(state, (X, LABELS[:8]))
+    expected, _ = save(folder, run, state, 5)
+    export.export(str(folder), str(tmp_path / "model"), "safetensors", "last", False)
+    outputs, _ = predict(tmp_path / "model")
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_scanned_layers(tmp_path):
     expected, _ = scattered(tmp_path / "run", model="tiny", unroll="no")
     export.export(str(tmp_path / "run"), str(tmp_path / "model"), "safetensors", "last", False)

@@ -13,7 +13,16 @@ from tests.experiments.tiny import made
 
 @pytest.mark.parametrize(
     "name",
-    ["fdg", "fdg_recompute_stale", "fdg_recompute", "ddg", "adl", "pipedream_2bw", "gpipe"],
+    [
+        "fdg",
+        "fdg_recompute_stale",
+        "fdg_recompute",
+        "ddg",
+        "adl",
+        "pipedream_2bw",
+        "gpipe",
+        "pipemare",
+    ],
 )
 def test_bytes_are_those_that_the_simulator_predicts(tiny, name):
     """Within 1 %: at this size nothing but the kinds that are listed apart differs."""
