@@ -40,7 +40,7 @@ def held(schedule: Schedule, rule: GradientRule, actions: Iterable[Action]) -> I
     flights: dict[tuple[int, int | None], int] = {}  # (batch, micro) -> weight version
     met: Counter[int] = Counter()  # weight version -> flights that keep it
     flying: set[int] = set()
-    closed: set[int] = set()
+    added: set[int] = set()
     updates = 0
     for action in actions:
         kind, part = schedule.kind_of[action.kind], (action.batch, action.micro)
@@ -51,11 +51,12 @@ def held(schedule: Schedule, rule: GradientRule, actions: Iterable[Action]) -> I
         elif kind.in_flight == "closes":
             met[flights.pop(part)] -= rule.keeps_weights
             met += Counter()  # drops those that nobody keeps
-            closed.add(action.batch)
         elif kind.gradient == "applies":
             updates += 1
-            flying -= closed
-            closed.clear()
+            flying -= added
+            added.clear()
+        if kind.gradient == "adds":
+            added.add(action.batch)
         kept = range(max(updates - schedule.versions + 1, 0), updates + 1)
         yield Held(len(flying), len(flights), len(met.keys() | set(kept)))
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from fdg_jax.engine.gradient_rule import GradientRule
-from fdg_jax.engine.reconstruct import Reconstruct
 from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.engine.synthesizer import Synthesizer, SynthesizerState
 from fdg_jax.layer import Layer, batch_key, typed_key
 from fdg_jax.optim import StageOptimizer
 from fdg_jax.reference import local, predicted, reversible
+from fdg_jax.reference.changes import Changes
 from fdg_jax.reference.result import Result, part_of
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import Key, LossFn, PyTree
@@ -66,10 +66,6 @@ def train(
     """
     stages = tuple(stages)
     rule, kinds = gradient_rule(gradient), schedule.kind_of
-    gammas: dict[int, float] = {}  # of the averages, in stages whose weights are estimated
-    if isinstance(rule, Reconstruct):
-        late = {k: schedule.staleness(k) for k in range(len(stages))}
-        gammas = {k: rule.decay ** (1 / tau) for k, tau in late.items() if tau}
     rest = optimizer, schedule, params, model_state, key, batches
     if not callable(loss_fn) and len(schedule.losses) > 1:
         return local.train(stages, loss_fn, *rest)
@@ -116,7 +112,7 @@ def train(
     versions = [[p] for p in params]
     opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
     state = tuple(model_state)
-    changes = [jax.tree.map(jnp.zeros_like, p) for p in params]  # averages of these
+    changes = Changes(rule, schedule, params)
     losses: list[list[jax.Array]] = [[] for _ in batches]
     seen: dict[tuple[int, int], int] = {}  # (stage, micro-batch) -> version of its forward
     used: dict[tuple[int, int], PyTree] = {}  # -> weights of its forward, then of its backward
@@ -142,10 +138,8 @@ def train(
             ago = len(versions[k]) - 1 - seen[k, n]
             if not rule.keeps_weights:
                 # Stages above k have done their backward of this batch, at weights now in `used`.
-                ago = ago if k in gammas else 0
-                used[k, n] = jax.tree.map(
-                    lambda w, c, m=ago: w - m * c, versions[k][-1], changes[k]
-                )
+                ago = ago if k in changes.gammas else 0
+                used[k, n] = changes.ago(k, versions[k][-1], ago)
                 mixed = tuple(used[j, n] for j in range(len(stages)))
                 _, whole = network(mixed, old_state, n, x, labels, inputs)
             extra[k] = {"stale_params": used[k, n], "staleness": jnp.float32(ago)}
@@ -163,11 +157,7 @@ def train(
             now = versions[k][-1]
             updates, opt_states[k] = optimizers[k].update(reduced, opt_states[k], now, **more)
             versions[k].append(optax.apply_updates(now, updates))
-            if k in gammas:
-                changes[k] = jax.tree.map(
-                    lambda c, old, new, g=gammas[k]: g * c + (1 - g) * (new - old),
-                    *(changes[k], now, versions[k][-1]),
-                )
+            changes.add(k, now, versions[k][-1])
     means = [jnp.mean(jnp.stack(parts)) for parts in losses]
     return Result([v[-1] for v in versions], list(state), means)
 

@@ -13,6 +13,7 @@ from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
 from fdg_jax.layer import Layer, batch_key, typed_key
 from fdg_jax.optim import StageOptimizer
+from fdg_jax.reference.changes import Changes
 from fdg_jax.reference.result import Result
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import Key, LossFn, PyTree
@@ -39,6 +40,8 @@ def train(
     opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
     up: dict[tuple[int, int], PyTree] = {}  # (stage, batch) -> input
     met: dict[tuple[int, int], Any] = {}  # -> weights, state and output of its forward
+    seen: dict[tuple[int, int], int] = {}  # -> updates before it
+    steps, changes = [0] * len(stages), Changes(rule, schedule, params)
     down: dict[tuple[int, int], Any] = {}  # -> cotangent of its output, from the stage above
     due: dict[int, PyTree] = {}
     losses: list[jax.Array] = []
@@ -49,7 +52,7 @@ def train(
         def run(p: PyTree, x: PyTree) -> PyTree:
             return placed[k].apply(p, old, x, train=True, key=batch_key(key, n))[0]
 
-        weights = then if rule.keeps_weights else values[k]
+        weights = then if rule.keeps_weights else changes.ago(k, values[k], steps[k] - seen[k, n])
         gradient, below = jax.vjp(run, weights, up[k, n])[1](cotangent)
         return gradient, below
 
@@ -58,14 +61,16 @@ def train(
         if kind == "U":
             gradient = due.pop(k)
             updates, opt_states[k] = optimizers[k].update(gradient, opt_states[k], values[k])
-            values[k] = optax.apply_updates(values[k], updates)
+            old, values[k] = values[k], optax.apply_updates(values[k], updates)
+            changes.add(k, old, values[k])
+            steps[k] += 1
             continue
         labels, noise = batches[n][1], batch_key(key, n)
         own = Output(met[k, n][2], labels, jnp.int32(n)) if (k, n) in met else None
         if kind == "F":
             x = up.setdefault((k, n), batches[n][0])
             y, left = placed[k].apply(values[k], state[k], x, train=True, key=noise)
-            met[k, n] = values[k], state[k], y
+            met[k, n], seen[k, n] = (values[k], state[k], y), steps[k]
             state[k] = left
             up[k + 1, n] = y
             if k == last:

@@ -145,6 +145,7 @@ class Schedule:
         """
         found = self.sources[action.kind][action.stage]
         every = dict.fromkeys(need for alternatives in found for need in alternatives)
+        every.pop((action.kind, action.stage), None)  # what gives back what it took
         return [Action(kind, action.batch, k, action.micro) for kind, k in every]
 
     def tick(self, t: int, end: int | None = None) -> list[Action]:

@@ -74,7 +74,7 @@ def test_equals_the_oracle(name, num_stages):
     compare(SCHEDULES[name](num_stages), partitioned(num_stages))
 
 
-@pytest.mark.parametrize("gradient", ["recompute_stale", "recompute"])
+@pytest.mark.parametrize("gradient", ["recompute_stale", "recompute", "reconstruct"])
 def test_with_other_rules(gradient):
     compare(SCHEDULES["phases"](3), partitioned(3), gradient=gradient)
 
