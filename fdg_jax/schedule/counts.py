@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from fdg_jax.schedule.action import Action
+from fdg_jax.schedule.action import UPDATE, Action
 from fdg_jax.schedule.ledger import Holding, Ledger, Plan
 
 # A window of so many periods in steady state; also rules that do not say their period, of up to
@@ -51,6 +51,29 @@ def fill_of(schedule: Plan) -> int:
     raise ValueError(
         f"schedule {schedule.name}: after {limit} ticks batches are left in flight in stage 0"
     )
+
+
+def stream(schedule: Plan, batches: int) -> Iterator[list[Action]]:
+    """A whole run, tick by tick; see `fdg_jax.schedule.Schedule.stream`."""
+    checker = Checker(schedule)
+    adding = {kind.name for kind in schedule.kind_of.values() if kind.gradient == "adds"}
+    t = idle = gradients = 0
+    total = batches * schedule.num_stages * schedule.microbatches
+    while True:
+        actions = schedule.tick(t, batches)
+        if gradients == total and not actions:
+            return
+        checker.check(t, actions)
+        idle = 0 if any(a.kind != UPDATE.name for a in actions) else idle + 1
+        gradients += sum(a.kind in adding for a in actions)
+        if idle > 8 * schedule.num_stages + schedule.period:
+            raise ValueError(f"schedule {schedule.name}: after tick {t} batches are left in flight")
+        t += 1
+        if gradients == total and any(n >= 0 for n in checker.pending):
+            left = enumerate(checker.pending)
+            actions = actions + [Action(UPDATE.name, n, k) for k, n in left if n >= 0]
+            checker.pending = [-1] * schedule.num_stages
+        yield actions
 
 
 def count(schedule: Plan, fill: int) -> list[Counts]:

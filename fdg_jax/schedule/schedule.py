@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fdg_jax.schedule import grid
-from fdg_jax.schedule.action import ACTIVATION, COTANGENT, KINDS, OUTPUT, UPDATE, Action, Kind
-from fdg_jax.schedule.counts import Checker, Counts, count, fill_of
+from fdg_jax.schedule.action import ACTIVATION, COTANGENT, KINDS, OUTPUT, Action, Kind
+from fdg_jax.schedule.counts import Counts, count, fill_of, stream
 from fdg_jax.schedule.ledger import Holding, holdings
 
 Rule = Callable[[int], Sequence[Action]]
@@ -171,32 +171,14 @@ class Schedule:
         Args:
           batches: how many enter.
 
-        Yields:
+        Returns:
           The actions of each tick. A last, partial accumulation is applied at the very end.
 
         Raises:
           ValueError: the rule is no pipeline: something is done twice, before what it needs, by a
             stage that does not exist, or never.
         """
-        checker = Checker(self)
-        adding = {kind.name for kind in self.kinds if kind.gradient == "adds"}
-        t = idle = gradients = 0
-        total = batches * self.num_stages * self.microbatches
-        while True:
-            actions = self.tick(t, batches)
-            if gradients == total and not actions:
-                return
-            checker.check(t, actions)
-            idle = 0 if any(a.kind != UPDATE.name for a in actions) else idle + 1
-            gradients += sum(a.kind in adding for a in actions)
-            if idle > 8 * self.num_stages + self.period:
-                raise ValueError(f"schedule {self.name}: after tick {t} batches are left in flight")
-            t += 1
-            if gradients == total and any(n >= 0 for n in checker.pending):
-                left = enumerate(checker.pending)
-                actions = actions + [Action(UPDATE.name, n, k) for k, n in left if n >= 0]
-                checker.pending = [-1] * self.num_stages
-            yield actions
+        return stream(self, batches)
 
     @functools.cached_property
     def fill(self) -> int:
