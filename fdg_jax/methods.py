@@ -47,6 +47,7 @@ class Method:
       stale: whether gradients are, so that a remedy has something to mend.
       accumulate: the backwards of an update, unless an option says otherwise; None: the schedule's
         own default.
+      beside: whether stages need something beside them: heads with losses, or synthesizers.
     """
 
     schedule: str
@@ -55,6 +56,7 @@ class Method:
     one_stage: bool = False
     stale: bool = True
     accumulate: int | None = None
+    beside: bool = False
 
 
 METHODS = {
@@ -72,9 +74,9 @@ METHODS = {
     "petra": Method("adl", gradient="reversible", accumulate=1),
     "paci": Method("adl", gradient="recompute"),
     "pipemare": Method("ddg", gradient="reconstruct"),
-    "dgl": Method("local", stale=False),
-    "dni": Method("dni", stale=False),
-    "dni_late": Method("dni_late", stale=False),
+    "dgl": Method("local", stale=False, beside=True),
+    "dni": Method("dni", stale=False, beside=True),
+    "dni_late": Method("dni_late", stale=False, beside=True),
     "data_parallel": Method("backprop", one_stage=True, stale=False),
 }
 

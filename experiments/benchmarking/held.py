@@ -29,6 +29,7 @@ from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.simulate import simulate
 from fdg_jax.engine.dispatch import Tick
 from fdg_jax.engine.fusion import fuse
+from fdg_jax.engine.reversible import kept_by
 from fdg_jax.engine.state import StageWork
 from fdg_jax.schedule.ledger import LABEL, METRIC
 from fdg_jax.typing import PyTree
@@ -113,13 +114,14 @@ def predict(contender: Piped) -> list[float]:
         return jax.ShapeDtypeStruct((leaf.shape[0] // parts, *leaf.shape[1:]), leaf.dtype)
 
     x, labels = jax.tree.map(part, contender.batch)
-    inputs, residuals = [], []
+    inputs, residuals, kept = [], [], []
     for k, (stage, own) in enumerate(zip(pipe.stages, state.stages, strict=True)):
         wanted = labels if k == last else None
         made = jax.eval_shape(
             stage.forward, own.params, own.model_state, x, wanted, own.key, own.number, own.record
         )
         inputs.append(parts * nbytes(x))
+        kept.append(parts * nbytes(kept_by(stage.layer, own.params, own.model_state, x)))
         residuals.append(parts * nbytes(made.residuals))
         x = made.output
     steady = 8 * contender.stages * schedule.period
@@ -131,6 +133,7 @@ def predict(contender: Piped) -> list[float]:
         forward=[1] * contender.stages,
         backward=[2] * contender.stages,
         input_bytes=inputs,
+        kept_bytes=kept,
         residual_bytes=residuals,
         parameter_bytes=parameters,
     )

@@ -33,7 +33,7 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4
 ONE_DEVICE = re.compile(r"one_device_k([1-9]\d{0,3})")
 # Methods that the engine runs, one stage a device.
 PIPED = {
-    **{name: method for name, method in METHODS.items() if not method.one_stage},
+    **{name: own for name, own in METHODS.items() if not own.one_stage and not own.beside},
     "fdg_recompute_stale": Method("fdg", gradient="recompute_stale"),
     "fdg_recompute": Method("fdg", gradient="recompute"),
     "fdg_guarded": Method("fdg"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fdg_jax.engine.gradient_rule import GradientRule
-from fdg_jax.engine.rules import gradient_rule
+from fdg_jax.engine.rules import stage_rule
 from fdg_jax.schedule import Action, Schedule
 
 
@@ -25,6 +25,9 @@ class Costs:
         all; activations and gradients alike. Transfers overlap with computing and with each other.
       latency: seconds that every message takes on top, however small: not divided by M.
       input_bytes: what a stage receives, one per stage; empty is 0.
+      kept_bytes: what a stage keeps of a batch whose inputs it reconstructs, which is the input of
+        layers without an inverse (`fdg_jax.engine.reversible.kept_by`); one per stage; empty is
+        its input.
       residual_bytes: what a forward leaves for its backward beside input and weights; the same.
       parameter_bytes: one version of a stage's weights; the same.
       optimizer: size of the optimizer's state as a multiple of the parameters; 1 for momentum.
@@ -47,6 +50,7 @@ class Costs:
     parameter_bytes: Sequence[float] = ()
     optimizer: float = 0
     weights: Sequence[float] = ()
+    kept_bytes: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         stages = len(self.forward)
@@ -61,6 +65,8 @@ class Costs:
                 values = (0,) * stages
                 if name == "weights":
                     values = tuple(seconds / 2 for seconds in self.backward)
+                elif name == "kept_bytes":
+                    values = tuple(self.input_bytes)
             object.__setattr__(self, name, values)
             if len(values) != stages:
                 raise ValueError(
@@ -110,7 +116,7 @@ class Costs:
             whole -= self.weights[k]
         elif schedule.splits_backward and not kind.gives:
             whole = self.weights[k]
-        if not gradient_rule(gradient).keeps_residuals:
+        if not stage_rule(gradient, schedule, k).keeps_residuals:
             whole += self.forward[k]
         return whole / schedule.microbatches
 
@@ -123,6 +129,7 @@ PER_STAGE = (
     "residual_bytes",
     "parameter_bytes",
     "weights",
+    "kept_bytes",
 )
 
 

@@ -63,9 +63,11 @@ def held(schedule: Schedule, rule: GradientRule, actions: Iterable[Action]) -> I
 
 def bytes_of(now: Held, costs: Costs, k: int, schedule: Schedule, rule: GradientRule) -> float:
     """The bytes of what a stage holds; see `Timeline.peak_bytes`."""
+    own = stage_rule(rule, schedule, k)
     each = costs.input_bytes[k]
-    if rule.keeps_residuals:
+    if own.keeps_residuals:
         each += costs.residual_bytes[k]
-    average = stage_rule(rule, schedule, k).estimates_weights
-    weights = costs.parameter_bytes[k] * (now.versions + costs.optimizer + average)
+    elif own.reconstructs:
+        each = costs.kept_bytes[k]
+    weights = costs.parameter_bytes[k] * (now.versions + costs.optimizer + own.estimates_weights)
     return weights + now.flights * each / schedule.microbatches

@@ -61,6 +61,25 @@ def runs(layer: Layer) -> list[Run]:
     return found
 
 
+def kept_by(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> list[PyTree]:
+    """What a stage of this layer keeps of a batch in flight; nothing is computed.
+
+    Args:
+      layer: the stage.
+      params, state: of the layer, which may be abstract.
+      x: its input, which may be abstract.
+
+    Returns:
+      Shapes and dtypes of the inputs of layers without an inverse, one of each run.
+    """
+
+    def kept(params: PyTree, state: PyTree, x: PyTree) -> PyTree:
+        return REVERSIBLE.apply(layer, params, state, x, jax.random.key(0))[2]
+
+    found: list[PyTree] = jax.eval_shape(kept, params, state, x)
+    return found
+
+
 @dataclass(frozen=True)
 class Reversible(GradientRule):
     """Inputs are reconstructed from outputs; nothing of a reversible layer is kept.

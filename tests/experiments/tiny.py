@@ -1,6 +1,7 @@
 """A network that compiles in a moment, for the tests of the benchmark."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import fdg_jax as fdg
@@ -15,9 +16,14 @@ def tiny_network(
     name: str, num_classes: int = 10, channels: int = 3, compute: object = None
 ) -> list[fdg.Layer]:
     del compute  # there is no convolution
+    flat = fdg.from_fn(lambda x: x.reshape(len(x), -1))
+    if name == "reversible":
+        block = fdg.coupling(fdg.chain([dense(6), batch_norm()]))
+        joined = fdg.from_fn(lambda streams: jnp.concatenate(streams, axis=-1))
+        stem = [flat, dense(12), fdg.two_streams()]
+        return [*stem, block, block, block, joined, dense(num_classes)]
     if name != "tiny":
         raise ValueError(f"model={name!r}: no such model")
-    flat = fdg.from_fn(lambda x: x.reshape(len(x), -1))
     return [flat, dense(12), batch_norm(), dense(7), batch_norm(), dense(num_classes)]
 
 
