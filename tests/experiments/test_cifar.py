@@ -8,9 +8,10 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
-from experiments.training import methods
+from experiments.training import loop, methods, settings, setup
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -164,19 +165,25 @@ def test_measured_cuts_and_the_validation_split_are_recorded(images, cache, tmp_
     assert "test_error" not in summary
 
 
-def test_every_method_trains(images, cache, tmp_path):
-    errors, staleness = {}, {}
-    for name in methods.METHODS:
-        done = cifar(cache, *small(images, tmp_path / name), f"--method={name}", "--steps=12")
-        assert done.returncode == 0, done.stderr
-        summary = json.loads((tmp_path / name / "summary.json").read_text())
-        errors[name], staleness[name] = summary["test_error"], summary["staleness"]
-    assert max(errors.values()) <= 0.2
-    assert staleness["data_parallel"] == [0]
-    assert staleness["fdg"] == staleness["dsp"] == [2, 0]
-    assert staleness["ddg"] == staleness["fr"] == staleness["pipedream"] == [1, 0]
-    assert staleness["pipemare"] == staleness["ddg"]
-    assert staleness["pipedream_2bw"] == [1, 1]
+STALENESS = {
+    **{name: [2, 0] for name in ("fdg", "dsp", "petra")},
+    **{name: [1, 0] for name in ("ddg", "fr", "pipedream", "pipemare", "adl", "paci")},
+    "pipedream_2bw": [1, 1],
+    "data_parallel": [0],
+}
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_trains(name, images, tmp_path, monkeypatch):
+    # Which devices and caches there are is settled for all tests.
+    monkeypatch.setattr(setup, "prepare_jax", lambda *arguments: None)
+    values = flags.FlagValues()
+    settings.define_flags(values)
+    values(["cifar", *small(images, tmp_path / "run"), f"--method={name}", "--steps=12"])
+    summary = loop.run(settings.from_flags(values))
+    # Twelve steps are too few for a synthesizer.
+    assert summary["test_error"] <= (0.6 if name.startswith("dni") else 0.2)
+    assert summary["staleness"] == STALENESS.get(name, [0, 0])
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_stages_that_reconstruct_their_inputs_hold_less_than_half(tiny):
     petra, again = (held.table(made(settings, name)) for name in ("petra", "fdg_recompute"))
     for row in petra:
         assert row["measured"] == pytest.approx(row["predicted"], rel=0.01)
-    # Stages 1 and 2 have couplings alone; stage 0 keeps the image. Messages down are twice as large.
+    # Stages 1 and 2 have couplings alone; stage 0 keeps the image. Messages down are pairs.
     assert petra[1]["bytes"]["in flight"] == petra[2]["bytes"]["in flight"] == 0
     assert _moving(petra[1]) <= 0.5 * _moving(again[1])
     assert petra[0]["bytes"]["in flight"] == again[0]["bytes"]["in flight"] > 0
