@@ -122,15 +122,15 @@ SCHEDULES = {
 }
 PAIRS = [(name, rule) for name in ("fdg", "ddg", "gpipe") for rule in ("stale", "recompute")]
 CASES = [
-    (name, gradient, k, (INT8, BFLOAT16)[(i + k) % 2])
+    (name, gradient, k, ("int8", "bfloat16")[(i + k) % 2])
     for i, (name, gradient) in enumerate(PAIRS)
     for k in (2, 3)
 ]
 CASES += [
-    ("fdg", "recompute_stale", 2, BFLOAT16),
-    ("fdg", "stale", 2, FLOAT16),
-    ("adl", "stale", 3, INT8),
-    ("zero_bubble", "recompute", 2, INT8),
+    ("fdg", "recompute_stale", 2, "bfloat16"),
+    ("fdg", "stale", 2, "float16"),
+    ("adl", "stale", 3, "int8"),
+    ("zero_bubble", "recompute", 2, "int8"),
 ]
 
 
@@ -171,7 +171,7 @@ def test_reconstructed_inputs_are_rounded_too(dtype):
 
 
 # How far the parameters may be from those without rounding after 16 steps, of their norm.
-BOUNDS = {"bfloat16": 5e-3, "int8": 2e-2}
+BOUNDS = {"bfloat16": 2e-3, "int8": 1e-2}
 
 
 def norm(tree) -> float:
