@@ -37,7 +37,7 @@ from experiments.common import command, fields, machine, workdir
 from experiments.common.errors import UsageError
 from experiments.common.screen import Screen
 from experiments.training import setup
-from experiments.training.config import DTYPES
+from experiments.training.config import DTYPES, MESSAGE_DTYPES
 
 FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
 # Settings that say where things are, not what is measured.
@@ -54,6 +54,8 @@ HELP = {
     "partition": "How to split: by measured time, by flops, or at K-1 layer numbers (which hold "
     "for K = --num_stages; one_device_k<K> with another K is split by flops then).",
     "dtype": f"Of activations and their gradients, one of {DTYPES}.",
+    "message_dtype": f"Of both on their way between stages, one of {MESSAGE_DTYPES}; float32 sends "
+    "them as they are.",
     "rounds": "How often each contender has its turn.",
     "steps": "Steps of a turn; 0: as many as backprop does in --turn_seconds.",
     "turn_seconds": "See --steps.",

@@ -96,6 +96,7 @@ def make(settings: Settings, vocabulary: int) -> tuple[fdg.Pipeline, fdg.Partiti
         max_ahead=settings.max_ahead,
         on_nonfinite="stop",
         synthesizers=own.synthesizers,
+        message_dtype=setup.message_dtype(settings.message_dtype),
     )
     return pipe, stages
 

@@ -159,17 +159,20 @@ def assert_equals_oracle(
     loss=loss_fn,
     tolerance=1e-12,
     gradient="stale",
+    message_dtype=None,
     **options,
 ):
     """Parameters, batch statistics and losses of a pipeline run equal those of the reference."""
-    pipe = fdg.Pipeline(stages, loss, optimizer, schedule, gradient=gradient, **options)
+    options = {"gradient": gradient, "message_dtype": message_dtype, **options}
+    pipe = fdg.Pipeline(stages, loss, optimizer, schedule, **options)
     key = jax.random.key(7)
     start = pipe.init(key, *data[0])
     params = jax.device_get(pipe.params(start))
     model_state = jax.device_get([s.model_state for s in start.stages])
     state, metrics = run(pipe, data, key)
+    start = (params, model_state, key, data, gradient)
     expected = reference.train(
-        stages, loss, optimizer, schedule, params, model_state, key, data, gradient
+        stages, loss, optimizer, schedule, *start, message_dtype=message_dtype
     )
     metrics = [m for m in metrics if m.stage == len(stages) - 1]
     assert [m.batch for m in metrics] == list(range(len(data)))

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import fdg_jax as fdg
 from experiments.benchmarking.workload import ONE_DEVICE, Workload, gradient
-from experiments.training.setup import loss_fn
+from experiments.training.setup import loss_fn, message_dtype
 from fdg_jax.checkpoint import Checkpointer
 from fdg_jax.engine.placement import BATCH_AXIS, stage_meshes
 from fdg_jax.layer import batch_key
@@ -154,6 +154,8 @@ class Piped(Contender):
             self.about += f", {schedule.microbatches} micro-batches"
         if on_nonfinite != "ignore":
             self.about += ", looks at what is not finite"
+        if work.settings.message_dtype != "float32":
+            self.about += f", messages in {work.settings.message_dtype}"
         self.split = work.split(self.stages)
         self.pipe = fdg.Pipeline(
             self.split,
@@ -163,6 +165,7 @@ class Piped(Contender):
             devices=devices[: self.devices],
             gradient=choice,
             on_nonfinite=on_nonfinite,
+            message_dtype=message_dtype(work.settings.message_dtype),
         )
         self.state = self.pipe.init(work.key, work.example, work.labels)
         first, last = self.pipe.stages[0], self.pipe.stages[-1]

@@ -18,7 +18,7 @@ import optax
 import fdg_jax as fdg
 from experiments.common.errors import UsageError
 from experiments.common.machine import cores
-from experiments.training.config import DTYPES, blame
+from experiments.training.config import DTYPES, MESSAGE_DTYPES, blame
 from experiments.training.methods import METHODS, Method
 from experiments.training.setup import compute
 from fdg_jax.optim import Staleness, recipes
@@ -64,6 +64,7 @@ class Settings:
     microbatches: int = 4
     partition: str = "time"
     dtype: str = "float32"
+    message_dtype: str = "float32"
     rounds: int = 5
     steps: int = 0
     turn_seconds: float = 3.0
@@ -85,10 +86,11 @@ class Settings:
             raise UsageError(f"--turn_seconds={self.turn_seconds}: must be above 0; 3 is usual")
         if not 0 <= self.max_load < math.inf:
             raise UsageError(f"--max_load={self.max_load}: must be 0 or more cores; 0.5 is usual")
-        if self.dtype not in DTYPES:
-            raise UsageError(
-                f"--dtype={self.dtype}: no such choice; allowed are {', '.join(DTYPES)}"
-            )
+        for name, allowed in (("dtype", DTYPES), ("message_dtype", MESSAGE_DTYPES)):
+            if (value := getattr(self, name)) not in allowed:
+                raise UsageError(
+                    f"--{name}={value}: no such choice; allowed are {', '.join(allowed)}"
+                )
         with blame("model"):
             units = len(units_of(fdg.models.create(self.model, CLASSES, CHANNELS)))
         if self.num_stages > units:

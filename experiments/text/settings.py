@@ -10,7 +10,7 @@ from absl import flags
 from experiments.common import fields
 from experiments.common.errors import UsageError
 from experiments.training import family, methods, remedies
-from experiments.training.config import GRADIENTS, ORDERS, REDUCTIONS, blame
+from experiments.training.config import GRADIENTS, MESSAGE_DTYPES, ORDERS, REDUCTIONS, blame
 
 OPTIMIZERS = ("adamw", "muon")
 HELP = {
@@ -29,6 +29,8 @@ HELP = {
     "order": f"What a stage of fdg, dsp and adl does first in a tick: one of {ORDERS}.",
     "beta": "Factor on a stage's updates for every hop to the loss, in (0, 1]; 1 does not shrink.",
     "gradient": f"What a delayed backward takes: one of {GRADIENTS}; fr and dsp have their own.",
+    "message_dtype": f"Of activations and gradients between stages, one of {MESSAGE_DTYPES}; "
+    "float32 sends them as they are.",
     "microbatches": "Parts of a mini-batch in gpipe and one_f_one_b.",
     "accumulate": "Backwards per update in adl (default 2) and pipedream_2bw (default K).",
     "reduction": f"What adl applies of the accumulated gradients: one of {REDUCTIONS}.",
@@ -64,6 +66,7 @@ class Settings(remedies.Remedies, family.Family):
     order: str = "forward_first"
     beta: float = 1.0
     gradient: str = "stale"
+    message_dtype: str = "float32"
     microbatches: int = 4
     accumulate: int | None = None
     reduction: str = "mean"
@@ -89,6 +92,7 @@ class Settings(remedies.Remedies, family.Family):
             "method": tuple(methods.METHODS),
             "order": ORDERS,
             "gradient": GRADIENTS,
+            "message_dtype": MESSAGE_DTYPES,
             "reduction": REDUCTIONS,
         }
         for name, allowed in choices.items():

@@ -20,6 +20,7 @@ GRADIENTS = tuple(RULES)
 REDUCTIONS = ("mean", "sum")
 UNROLL = ("auto", "yes", "no")
 DTYPES = ("float32", "bfloat16")
+MESSAGE_DTYPES = ("float32", "bfloat16", "int8")
 ON_NONFINITE = ("stop", "skip")
 # Settings that a run may go on with changed: while all is well they move nothing but files.
 FREE = (
@@ -56,6 +57,7 @@ class Config(remedies.Remedies, family.Family):
     num_stages: int = 2
     devices_per_stage: int = 1
     shard_optimizer: bool = False
+    message_dtype: str = "float32"
     partition: str = "time"
     method: str = "fdg"
     order: str = "forward_first"
@@ -108,6 +110,7 @@ class Config(remedies.Remedies, family.Family):
         self._one_of("lr_schedule", LR_SCHEDULES)
         self._one_of("unroll", UNROLL)
         self._one_of("dtype", DTYPES)
+        self._one_of("message_dtype", MESSAGE_DTYPES)
         self._one_of("on_nonfinite", ON_NONFINITE)
         for name in ("num_stages", "batch_size", "epochs", "log_every_steps", "eval_every_epochs"):
             self._bound(name, 1)

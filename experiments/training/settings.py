@@ -34,6 +34,8 @@ HELP = {
     "devices_per_stage": "Devices that share every mini-batch of a stage, as many parts of it.",
     "shard_optimizer": "Whether a stage's devices share its optimizer's state out among them, "
     "where they would each keep all of it.",
+    "message_dtype": "Of activations and gradients between stages, one of "
+    f"{config.MESSAGE_DTYPES}; float32 sends them as they are.",
     "partition": "How to split: by time, measured once and kept in the cache; by flops, which "
     "repeats everywhere; or at the layer numbers given, such as 3,5.",
     "method": f"One of {', '.join(methods.METHODS)}.",

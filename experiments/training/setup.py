@@ -155,6 +155,7 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
         on_nonfinite=config.on_nonfinite,
         shard_optimizer=config.shard_optimizer,
         synthesizers=own.synthesizers,
+        message_dtype=message_dtype(config.message_dtype),
     )
     if not pipe.stages[0].here:
         dataset = without_images(dataset)
@@ -229,6 +230,11 @@ def _bytes(layers: list[Layer], dataset: data.Dataset) -> int:
 def compute(dtype: str, fast_derivatives: bool) -> fdg.models.Compute:
     """How the network is computed, from the flags."""
     return fdg.models.Compute(None if dtype == "float32" else jnp.dtype(dtype), fast_derivatives)
+
+
+def message_dtype(name: str) -> str | None:
+    """--message_dtype as `fdg_jax.Pipeline` takes it."""
+    return None if name == "float32" else name
 
 
 def loss_fn(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

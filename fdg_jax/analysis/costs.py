@@ -24,12 +24,13 @@ class Costs:
       transfer: seconds that a message between neighbours takes, one per hop (K - 1) or the same for
         all; activations and gradients alike. Transfers overlap with computing and with each other.
       latency: seconds that every message takes on top, however small: not divided by M.
-      input_bytes: what a stage receives, one per stage; empty is 0.
+      input_bytes: what a stage receives from the one before, one per stage; empty is 0.
       kept_bytes: what a stage keeps of a batch whose inputs it reconstructs, which is the input of
         layers without an inverse (`fdg_jax.engine.reversible.kept_by`); one per stage; empty is
         its input.
       residual_bytes: what a forward leaves for its backward beside input and weights; the same.
       parameter_bytes: one version of a stage's weights; the same.
+      cotangent_bytes: what a stage sends to the one before, one per stage; empty is input_bytes.
       optimizer: size of the optimizer's state as a multiple of the parameters; 1 for momentum.
 
     Raises:
@@ -51,6 +52,7 @@ class Costs:
     optimizer: float = 0
     weights: Sequence[float] = ()
     kept_bytes: Sequence[float] = ()
+    cotangent_bytes: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         stages = len(self.forward)
@@ -65,7 +67,7 @@ class Costs:
                 values = (0,) * stages
                 if name == "weights":
                     values = tuple(seconds / 2 for seconds in self.backward)
-                elif name == "kept_bytes":
+                elif name in ("kept_bytes", "cotangent_bytes"):
                     values = tuple(self.input_bytes)
             object.__setattr__(self, name, values)
             if len(values) != stages:
@@ -120,6 +122,44 @@ class Costs:
             whole += self.forward[k]
         return whole / schedule.microbatches
 
+    def sent_bytes(self, k: int, schedule: Schedule) -> float:
+        """Bytes that stages k and k+1 send each other for one mini-batch, both ways together.
+
+        .. math::
+            u \\cdot \\text{input}_{k+1} + d \\cdot \\text{cotangent}_{k+1}
+
+        with u messages up and d down for each micro-batch, counted in steady state: one each, but
+        for "local", where d = 0.
+
+        Args:
+          k: the hop, 0 to K-2.
+          schedule: whose kinds of action.
+
+        Returns:
+          Bytes; 0 where their sizes are not given.
+
+        Raises:
+          ValueError: no such hop.
+
+        Example:
+          >>> from fdg_jax import schedule
+          >>> its = Costs(forward=[1, 1], backward=[2, 2], input_bytes=[9, 4])
+          >>> its.sent_bytes(0, schedule.fdg(2)), its.sent_bytes(0, schedule.local(2))
+          (8.0, 4.0)
+        """
+        if not 0 <= k < len(self.forward) - 1:
+            raise ValueError(f"k={k}: no hop of {len(self.forward)} stages; they go from 0 to K-2")
+        begin = schedule.start + 4 * (schedule.fill + 1)
+        actions = (a for t in range(schedule.period) for a in schedule.tick(begin + t))
+        sent = [
+            (action.stage, stage)
+            for action in actions
+            for _, stage in schedule.gives(schedule.kind_of[action.kind], action.stage)
+        ]
+        up, down = sent.count((k, k + 1)), sent.count((k + 1, k))
+        total = up * self.input_bytes[k + 1] + down * self.cotangent_bytes[k + 1]
+        return total / (schedule.period * schedule.microbatches)
+
 
 PER_STAGE = (
     "forward",
@@ -130,6 +170,7 @@ PER_STAGE = (
     "parameter_bytes",
     "weights",
     "kept_bytes",
+    "cotangent_bytes",
 )
 
 

@@ -213,6 +213,10 @@ class Timeline:
             bytes_of(held, self.costs, k, self.schedule, self.gradient) for held in self._held(k)
         )
 
+    def sent_bytes(self, k: int) -> float:
+        """Bytes that stages k and k+1 send each other for a mini-batch: `Costs.sent_bytes`."""
+        return self.costs.sent_bytes(k, self.schedule)
+
     def chrome_trace(self, name: str | None = None, number: int = 0) -> dict[str, Any]:
         """The events as a trace for Perfetto or chrome://tracing, one row a stage.
 

@@ -20,7 +20,7 @@ from fdg_jax.typing import Key, PyTree
 FORMAT = 2
 NAME = "manifest.json"
 # Where these differ a checkpoint cannot be restored; in the rest only the last bits may differ.
-BINDING = ("format", "stages", "schedule", "gradient")
+BINDING = ("format", "stages", "schedule", "gradient", "message_dtype")
 _LARGEST = 1 << 26  # bytes: what strangers made is not read without bound
 _MOST = 2**31 - 1  # of anything that is counted
 
@@ -52,6 +52,7 @@ def configuration(pipe: Pipeline) -> dict[str, Any]:
         "stages": pipe.num_stages,
         "schedule": f"{schedule.name} ({schedule.fingerprint})",
         "gradient": pipe.gradient,
+        "message_dtype": None if pipe.message_dtype is None else pipe.message_dtype.name,
         "jax": jax.__version__,
         "platform": pipe.stages[0].mesh.devices.flat[0].platform,
         "cores": cores,

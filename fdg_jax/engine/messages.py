@@ -61,12 +61,15 @@ class Watch(Protocol):
 def send(tree: PyTree, stage: Stage, name: str = "inputs", microbatches: int = 1) -> PyTree:
     """A message onto a stage's devices; numpy arrays are copied, CPU devices would alias them."""
     leaves, structure = jax.tree.flatten(tree)
-    places = [stage.placement(leaf) for leaf in leaves]
+    places = jax.tree.leaves(stage.places(tree))
     pairs = zip(leaves, places, strict=True)
     if microbatches == 1 and all(isinstance(v, jax.Array) and v.sharding == p for v, p in pairs):
         return tree  # made there, by a stage that shares the devices
     leaves = [leaf if isinstance(leaf, jax.Array) else np.array(leaf) for leaf in leaves]
-    for leaf in leaves if stage.mesh.size > 1 or microbatches > 1 else ():
+    checked = stage.mesh.size > 1 or microbatches > 1
+    for leaf, place in zip(leaves, places, strict=True) if checked else ():
+        if place != stage.sharded:
+            continue  # the scales of an encoded message
         if leaf.ndim and leaf.shape[0] % microbatches:
             raise ValueError(
                 f"{name}: a batch of {leaf.shape[0]} does not divide into {microbatches} "

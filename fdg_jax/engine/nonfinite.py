@@ -14,10 +14,13 @@ ended, so looking at it costs no wait.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdg_jax.engine.placement import gather
 from fdg_jax.typing import PyTree
 
 # None: a stage that is not guarded.
@@ -77,3 +80,18 @@ def changed(new: PyTree, old: PyTree) -> PyTree:
         return jnp.where(same, jnp.zeros_like(a), a)
 
     return jax.tree.map(one, new, old)
+
+
+def skipped(records: Sequence[Record]) -> list[int]:
+    """How many micro-batches each stage skipped; every process calls this, and waits for the rest.
+
+    Args:
+      records: of the stages; None where it was not checked.
+    """
+    found = []
+    for record in records:
+        if record is None:
+            return [0 for _ in records]
+        elsewhere = isinstance(record, jax.Array) and not record.addressable_shards
+        found.append(0 if elsewhere else int(jax.device_get(record)[SKIPPED]))
+    return [int(n) for n in gather(np.array(found, np.int32)).max(axis=0)]

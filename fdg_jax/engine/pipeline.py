@@ -1,8 +1,7 @@
 """The host-side asynchronous scheduler: one thread, state in, state out.
 
 JAX dispatch is asynchronous: a call returns at once, and a device runs its own queue. So one loop
-that dispatches the actions of a tick keeps all devices busy. It waits for a device only to stay at
-most ``max_ahead`` ticks ahead.
+that dispatches a tick's actions keeps all devices busy; it waits only to be ``max_ahead`` ahead.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.arguments import (
@@ -26,11 +26,12 @@ from fdg_jax.engine.arguments import (
 )
 from fdg_jax.engine.batch_check import check_optimizer, fit, signature
 from fdg_jax.engine.dispatch import Tick
+from fdg_jax.engine.encoding import message_dtype as message_dtype_of
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.initial_state import initial_state
 from fdg_jax.engine.interrupt import deferred, protect
 from fdg_jax.engine.messages import Metrics, Watch, send
-from fdg_jax.engine.placement import gather, stage_meshes
+from fdg_jax.engine.placement import stage_meshes
 from fdg_jax.engine.rules import gradient_rule, stage_rule
 from fdg_jax.engine.run_ahead import RunAhead
 from fdg_jax.engine.stage import Stage
@@ -74,6 +75,8 @@ class Pipeline:
         having all of it; arrays that they do not divide stay whole.
       synthesizers: where a schedule has predictions (`Schedule.predicts`), a `Synthesizer` for each
         of those stages: one for all, or ``synthesizers(k)``, that of stage k.
+      message_dtype: of activations and cotangents between stages: ``jnp.bfloat16``, ``float16``,
+        ``int8`` (`fdg_jax.engine.encoding.encode`), or None, as they are. `predict` does not round.
 
     Raises:
       ValueError: arguments that do not fit together; the message names the argument and the remedy.
@@ -106,6 +109,7 @@ class Pipeline:
         on_nonfinite: str = "ignore",
         shard_optimizer: bool = False,
         synthesizers: Synthesizers = None,
+        message_dtype: DTypeLike | None = None,
     ) -> None:
         stages = list(stages)
         check_arguments(len(stages), schedule, max_ahead, on_nonfinite)
@@ -115,6 +119,7 @@ class Pipeline:
         self.rule = rule
         self.max_ahead = max_ahead
         self.on_nonfinite = on_nonfinite
+        self.message_dtype = message_dtype_of(message_dtype)
         self.num_stages = len(stages)
         self.stages: list[Stage] = []
         sends = any(name == COTANGENT for kind in schedule.kinds for name, hop in kind.gives if hop)
@@ -133,6 +138,7 @@ class Pipeline:
                     sends=sends and k > 0,
                     shard_optimizer=shard_optimizer,
                     synthesizer=predicting[k],
+                    message_dtype=self.message_dtype,
                 )
             )
             index += stages[k].size
@@ -301,13 +307,7 @@ class Pipeline:
         Returns:
           K counts; zeros where it was not checked.
         """
-        if self.on_nonfinite == "ignore":
-            return [0] * self.num_stages
-        counts = [
-            int(jax.device_get(own.record)[nonfinite.SKIPPED]) if stage.here else 0
-            for stage, own in zip(self.stages, state.stages, strict=True)
-        ]
-        return [int(n) for n in gather(np.array(counts, np.int32)).max(axis=0)]
+        return nonfinite.skipped([own.record for own in state.stages])
 
     def check(self) -> None:
         """Waits for all that has been dispatched; raises as `step` does."""

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fdg_jax.engine import encoding
 from fdg_jax.typing import PyTree
 
 BATCH_AXIS = "data"
@@ -189,11 +190,15 @@ class Placed:
         """Batch axis sharded over the group."""
         if self.mesh.size == 1:
             return tree
-        return jax.tree.map(lambda v: jax.lax.with_sharding_constraint(v, self.placement(v)), tree)
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.places(tree))
 
     def placement(self, leaf: Any) -> NamedSharding:
         """Where a leaf of an input, label or message of this stage lives."""
         return self.sharded if getattr(leaf, "ndim", 0) else self.replicated
+
+    def places(self, tree: PyTree) -> PyTree:
+        """Where the leaves of such a tree live; the scales of encoded ones have no batch axis."""
+        return encoding.places(tree, self.placement, self.replicated)
 
     def shared(self, opt_state: PyTree) -> PyTree:
         """Where the optimizer's state lives."""

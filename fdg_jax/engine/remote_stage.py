@@ -18,7 +18,7 @@ from fdg_jax.typing import PyTree
 
 def program(
     replicated: NamedSharding,
-    placement: Callable[[Any], NamedSharding],
+    places: Callable[[PyTree], PyTree],
     function: Callable[..., Any],
     batched: int | None,
     donated: tuple[str, ...] = (),
@@ -27,13 +27,13 @@ def program(
     """A stage's function as a program: jitted where the stage is, else what stands for it.
 
     Args:
-      replicated, placement, function, batched: see `Elsewhere`.
+      replicated, places, function, batched: see `Elsewhere`.
       donated: names of arguments whose buffers it may take.
       static: name of the argument that is no array.
     """
     if replicated.addressable_devices:
         return jax.jit(function, donate_argnames=donated or None, static_argnames=static)
-    return Elsewhere(replicated, placement, function, batched)
+    return Elsewhere(replicated, places, function, batched)
 
 
 def shapes(program: Callable[..., Any], *arrays: PyTree) -> PyTree:
@@ -52,7 +52,7 @@ class Elsewhere:
 
     Args:
       replicated: where its outputs are.
-      placement: where those are that have the batch axis; one without any is replicated.
+      places: where those are that have the batch axis; one without any is replicated.
       function: pure.
       batched: which of its outputs has that axis; None: all of them.
     """
@@ -60,13 +60,13 @@ class Elsewhere:
     def __init__(
         self,
         replicated: NamedSharding,
-        placement: Callable[[Any], NamedSharding],
+        places: Callable[[PyTree], PyTree],
         function: Callable[..., Any],
         batched: int | None,
     ) -> None:
         self._function = function
         self._replicated = replicated
-        self._placement = placement
+        self._places = places
         self._batched = batched
         self._known: dict[Any, PyTree] = {}
 
@@ -84,7 +84,7 @@ class Elsewhere:
 
     def _place(self, outputs: PyTree) -> PyTree:
         def spread(tree: PyTree) -> PyTree:
-            return absent(tree, jax.tree.map(self._placement, tree))
+            return absent(tree, self._places(tree))
 
         if self._batched is None:
             return spread(outputs)

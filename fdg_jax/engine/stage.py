@@ -17,9 +17,9 @@ import optax
 from jax.sharding import Mesh
 
 from fdg_jax.engine import remote_stage
+from fdg_jax.engine.encoded_programs import EncodedFunctions
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.placement import absent, put
-from fdg_jax.engine.programs import Functions
 from fdg_jax.engine.state import Slots
 from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
 from fdg_jax.layer import Layer, batch_key
@@ -27,7 +27,7 @@ from fdg_jax.optim import StageOptimizer
 from fdg_jax.typing import Key, LossFn, PyTree
 
 
-class Stage(Functions):
+class Stage(EncodedFunctions):
     """One stage of a pipeline: pure functions, jitted over the stage's own mesh.
 
     Args:
@@ -43,6 +43,7 @@ class Stage(Functions):
       synthesizer: of a stage that predicts the cotangent of its output, else None.
       shard_optimizer: whether the devices share out the optimizer's state (ZeRO's first stage,
         Rajbhandari et al. 2020, section 5.1).
+      message_dtype: of messages to the stages beside it; None: as they are.
     """
 
     def __init__(
@@ -58,10 +59,12 @@ class Stage(Functions):
         sends: bool,
         shard_optimizer: bool = False,
         synthesizer: Synthesizer | None = None,
+        message_dtype: np.dtype | None = None,
     ) -> None:
         super().__init__(
             layer, optimizer, mesh, rule, loss_fn, last, sends, shard_optimizer, synthesizer
         )
+        self.message_dtype = message_dtype
         end = start + layer.size - 1
         self.layers = f"layers {start} to {end}" if end > start else f"layer {start}"
         self._scalars: dict[tuple[type, float], jax.Array] = {}
@@ -70,7 +73,7 @@ class Stage(Functions):
         # the caller says (by the program it calls) when a stage's weights are its own alone.
         # After each: which output has the batch axis.
         own = ("params", "opt_state")
-        program = functools.partial(remote_stage.program, self.replicated, self.placement)
+        program = functools.partial(remote_stage.program, self.replicated, self.places)
         self.forward = program(self._forward, 0)
         self.backward = program(self._backward_accumulate, 2, ("gradient", "per_gradient"))
         self.backward_input = program(self._backward_input, 0)

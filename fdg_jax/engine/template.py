@@ -65,19 +65,20 @@ def template(
         )
         record = record if guarded else None
         targets = None if not stage.labelled else _placed(labels, stage.placement)
-        values: dict[str, PyTree] = {ACTIVATION: x, LABEL: targets}
-        residuals, kept = None, x
+        came = stage.sent(x) if k else x
+        values: dict[str, PyTree] = {ACTIVATION: came, LABEL: targets}
+        residuals, kept = None, came
         unknown = stage.labelled and labels is None
         synthesizer = None
         if stage.synthesizer is not None:
             y = found[k + 1][0]
             own = Output(y, labels, number)
             synthesizer = _whole(jax.eval_shape(stage.synthesizer.init, key, own), stage)
-            values[OUTPUT] = Output(_placed(y, stage.placement), targets, number)
+            values[OUTPUT] = Output(stage.sent(y), targets, number)
         if not unknown:
-            args = (params, model_state, x, targets, own_key, number, record)
+            args = (params, model_state, came, targets, own_key, number, record)
             forward = remote_stage.shapes(stage.forward, *args)
-            kept = x if forward.kept is None else _placed(forward.kept, stage.placement)
+            kept = came if forward.kept is None else _placed(forward.kept, stage.placement)
             if stage.rule.keeps_residuals:
                 batch = {leaf.shape[0] for leaf in jax.tree.leaves(x) if leaf.ndim}
                 residuals = _residuals(forward.residuals, batch, stage)
@@ -87,7 +88,7 @@ def template(
             above = found[k + 1][0]
             moving = jax.eval_shape(lambda v: split_inexact(v)[0], above)
             message = jax.eval_shape(stages[k + 1].rule.message, above, moving)
-            values[COTANGENT] = _placed(message, stage.placement)
+            values[COTANGENT] = stage.sent(message)
         values[OUTPUT_COTANGENT] = values.get(COTANGENT)
         stash = Stash(kept, targets, model_state, number, residuals)
         versions = counts.slots["version" if stage.rule.keeps_weights else "kept"]

@@ -43,7 +43,11 @@ Where cotangents are predicted, a stage's gradient is that of its own part of th
 
 Where stages have losses of their own, :math:`L_n` is the stage's, and its input a constant.
 
-Nothing here is fast, and nothing is shared with the pipeline but the layers and the action stream.
+Where messages travel in fewer bits, a stage gets the rounded output of the stage before it, which
+gets the rounded cotangent of that; the rounding itself has the derivative 1.
+
+Nothing here is fast, and nothing is shared with the pipeline but the layers, the rounding of
+messages and the action stream.
 """
 
 from fdg_jax.reference.delayed import train

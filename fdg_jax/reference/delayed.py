@@ -8,7 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
+from fdg_jax.engine.encoding import message_dtype as message_dtype_of
+from fdg_jax.engine.encoding import rounded
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.engine.synthesizer import Synthesizer, SynthesizerState
@@ -32,6 +35,7 @@ def train(
     batches: Sequence[tuple[PyTree, PyTree]],
     gradient: str | GradientRule = "stale",
     synthesizers: Sequence[tuple[Synthesizer, SynthesizerState]] = (),
+    message_dtype: DTypeLike | None = None,
 ) -> Result:
     """Trains on ``batches`` as ``schedule`` says, from the fill to the drain, exactly.
 
@@ -46,6 +50,7 @@ def train(
       gradient: as in `fdg_jax.Pipeline`; "stale" and "recompute_stale" are the same gradient. Of
         rules that estimate weights, `fdg_jax.engine.reconstruct.Reconstruct`.
       synthesizers: of the stages that predict, and their initial states.
+      message_dtype: as in `fdg_jax.Pipeline`.
 
     Returns:
       A `Result`.
@@ -66,7 +71,8 @@ def train(
     """
     stages = tuple(stages)
     rule, kinds = gradient_rule(gradient), schedule.kind_of
-    rest = optimizer, schedule, params, model_state, key, batches
+    narrow = message_dtype_of(message_dtype)
+    rest = optimizer, schedule, params, model_state, key, batches, narrow
     if not callable(loss_fn) and len(schedule.losses) > 1:
         return local.train(stages, loss_fn, *rest)
     final = loss_fn if callable(loss_fn) else loss_fn[-1]
@@ -74,9 +80,7 @@ def train(
     if schedule.predicts:
         return predicted.train(stages, final, rule, synthesizers, *rest)
     if rule.reconstructs:
-        return reversible.train(
-            stages, final, optimizer, schedule, params, model_state, key, batches
-        )
+        return reversible.train(stages, final, *rest)
     last, count = len(stages) - 1, schedule.microbatches
     key = typed_key(key)
     places = [sum(stage.size for stage in stages[:k]) for k in range(len(stages))]
@@ -103,6 +107,7 @@ def train(
                     y = jax.tree.map(_pin, y, pins[k])
                 inputs.append(y)
                 y, left = stage.apply(params[k], state[k], y, train=True, key=batch_key(key, n))
+                y = rounded(y, narrow if k < last else None)
                 states.append(left)
             return final(y, labels)[0], (inputs, states)
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from fdg_jax.engine.encoding import rounded
 from fdg_jax.layer import Layer, batch_key, typed_key
 from fdg_jax.optim import StageOptimizer
 from fdg_jax.reference.result import Result
@@ -25,6 +27,7 @@ def train(
     model_state: Sequence[PyTree],
     key: Key,
     batches: Sequence[tuple[PyTree, PyTree]],
+    narrow: np.dtype | None,
 ) -> Result:
     """Every stage alone: its input a constant, its loss its own, one update a mini-batch."""
     key = typed_key(key)
@@ -48,7 +51,7 @@ def train(
 
         sent.setdefault((k, n), batches[n][0])
         (value, (y, state[k])), gradient = jax.value_and_grad(loss, has_aux=True)(values[k])
-        sent[k + 1, n] = y
+        sent[k + 1, n] = rounded(y, narrow)
         extra = {"stale_params": values[k], "staleness": jnp.float32(0)}
         updates, opt_states[k] = optimizers[k].update(gradient, opt_states[k], values[k], **extra)
         values[k] = optax.apply_updates(values[k], updates)

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from fdg_jax.engine.encoding import rounded
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
 from fdg_jax.layer import Layer, batch_key, typed_key
@@ -30,6 +32,7 @@ def train(
     model_state: Sequence[PyTree],
     key: Key,
     batches: Sequence[tuple[PyTree, PyTree]],
+    narrow: np.dtype | None,
 ) -> Result:
     """Every action from its definition, one derivative at a time."""
     key, last = typed_key(key), len(stages) - 1
@@ -54,7 +57,7 @@ def train(
 
         weights = then if rule.keeps_weights else changes.ago(k, values[k], steps[k] - seen[k, n])
         gradient, below = jax.vjp(run, weights, up[k, n])[1](cotangent)
-        return gradient, below
+        return gradient, rounded(below, narrow)
 
     for action in (a for tick in schedule.stream(len(batches)) for a in tick):
         k, n, kind = action.stage, action.batch, action.kind
@@ -70,6 +73,7 @@ def train(
         if kind == "F":
             x = up.setdefault((k, n), batches[n][0])
             y, left = placed[k].apply(values[k], state[k], x, train=True, key=noise)
+            y = rounded(y, narrow if k < last else None)
             met[k, n], seen[k, n] = (values[k], state[k], y), steps[k]
             state[k] = left
             up[k + 1, n] = y

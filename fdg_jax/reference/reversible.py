@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from fdg_jax.engine.encoding import rounded
 from fdg_jax.layer import Chain, Layer, batch_key, chain, typed_key
 from fdg_jax.optim import StageOptimizer
 from fdg_jax.reference.result import Result, part_of
@@ -25,6 +27,7 @@ def train(
     model_state: Sequence[PyTree],
     key: Key,
     batches: Sequence[tuple[PyTree, PyTree]],
+    narrow: np.dtype | None,
 ) -> Result:
     """Inverses and derivatives run by run, each from its definition."""
     key, last, count = typed_key(key), len(stages) - 1, schedule.microbatches
@@ -55,7 +58,7 @@ def train(
                     loss, argnums=(0, 1), has_aux=True, allow_int=True
                 )(values[k], x)
                 losses[action.batch].append(value)
-                ready[n] = gradient, (x, below)
+                ready[n] = gradient, rounded((x, below), narrow)
             else:
                 inputs, left = [], []
                 for i, layer in parts[k]:
@@ -66,7 +69,7 @@ def train(
                     left.append(s)
                 kept[k, n] = inputs, state[k]
                 state[k] = _joined(stages[k], left)
-                up[k + 1, n] = x
+                up[k + 1, n] = rounded(x, narrow)
         elif kind.gradient != "applies":  # a backward, or one of its halves
             if k == last:
                 gradient, down[k - 1, n] = ready[n]
@@ -87,7 +90,8 @@ def train(
                     of_params, cotangent = jax.vjp(run, p, x)[1](cotangent)
                     y = x
                     found.append(of_params)
-                gradient, down[k - 1, n] = _joined(stages[k], found[::-1]), (y, cotangent)
+                gradient = _joined(stages[k], found[::-1])
+                down[k - 1, n] = rounded((y, cotangent), narrow)
             if kind.gradient == "adds":
                 due[k].append(gradient)
         else:

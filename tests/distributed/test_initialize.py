@@ -50,9 +50,10 @@ def two_devices(monkeypatch):
 def test_two_processes_train_to_the_bits_of_one_and_go_on_from_checkpoints(tmp_path, two_devices):
     fdg = {"schedule": "fdg", "num_stages": 2, "steps": STEPS}
     gpipe = {**fdg, "schedule": "gpipe", "on_nonfinite": "skip"}
-    found = results(run(2, [{**fdg, "save": str(tmp_path), "at": AT}, gpipe]))
+    narrow = {**fdg, "message_dtype": "int8"}
+    found = results(run(2, [{**fdg, "save": str(tmp_path), "at": AT}, gpipe, narrow]))
     expected = member.result(**fdg)
-    assert found == [expected, member.result(**gpipe)]
+    assert found == [expected, member.result(**gpipe), member.result(**narrow)]
     # On in one process, and on in two.
     alone = member.result(**fdg, restore=str(tmp_path))
     assert alone["params"] == expected["params"]

@@ -27,7 +27,14 @@ SCHEDULES = {
 }
 
 
-def compare(schedule, stages, data=DATA, gradient="stale", synthesizers=networks.SYNTHESIZER):
+def compare(
+    schedule,
+    stages,
+    data=DATA,
+    gradient="stale",
+    synthesizers=networks.SYNTHESIZER,
+    message_dtype=None,
+):
     k = schedule.num_stages
     pipe = fdg.Pipeline(
         stages,
@@ -36,6 +43,7 @@ def compare(schedule, stages, data=DATA, gradient="stale", synthesizers=networks
         schedule,
         gradient=gradient,
         synthesizers=synthesizers,
+        message_dtype=message_dtype,
     )
     key = jax.random.key(7)
     state = pipe.init(key, *data[0])
@@ -61,6 +69,7 @@ def compare(schedule, stages, data=DATA, gradient="stale", synthesizers=networks
         data,
         gradient,
         synthesizers=[(synthesizers, one) for one in own[:-1]],
+        message_dtype=message_dtype,
     )
     assert networks.difference([m.loss for m in [*metrics, *m]], expected.losses) <= 1e-12
     assert networks.difference(pipe.params(state), expected.params) <= 1e-12
@@ -77,6 +86,12 @@ def test_equals_the_oracle(name, num_stages):
 @pytest.mark.parametrize("gradient", ["recompute_stale", "recompute", "reconstruct"])
 def test_with_other_rules(gradient):
     compare(SCHEDULES["phases"](3), partitioned(3), gradient=gradient)
+
+
+@pytest.mark.parametrize("name", ["dni", "phases"])
+def test_a_synthesizer_gets_what_is_sent(name):
+    _, state = compare(SCHEDULES[name](3), partitioned(3), message_dtype="int8")
+    assert state.stages[1].inbox["output"].values[0].output.values.dtype == jnp.int8
 
 
 def test_synthesizers_learn():

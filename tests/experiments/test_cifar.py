@@ -124,17 +124,26 @@ def test_seed_order_beta_and_method_each_change_the_result(images, cache, tmp_pa
     assert len(hashes) == 5
 
 
-def test_half_precision_and_own_derivatives_change_no_more_than_rounding(images, cache, tmp_path):
+def test_half_precision_own_derivatives_and_short_messages_change_no_more_than_rounding(
+    images, cache, tmp_path
+):
     summaries = {}
-    for change in ("--dtype=float32", "--dtype=bfloat16", "--nofast_derivatives"):
+    changes = (
+        "--dtype=float32",
+        "--dtype=bfloat16",
+        "--nofast_derivatives",
+        "--message_dtype=int8",
+    )
+    for change in changes:
         workdir = tmp_path / change[2:]
         done = cifar(cache, *small(images, workdir), "--steps=4", change)
         assert done.returncode == 0, done.stderr
         summaries[change] = json.loads((workdir / "summary.json").read_text())
-    full, half, plain = summaries.values()
-    assert len({s["params_sha256"] for s in summaries.values()}) == 3
+    full, half, plain, sent = summaries.values()
+    assert len({s["params_sha256"] for s in summaries.values()}) == 4
     assert half["test_loss"] == pytest.approx(full["test_loss"], rel=0.1)
     assert plain["test_loss"] == pytest.approx(full["test_loss"], rel=1e-3)
+    assert sent["test_loss"] == pytest.approx(full["test_loss"], rel=0.1)
 
 
 def test_flags_that_a_method_does_not_use_are_ignored(images, cache, tmp_path):
@@ -197,6 +206,7 @@ def test_every_method_trains(name, images, tmp_path, monkeypatch):
         (["--gradient=fresh"], "--gradient=fresh"),
         (["--reduction=max"], "--reduction=max"),
         (["--dtype=float16"], "--dtype=float16"),
+        (["--message_dtype=int4"], "--message_dtype=int4"),
         (["--method=data_parallel", "--batch_size=15"], "--batch_size=15"),
         (["--lr_milestones=5,1e300,inf"], "--lr_milestones=inf"),
         (["--crop_padding=9"], "--crop_padding=9"),

@@ -61,6 +61,10 @@ def test_fdg_trains_writes_its_files_and_repeats_bit_for_bit(settings, tmp_path)
         lm.run(settings)
 
 
+def test_it_trains_with_messages_of_a_byte_a_number(settings):
+    assert lm.run(dataclasses.replace(settings, message_dtype="int8"))["validation_loss"] < 1
+
+
 @pytest.mark.parametrize("network", [transformer, reversible_transformer])
 def test_three_stages_equal_the_oracle(network):
     rng = np.random.default_rng(1)
@@ -201,6 +205,7 @@ def test_without_a_file_the_text_is_that_of_the_standard_library():
         ({"method": "magic"}, "--method=magic: "),
         ({"order": "any"}, "--order=any: "),
         ({"gradient": "fresh"}, "--gradient=fresh: "),
+        ({"message_dtype": "int4"}, "--message_dtype=int4: no such choice; allowed are float32, "),
         ({"heads": 3}, "--heads=3: "),
         ({"width": 2**30}, f"--width={2**30}: "),
         ({"warmup_steps": 60}, "--warmup_steps=60: "),

@@ -1,0 +1,235 @@
+"""Messages between stages in fewer bits: what is sent, and what arrives.
+
+    sender's program                                 receiver's program
+    ... ──► output ──► encode ──► Encoded ~~ sent ~~► decode ──► input ──► ...
+
+Only arrays of floating-point numbers with an axis are encoded, and only where that makes their
+numbers narrower. The rest (tokens, masks, scalars) travels as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from fdg_jax.typing import PyTree
+
+ALLOWED = ("bfloat16", "float16", "int8")
+LARGEST = 127  # of int8, with either sign
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["dtype"]
+)
+@dataclass(frozen=True)
+class Encoded:
+    """An array in fewer bits.
+
+    Args:
+      values: of the array's shape; bfloat16, float16 or int8.
+      scale: float32, of the same rank, 1 in all axes but the last; None unless values are int8. A
+        vector has one scale.
+      dtype: of the array before, which it has again when it is decoded.
+
+    Example:
+      >>> sent = encode(jnp.array([[1.0, 10.0], [-127.0, 5.0]], jnp.float32), jnp.dtype("int8"))
+      >>> sent.values.tolist(), sent.values.nbytes + sent.scale.nbytes
+      ([[1, 127], [-127, 64]], 12)
+    """
+
+    values: jax.Array
+    scale: jax.Array | None
+    dtype: np.dtype
+
+
+def message_dtype(given: DTypeLike | None) -> np.dtype | None:
+    """What an argument ``message_dtype=`` says.
+
+    Args:
+      given: a dtype or its name, or None.
+
+    Returns:
+      The dtype, or None where messages travel as they are.
+
+    Raises:
+      ValueError: another dtype.
+
+    Example:
+      >>> message_dtype(jnp.int8), message_dtype(None)
+      (dtype('int8'), None)
+    """
+    if given is None:
+        return None
+    try:
+        name = jnp.dtype(given).name
+    except TypeError:
+        name = repr(given)
+    if name not in ALLOWED:
+        raise ValueError(
+            f"message_dtype={name}: allowed are {', '.join(ALLOWED)}; None sends messages as they "
+            "are"
+        )
+    return jnp.dtype(name)
+
+
+def encode(tree: PyTree, dtype: np.dtype | None) -> PyTree:
+    """What is sent for a message.
+
+    A cast; int8 has one scale for each channel c, the last axis, over all rows r:
+
+    .. math::
+        s_c = \\max_r |v_{rc}| / 127, \\qquad q_{rc} = \\mathrm{round}(v_{rc} / s_c)
+
+    A channel of zeros has the scale 0, and so has one whose scale would be below the least normal
+    float32. A channel with a number that is not finite is decoded as such.
+
+    Args:
+      tree: arrays of any shapes.
+      dtype: of the numbers that are sent; None: the tree is sent as it is.
+
+    Returns:
+      The tree, with an `Encoded` in the place of every array of floating-point numbers that has an
+      axis and more bits a number than ``dtype``.
+
+    Example:
+      >>> message = {"x": jnp.ones((2, 3)), "tokens": jnp.arange(2), "rate": jnp.float32(1)}
+      >>> sent = encode(message, jnp.dtype("bfloat16"))
+      >>> sent["x"].values.dtype, sent["tokens"].tolist(), sent["rate"].dtype
+      (dtype(bfloat16), [0, 1], dtype('float32'))
+    """
+    if dtype is None:
+        return tree
+    return jax.tree.map(lambda leaf: _encode(leaf, dtype), tree)
+
+
+def decode(tree: PyTree) -> PyTree:
+    """What arrives of a message: arrays of the dtypes that they had.
+
+    .. math::
+        \\tilde v_{rc} = s_c \\, q_{rc}, \\qquad |\\tilde v_{rc} - v_{rc}| \\le s_c / 2
+
+    up to the rounding of the arithmetic in the array's own dtype.
+
+    Args:
+      tree: of `encode`; anything else is left as it is.
+
+    Returns:
+      The tree, with arrays again.
+
+    Example:
+      >>> decode(encode(jnp.array([1.0, -3.0, 127.0]), jnp.dtype("int8"))).tolist()
+      [1.0, -3.0, 127.0]
+    """
+    return jax.tree.map(lambda leaf: _decode(leaf) if _is_encoded(leaf) else leaf, tree, **_WHOLE)
+
+
+def rounded(tree: PyTree, dtype: np.dtype | None) -> PyTree:
+    """A message as it arrives, and its cotangent as it arrives on the way back.
+
+    .. math::
+        y = D(E(x)), \\qquad \\delta_x = D(E(\\delta_y))
+
+    Args:
+      tree: arrays of any shapes.
+      dtype: as for `encode`.
+
+    Returns:
+      A tree of the same shapes and dtypes.
+
+    Example:
+      >>> value, pull = jax.vjp(lambda v: rounded(v, jnp.dtype("int8")), jnp.array([0.3, 127.0]))
+      >>> value.tolist(), pull(jnp.array([254.0, 3.0]))[0].tolist()
+      ([0.0, 127.0], [254.0, 4.0])
+    """
+    if dtype is None:
+        return tree
+
+    def one(leaf: jax.Array) -> jax.Array:
+        return _rounded(leaf, dtype) if _narrows(leaf, dtype) else leaf
+
+    return jax.tree.map(one, tree)
+
+
+def places(tree: PyTree, values: Any, scale: Any) -> PyTree:
+    """Something for every array of a message, by what it is.
+
+    Args:
+      tree: a message, encoded or not.
+      values: ``values(leaf)`` of an array, or of the values of an encoded one.
+      scale: of the scales of an encoded one.
+
+    Returns:
+      A tree of the message's structure.
+
+    Example:
+      >>> places(encode(jnp.ones((2, 3)), jnp.dtype("int8")), jnp.shape, "whole").values
+      (2, 3)
+    """
+
+    def one(leaf: Any) -> Any:
+        if not _is_encoded(leaf):
+            return values(leaf)
+        own = None if leaf.scale is None else scale
+        return replace(leaf, values=values(leaf.values), scale=own)
+
+    return jax.tree.map(one, tree, **_WHOLE)
+
+
+def _is_encoded(leaf: Any) -> bool:
+    return isinstance(leaf, Encoded)
+
+
+_WHOLE: dict[str, Any] = {"is_leaf": _is_encoded}
+
+
+def _narrows(leaf: jax.Array, dtype: np.dtype) -> bool:
+    """Whether encoding makes an array's numbers narrower; the batch size has no say in it."""
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return floating and leaf.ndim > 0 and leaf.dtype.itemsize > dtype.itemsize
+
+
+def _encode(leaf: jax.Array, dtype: np.dtype) -> jax.Array | Encoded:
+    if not _narrows(leaf, dtype):
+        return leaf
+    if dtype != jnp.int8:
+        return Encoded(leaf.astype(dtype), None, leaf.dtype)
+    wide = leaf.astype(_wide(leaf.dtype))
+    rows = tuple(range(max(leaf.ndim - 1, 1)))
+    largest = jnp.max(jnp.abs(wide), axis=rows, keepdims=True, initial=0)
+    scale = (largest / LARGEST).astype(jnp.float32)
+    # Not the other way round: NaN stays.
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0, scale)
+    quotient = wide / jnp.where(scale == 0, 1, scale).astype(wide.dtype)
+    values = jnp.clip(jnp.round(quotient), -LARGEST, LARGEST).astype(jnp.int8)
+    return Encoded(values, scale, leaf.dtype)
+
+
+def _decode(sent: Encoded) -> jax.Array:
+    if sent.scale is None:
+        return sent.values.astype(sent.dtype)
+    wide = _wide(sent.dtype)
+    product: jax.Array = sent.values.astype(wide) * sent.scale.astype(wide)
+    return product.astype(sent.dtype)
+
+
+def _wide(dtype: np.dtype) -> np.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _rounded(leaf: jax.Array, dtype: np.dtype) -> jax.Array:
+    # XLA may leave out a cast and its reverse where nothing is between them.
+    arrived: jax.Array = decode(jax.lax.optimization_barrier(_encode(leaf, dtype)))
+    return arrived
+
+
+_rounded.defvjp(
+    lambda leaf, dtype: (_rounded(leaf, dtype), None),
+    lambda dtype, _, cotangent: (_rounded(cotangent, dtype),),
+)
