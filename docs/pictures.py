@@ -6,6 +6,7 @@ import dataclasses
 import io
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from fdg_jax.engine.rules import RULES
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 SCHEDULES = {"back-propagation": "backprop", "DDG": "ddg", "FDG": "fdg"}
-SIZES = {"input_bytes": [2] * 4, "residual_bytes": [30] * 4, "parameter_bytes": [10] * 4}
+SIZES: dict[str, Any] = {"input_bytes": [2] * 4, "residual_bytes": [30] * 4, "parameter_bytes": [10] * 4}
 
 
 def schedules() -> bytes:
