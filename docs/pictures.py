@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +21,7 @@ from fdg_jax.analysis.simulate import simulate
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 RULES = ("stale", "recompute_stale", "recompute", "reconstruct")
 SCHEDULES = {"back-propagation": "backprop", "DDG": "ddg", "FDG": "fdg"}
+SIZES: dict[str, Any] = {"input_bytes": [2] * 4, "residual_bytes": [30] * 4, "parameter_bytes": [10] * 4}
 
 
 def schedules() -> bytes:
@@ -49,8 +52,7 @@ def in_flight() -> bytes:
 
 def memory() -> bytes:
     """Bytes held in four stages, by choice of gradient."""
-    sizes = {"input_bytes": [2] * 4, "residual_bytes": [30] * 4, "parameter_bytes": [10] * 4}
-    costs = Costs(forward=[1] * 4, backward=[2] * 4, optimizer=1, **sizes)
+    costs = Costs(forward=[1] * 4, backward=[2] * 4, optimizer=1, **SIZES)
     runs = {g: simulate(fdg.schedule.fdg(4), costs, gradient=g) for g in RULES}
     figure, axis = _figure()
     _bars(axis, {name: [run.peak_bytes(k) for k in range(4)] for name, run in runs.items()})
@@ -60,7 +62,46 @@ def memory() -> bytes:
     return _png(figure)
 
 
-PICTURES = {"schedules": schedules, "in_flight": in_flight, "memory": memory}
+def methods() -> bytes:
+    """Speed, staleness and bytes of every method that cuts the network, in four stages."""
+    names = [name for name, method in fdg.methods.METHODS.items() if not method.one_stage]
+    found = sorted(((*_measure(name), name) for name in names), key=lambda row: row[1:3])
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    titles = ("times backprop's speed", "staleness of stage 0, updates", "MB held by all stages")
+    panels = figure.subplots(1, len(titles), sharey=True)
+    for i, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+        bars = panel.barh(range(len(found)), [row[i] for row in found], 0.7, color=f"C{i}")
+        panel.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
+        panel.margins(x=0.15)
+        panel.set_title(title, loc="left", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(found)), [row[-1] for row in found])
+    panels[0].invert_yaxis()
+    return _png(figure)
+
+
+def _measure(name: str) -> tuple[float, int, float]:
+    """Speedup, largest staleness of stage 0 and bytes of a method."""
+    made = fdg.methods.create(name, 4)
+    plan, rule = made["schedule"], RULES[made["gradient"]]
+    costs = Costs(forward=[1] * 4, backward=[2] * 4, optimizer=1, **SIZES)
+    held = 0.0
+    for k in range(4):
+        own = rule.of_stage(k in plan.losses)
+        # The stem has no inverse: stage 0 keeps its inputs.
+        free = own.reconstructs and not own.keeps_residuals and k > 0
+        sized = dataclasses.replace(costs, input_bytes=[0] * 4) if free else costs
+        held += simulate(plan, sized, gradient=own).peak_bytes(k)
+    return simulate(plan, costs, gradient=rule).speedup, plan.staleness(0), held
+
+
+PICTURES = {
+    "schedules": schedules,
+    "in_flight": in_flight,
+    "memory": memory,
+    "methods": methods,
+}
 
 
 def _figure() -> tuple[Figure, Axes]:
