@@ -48,6 +48,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("slow_stage", -1, "Which is slow; from the end where negative.")
     flags.DEFINE_float("slow_factor", 2.0, "By how much; 1 leaves the block out.")
     flags.DEFINE_list("input_bytes", ["0"], "Bytes that a stage receives with one mini-batch.")
+    flags.DEFINE_list("kept_bytes", None, "Bytes that petra keeps of a batch; else its input.")
     flags.DEFINE_list("cotangent_bytes", None, "Bytes that it sends back; else as many.")
     flags.DEFINE_list("residual_bytes", ["0"], "Bytes that its forward leaves for its backward.")
     flags.DEFINE_list("parameter_bytes", ["0"], "Bytes of its weights.")
