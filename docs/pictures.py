@@ -21,7 +21,11 @@ from fdg_jax.analysis.simulate import simulate
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 RULES = ("stale", "recompute_stale", "recompute", "reconstruct")
 SCHEDULES = {"back-propagation": "backprop", "DDG": "ddg", "FDG": "fdg"}
-SIZES: dict[str, Any] = {"input_bytes": [2] * 4, "residual_bytes": [30] * 4, "parameter_bytes": [10] * 4}
+SIZES: dict[str, Any] = {
+    "input_bytes": [2] * 4,
+    "residual_bytes": [30] * 4,
+    "parameter_bytes": [10] * 4,
+}
 
 
 def schedules() -> bytes:
