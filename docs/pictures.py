@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import pathlib
 import sys
@@ -88,16 +87,11 @@ def methods() -> bytes:
 def _measure(name: str) -> tuple[float, int, float]:
     """Speedup, largest staleness of stage 0 and bytes of a method."""
     made = fdg.methods.create(name, 4)
-    plan, rule = made["schedule"], RULES[made["gradient"]]
-    costs = Costs(forward=[1] * 4, backward=[2] * 4, optimizer=1, **SIZES)
-    held = 0.0
-    for k in range(4):
-        own = rule.of_stage(k in plan.losses)
-        # The stem has no inverse: stage 0 keeps its inputs.
-        free = own.reconstructs and not own.keeps_residuals and k > 0
-        sized = dataclasses.replace(costs, input_bytes=[0] * 4) if free else costs
-        held += simulate(plan, sized, gradient=own).peak_bytes(k)
-    return simulate(plan, costs, gradient=rule).speedup, plan.staleness(0), held
+    # Where inputs are reconstructed, only the stem, in stage 0, has no inverse and keeps them.
+    costs = Costs(forward=[1] * 4, backward=[2] * 4, optimizer=1, kept_bytes=[2, 0, 0, 0], **SIZES)
+    run = simulate(made["schedule"], costs, gradient=made["gradient"])
+    held = sum(run.peak_bytes(k) for k in range(4))
+    return run.speedup, made["schedule"].staleness(0), held
 
 
 PICTURES = {
