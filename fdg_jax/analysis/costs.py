@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fdg_jax.engine.gradient_rule import GradientRule
-from fdg_jax.engine.rules import stage_rule
+from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.schedule import Action, Schedule
 
 
@@ -118,7 +118,9 @@ class Costs:
             whole -= self.weights[k]
         elif schedule.splits_backward and not kind.gives:
             whole = self.weights[k]
-        if not stage_rule(gradient, schedule, k).keeps_residuals:
+        # Whether the forward runs again does not depend on the staleness, which is not counted here.
+        own = gradient_rule(gradient).of_stage(k in schedule.losses, 0)
+        if not own.keeps_residuals:
             whole += self.forward[k]
         return whole / schedule.microbatches
 
