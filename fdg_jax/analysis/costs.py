@@ -118,7 +118,7 @@ class Costs:
             whole -= self.weights[k]
         elif schedule.splits_backward and not kind.gives:
             whole = self.weights[k]
-        # Whether the forward runs again does not depend on the staleness, which is not counted here.
+        # Whether the forward runs again does not depend on the staleness: it is not counted.
         own = gradient_rule(gradient).of_stage(k in schedule.losses, 0)
         if not own.keeps_residuals:
             whole += self.forward[k]
