@@ -119,11 +119,11 @@ def dni_late(num_stages: int, predicted: int = 1, true: int = 0) -> Schedule:
          2 | F2 P2 U T0 D0   F1 B1 U
          3 | F3 P3 U T1 D1   F2 B2 U
       >>> print(dni_late(2, predicted=1, true=1).grid(4))
-      tick | stage 0           stage 1
+      tick | stage 0         stage 1
          0 | F0 P0 U
-         1 | F1                F0 B0 U
-         2 | F2 P2 U T0 D0     F1 B1 U
-         3 | F3 T1 B1 U        F2 B2 U
+         1 | F1              F0 B0 U
+         2 | F2 P2 U T0 D0   F1 B1 U
+         3 | F3 T1 B1 U      F2 B2 U
 
     References:
       Janfaza et al., `ADA-GP: Accelerating DNN Training By Adaptive Gradient Prediction
