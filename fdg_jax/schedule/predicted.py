@@ -97,8 +97,8 @@ def dni_late(num_stages: int, predicted: int = 1, true: int = 0) -> Schedule:
     The true cotangent passes down as in `fdg`, through the stages at the weights of the batch's
     forward, and teaches every synthesizer on its way. In predicted batches the stages learn at once
     from the synthesizers, and the true cotangent only passes on (D); in true ones they learn from
-    it as in `fdg`, with its delay (B). The late teacher is this project's own and unpublished; the
-    phases are those of ADA-GP.
+    it as in `fdg`, with its delay (B). The late teacher is this project's own and, to our
+    knowledge, unpublished; the phases are those of ADA-GP.
 
     Args:
       num_stages: K; its pipeline needs K-1 synthesizers.
