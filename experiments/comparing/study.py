@@ -14,11 +14,13 @@ flags = ["--method=backprop", "--num_stages=1"]
 name = "FDG, AdamW"
 baseline = "backprop, AdamW"         # the row it is compared with; itself where there is none
 flags = ["--method=fdg", "--num_stages=4"]
+grid = [["--learning_rate=1e-3", "--learning_rate=2e-3"], ["--b1=0.5", "--b1=0.9"]]  # four rows
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -37,7 +39,7 @@ from experiments.training.config import FREE
 PROGRAMS: dict[str, Any] = {"cifar": cifar, "lm": lm}
 METRICS = ("loss", "error")
 _STUDY = {"title": str, "program": str, "metric": str, "seeds": list, "flags": list, "rows": list}
-_ROW = {"name": str, "baseline": str, "series": str, "flags": list}
+_ROW = {"name": str, "baseline": str, "series": str, "flags": list, "grid": list}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,12 @@ def read(path: str) -> Study:
         _fit(path, "a row", entry, _ROW, ("name",))
         name = entry["name"]
         own = tuple(map(str, entry.get("flags", [])))
-        rows.append(Row(name, entry.get("baseline", name), entry.get("series", name), own))
+        for chosen in _grid(path, entry):
+            # "FDG, learning_rate=1e-3 b1=0.5"
+            called = ", ".join([name, *([" ".join(chosen).replace("--", "")] if chosen else [])])
+            baseline, series = entry.get("baseline", called), entry.get("series", called)
+            each = tuple(flag for choice in chosen for flag in choice.split())
+            rows.append(Row(called, baseline, series, (*own, *each)))
     names = [row.name for row in rows]
     folders = [row.folder for row in rows]
     for row in rows:
@@ -188,6 +195,16 @@ def finished(run: Run) -> dict[str, Any] | None:
                 "--workdir, or delete the folder"
             )
     return {"config": config, "summary": summary, "metrics": metrics}
+
+
+def _grid(path: str, entry: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Every combination of a row's alternatives; one without any where there is no grid."""
+    grid = entry.get("grid", [])
+    for axis in grid:
+        if not isinstance(axis, list) or not axis or not all(isinstance(a, str) for a in axis):
+            what = f"grid of row {entry['name']!r}: {axis!r}"
+            _refuse(path, what, 'must be a list of flags; two of a kind are one "--a=1 --b=2"')
+    return list(itertools.product(*grid))
 
 
 def _fit(path: str, what: str, found: Any, kinds: dict[str, Any], needed: tuple[str, ...]) -> None:

@@ -19,7 +19,6 @@ import numpy as np
 
 from fdg_jax.engine.fusion import fuse, name_of
 from fdg_jax.engine.messages import Done, Metrics, Watch, failure, send
-from fdg_jax.engine.nonfinite import Record
 from fdg_jax.engine.residuals import Stash
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState, StageWork, scalar
@@ -150,17 +149,10 @@ class Tick:
         if s.pending or s.flights or self.schedule.versions > 1:
             self.forward(k, n, forward)
             return self.backward_update(k, n, backward)
-        made = stage.train(
-            s.params,
-            s.model_state,
-            s.opt_state,
-            s.take(ACTIVATION, n),
-            s.take(LABEL, n),
-            s.key,
-            s.number,
-            stage.number_on_device(0),
-            s.record,
-        )
+        own = s.params, s.model_state, s.opt_state
+        batch = s.take(ACTIVATION, n), s.take(LABEL, n)
+        fresh = stage.number_on_device(0)
+        made = stage.train(*own, *batch, s.key, s.number, fresh, s.record)
         s.params, s.model_state, s.opt_state, up, report, down, s.number, s.record = made
         s.version += 1
         s.versions.clear()
@@ -197,13 +189,11 @@ class Tick:
         """The half of a backward that the stage before waits for."""
         s, stage = self.stages[k], self.programs[k]
         message, (version, stash) = s.take(kind.takes[0].name, n), self.flight(k, n, kind)
-        token = stash.number
+        down, token = None, stash.number
         if stage.sends:
             params, _ = self.weights(k, version)
             down, token = stage.backward_input(params, stash, s.key, message)
-            self.give(kind, k, n, down=down, own=message)
-        else:
-            self.give(kind, k, n, own=message)
+        self.give(kind, k, n, down=down, own=message)
         self.forget(k)
         return token
 
@@ -240,12 +230,13 @@ class Tick:
         version, stash = self.flight(k, n, kind)
         params, late = self.weights(k, version)
         rest = (s.opt_state, stash, s.key, message, late, s.record)
-        if params is s.params and s.version not in self.met(k) and self.schedule.versions == 1:
+        if params is s.params and s.version not in self.held(k) and self.schedule.versions == 1:
             made = stage.backward_update_own(params, *rest)
         else:
             made = stage.backward_update(s.params, params, *rest)
         params, opt_state, down, token, record = made
-        self.updated(k, params, opt_state, record)
+        s.update(params, opt_state, record)
+        self.forget(k)
         self.give(kind, k, n, down=down, own=own)
         return token
 
@@ -261,7 +252,7 @@ class Tick:
             (then,) = stage.past_params(s.params, s.opt_state, late)
         return rule.backward_params(then, s.params), late
 
-    def met(self, k: int) -> set[int]:
+    def held(self, k: int) -> set[int]:
         """The versions of the weights that batches in flight keep."""
         if not self.programs[k].rule.keeps_weights:
             return set()
@@ -277,20 +268,13 @@ class Tick:
             s.record,
             mean=self.schedule.reduction == "mean",
         )
-        self.updated(k, params, opt_state, record)
-        return token
-
-    def updated(self, k: int, params: PyTree, opt_state: Any, record: Record) -> None:
-        s = self.stages[k]
-        s.versions[s.version] = s.params
-        s.params, s.opt_state, s.record = params, opt_state, record
-        s.gradient, s.pending = None, 0
-        s.version += 1
+        s.update(params, opt_state, record)
         self.forget(k)
+        return token
 
     def forget(self, k: int) -> None:
         """Drops older weights that neither batches in flight nor the schedule need."""
-        s, needed = self.stages[k], self.met(k)
+        s, needed = self.stages[k], self.held(k)
         needed.update(range(s.version + 1 - self.schedule.versions, s.version))
         s.versions = {v: w for v, w in s.versions.items() if v in needed}
 

@@ -21,7 +21,6 @@ from fdg_jax.engine.arguments import (
     check_arguments,
     losses_of,
     naming_consumed,
-    optimizer_of,
     synthesizers_of,
 )
 from fdg_jax.engine.batch_check import check_optimizer, fit, signature
@@ -32,14 +31,13 @@ from fdg_jax.engine.initial_state import initial_state
 from fdg_jax.engine.interrupt import deferred, protect
 from fdg_jax.engine.messages import Metrics, Watch, send
 from fdg_jax.engine.placement import stage_meshes
-from fdg_jax.engine.rules import gradient_rule, stage_rule
+from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.engine.run_ahead import RunAhead
-from fdg_jax.engine.stage import Stage
+from fdg_jax.engine.stages import build
 from fdg_jax.engine.state import PipelineState
 from fdg_jax.engine.template import template
 from fdg_jax.layer import Layer
 from fdg_jax.schedule import Schedule
-from fdg_jax.schedule.action import COTANGENT
 from fdg_jax.typing import Key, LossFn, PyTree
 
 protect(__file__)
@@ -121,27 +119,17 @@ class Pipeline:
         self.on_nonfinite = on_nonfinite
         self.message_dtype = message_dtype_of(message_dtype)
         self.num_stages = len(stages)
-        self.stages: list[Stage] = []
-        sends = any(name == COTANGENT for kind in schedule.kinds for name, hop in kind.gives if hop)
-        index = 0
-        for k, mesh in enumerate(stage_meshes(len(stages), devices)):
-            own = stage_rule(rule, schedule, k)
-            self.stages.append(
-                Stage(
-                    stages[k].at(index),
-                    own.optimizer(optimizer_of(optimizer, k)),
-                    mesh,
-                    start=index,
-                    rule=own,
-                    loss_fn=losses[k],
-                    last=k == len(stages) - 1,
-                    sends=sends and k > 0,
-                    shard_optimizer=shard_optimizer,
-                    synthesizer=predicting[k],
-                    message_dtype=self.message_dtype,
-                )
-            )
-            index += stages[k].size
+        self.stages = build(
+            stages,
+            losses,
+            optimizer,
+            schedule,
+            stage_meshes(len(stages), devices),
+            rule,
+            shard_optimizer,
+            predicting,
+            self.message_dtype,
+        )
         # The programs of the last ticks; no part of the training state.
         self._ahead = RunAhead(self.stages, schedule.microbatches, on_nonfinite == "stop")
         # Who sees what is dispatched; `fdg_jax.analysis.Recorder` sets it.

@@ -1,10 +1,10 @@
-"""What a stage computes, as pure functions: forward, backward, update, and what is made of them.
+"""What a stage computes, as pure functions: forward, backward, and both with the update.
 
     inputs ──► forward ──► output            params, model_state, opt_state
                   │                          live on this stage's devices and never leave
               residuals ──► backward ──► message: cotangent of inputs
                                │
-                            gradient ──► update
+                            gradient ──► update (updates.py)
 
 `number` counts the stage's forwards; it seeds the batch's noise, and its successor is the small
 token by which the host sees that a program has ended. Every function takes and returns a record
@@ -14,20 +14,19 @@ are; without (None), nothing is checked.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.gradient_rule import GradientRule
-from fdg_jax.engine.placement import Placed
 from fdg_jax.engine.residuals import Residuals, Stash, split_inexact
 from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
+from fdg_jax.engine.updates import Updates
 from fdg_jax.layer import Layer, batch_key
-from fdg_jax.optim import StageOptimizer, true_params
+from fdg_jax.optim import StageOptimizer
 from fdg_jax.typing import Key, LossFn, PyTree
 
 
@@ -55,7 +54,7 @@ class Forward(NamedTuple):
     record: nonfinite.Record
 
 
-class Functions(Placed):
+class Functions(Updates):
     """The pure functions of one stage.
 
     Args:
@@ -83,10 +82,9 @@ class Functions(Placed):
         shard_optimizer: bool,
         synthesizer: Synthesizer | None,
     ) -> None:
-        super().__init__(mesh, shard_optimizer)
+        super().__init__(optimizer, mesh, shard_optimizer)
         self.synthesizer = synthesizer
         self.layer = layer
-        self.optimizer = optimizer
         self.rule = rule
         self.loss_fn = loss_fn
         self.last = last
@@ -206,36 +204,6 @@ class Functions(Placed):
         """Message and token; XLA leaves out what the weights' gradient alone would need."""
         return self._backward(params, stash, key, message)[1], stash.number + 1
 
-    def apply(
-        self, params: PyTree, opt_state: PyTree, gradient: PyTree, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
-        """One update with a gradient, or with the sum or mean of several."""
-        updates, opt_state = self.optimizer.update(gradient, opt_state, params, **extra)
-        if self.mesh.size > 1:
-            opt_state = jax.lax.with_sharding_constraint(opt_state, self.shared(opt_state))
-        return self._whole(optax.apply_updates(params, updates)), opt_state
-
-    def _update(
-        self,
-        params: PyTree,
-        opt_state: PyTree,
-        gradient: PyTree,
-        held: jax.Array,
-        record: nonfinite.Record,
-        mean: bool,
-    ) -> tuple[PyTree, PyTree, jax.Array, nonfinite.Record]:
-        """One update with the sum of ``held`` gradients, or with their mean; and a token."""
-        count = held if record is None else held - record[nonfinite.PENDING]
-        divisor = jnp.maximum(count, 1) if mean else jnp.ones_like(count)
-        reduced = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradient)
-        new, new_opt = self.apply(params, opt_state, reduced)
-        if record is not None:
-            ok = (count > 0) & nonfinite.finite(nonfinite.changed(new, params))
-            new, new_opt = nonfinite.choose(ok, (new, new_opt), (params, opt_state))
-            out = jnp.where(ok, record[nonfinite.PENDING], held)
-            record = record.at[nonfinite.SKIPPED].add(out).at[nonfinite.PENDING].set(0)
-        return new, new_opt, held + 1, record
-
     def _backward_update(
         self,
         params: PyTree,
@@ -262,23 +230,6 @@ class Functions(Placed):
     ) -> tuple[PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
         """The same where the two are one version, and nothing else holds it."""
         return self._backward_update(params, params, opt_state, *rest)
-
-    def apply_one(
-        self, params: PyTree, opt_state: PyTree, gradient: PyTree, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
-        """An update with one gradient: what is due for each gradient, and the update."""
-        gradient, opt_state = self.correct(params, opt_state, gradient, **extra)
-        return self.apply(params, opt_state, gradient, **extra)
-
-    def correct(
-        self, params: PyTree, opt_state: PyTree, gradient: PyTree, **extra: Any
-    ) -> tuple[PyTree, PyTree]:
-        """What is due for each gradient: the gradient, corrected, and the optimizer's state."""
-        if self.optimizer.per_gradient is None:
-            return gradient, opt_state
-        first, second = opt_state
-        gradient, first = self.optimizer.per_gradient.update(gradient, first, params, **extra)
-        return gradient, (first, second)
 
     def _train(
         self,
@@ -323,9 +274,6 @@ class Functions(Placed):
         assert self.synthesizer is not None
         new = self.synthesizer.teach(synthesizer, own, cotangent, key)
         return self._whole(new), own.number + 1
-
-    def _true_params(self, params: PyTree, opt_state: PyTree) -> tuple[PyTree]:
-        return (self._whole(true_params(params, opt_state)),)
 
     def _evaluate(
         self, params: PyTree, opt_state: PyTree, model_state: PyTree, inputs: PyTree

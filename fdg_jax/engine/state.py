@@ -158,6 +158,13 @@ class StageWork(Holding):
         """The weights after so many updates, the newest or kept ones."""
         return self.params if version == self.version else self.versions[version]
 
+    def update(self, params: PyTree, opt_state: PyTree, record: Record) -> None:
+        """New weights: the old ones are an earlier version, and no gradient waits."""
+        self.versions[self.version] = self.params
+        self.params, self.opt_state, self.record = params, opt_state, record
+        self.gradient, self.pending = None, 0
+        self.version += 1
+
     def packed(self, zeros: Callable[[PyTree], PyTree]) -> StageState:
         """The state that it has become.
 

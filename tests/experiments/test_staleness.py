@@ -79,6 +79,22 @@ def test_rows_and_seeds_make_the_runs(path, tmp_path):
     assert extra.runs("x")[0].settings.steps == 200
 
 
+def test_a_grid_makes_a_row_of_every_combination(path):
+    grid = (
+        'grid = [["--learning_rate=1 --b1=0.5", "--learning_rate=2"], ["--heads=1", "--heads=2"]]'
+    )
+    path.write_text(TEXT + grid)
+    rows = study.read(str(path)).rows
+    assert [row.name for row in rows[1:]] == [
+        "FDG, K = 2, learning_rate=1 b1=0.5 heads=1",
+        "FDG, K = 2, learning_rate=1 b1=0.5 heads=2",
+        "FDG, K = 2, learning_rate=2 heads=1",
+        "FDG, K = 2, learning_rate=2 heads=2",
+    ]
+    assert rows[2].flags[-3:] == ("--learning_rate=1", "--b1=0.5", "--heads=2")
+    assert rows[2].flags[:-3] == rows[4].flags[:-2]
+
+
 def test_the_overhead_by_hand(path, tmp_path, capsys):
     found = study.read(str(path))
     folder = tmp_path / "out"
@@ -224,6 +240,11 @@ def test_a_study_that_is_stopped_leaves_no_run_behind(path, tmp_path):
         ('"--remedy=recipe"', '"--remdy=all"', "row 'FDG, K = 2': .*remdy"),
         ('"--remedy=recipe"', '"oops"', "row 'FDG, K = 2': oops: not a flag"),
         ('title = "A study"', "title = ", "cannot be read"),
+        (
+            'name = "backprop"',
+            'name = "backprop"\ngrid = ["--b1=0"]',
+            "grid of row 'backprop': '--b1=",
+        ),
     ],
 )
 def test_bad_studies_are_named(path, old, new, message):

@@ -1,0 +1,54 @@
+"""The stages of a pipeline, out of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from fdg_jax.engine.arguments import Optimizer, optimizer_of
+from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.rules import stage_rule
+from fdg_jax.engine.stage import Stage
+from fdg_jax.engine.synthesizer import Synthesizer
+from fdg_jax.layer import Layer
+from fdg_jax.schedule import Schedule
+from fdg_jax.schedule.action import COTANGENT
+from fdg_jax.typing import LossFn
+
+
+def build(
+    layers: Sequence[Layer],
+    losses: Sequence[LossFn | None],
+    optimizer: Optimizer | Callable[[int], Optimizer],
+    schedule: Schedule,
+    meshes: Sequence[Mesh],
+    rule: GradientRule,
+    shard_optimizer: bool,
+    synthesizers: Sequence[Synthesizer | None],
+    message_dtype: np.dtype | None,
+) -> list[Stage]:
+    """One `Stage` for every part of the network, numbered through; Args as those of `Pipeline`."""
+    sends = any(name == COTANGENT for kind in schedule.kinds for name, hop in kind.gives if hop)
+    stages: list[Stage] = []
+    index = 0
+    for k, (layer, mesh) in enumerate(zip(layers, meshes, strict=True)):
+        own = stage_rule(rule, schedule, k)
+        stages.append(
+            Stage(
+                layer.at(index),
+                own.optimizer(optimizer_of(optimizer, k)),
+                mesh,
+                start=index,
+                rule=own,
+                loss_fn=losses[k],
+                last=k == len(layers) - 1,
+                sends=sends and k > 0,
+                shard_optimizer=shard_optimizer,
+                synthesizer=synthesizers[k],
+                message_dtype=message_dtype,
+            )
+        )
+        index += layer.size
+    return stages
