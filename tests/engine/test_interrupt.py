@@ -60,6 +60,8 @@ if int(sys.argv[1]):
 while step < STEPS:
     try:
         while step < STEPS:
+            while step == STEPS // 2 and thread.is_alive() and not interrupts:
+                time.sleep(0.001)  # at least one comes, however busy the machine is
             # In one statement: an interrupt finds both or neither.
             state, step = pipe.step(state, DATA[step % 8])[0], step + 1
     except KeyboardInterrupt:
