@@ -47,23 +47,26 @@ state, rng = pipe.init(key, *DATA[0]), np.random.default_rng(int(sys.argv[1]))
 
 def press():
     # One at a time: the next comes when the one before has been caught.
-    sent = 0
+    global sent
     while step < STEPS:
         time.sleep(rng.uniform(0.001, 0.006))
-        if interrupts == sent:
+        if interrupts == sent and step < STEPS:
             sent += 1
             os.kill(os.getpid(), signal.SIGINT)
 
-thread = threading.Thread(target=press, daemon=True)
-if int(sys.argv[1]):
-    thread.start()
-while step < STEPS:
+sent, thread = 0, threading.Thread(target=press, daemon=True)
+starting = bool(int(sys.argv[1]))
+while step < STEPS or thread.is_alive() or interrupts < sent:
     try:
+        if starting:
+            starting = False
+            thread.start()  # an interrupt may come before it returns
         while step < STEPS:
             while step == STEPS // 2 and thread.is_alive() and not interrupts:
                 time.sleep(0.001)  # at least one comes, however busy the machine is
             # In one statement: an interrupt finds both or neither.
             state, step = pipe.step(state, DATA[step % 8])[0], step + 1
+        time.sleep(0.01)
     except KeyboardInterrupt:
         interrupts += 1
 signal.signal(signal.SIGINT, signal.SIG_IGN)
