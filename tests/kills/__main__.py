@@ -61,6 +61,8 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
     aimed = sum(kill["how"] == "aimed" for kill in every)
     lines += ["", f"{len(every)} kills, {aimed} aimed, {len(every) - aimed} from outside."]
+    if missed := sum(len(result["missed"]) for result in results):
+        lines += [f"{missed} more were planned for moments that no run came to."]
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import fdg_jax as fdg
 from experiments.training import methods, settings
 from experiments.training.remedies import REMEDIES
 from fdg_jax.engine.rules import RULES
+from tests.kills import run
 from tests.kills.plan import GRADIENTS, METHODS, SETTINGS, Order, Setting, plan
 from tests.kills.run import make_images, torment
 
@@ -43,6 +44,29 @@ def test_a_run_that_is_killed_ends_as_an_undisturbed_one(setting, orders, expect
     for kill, part in zip(found["kills"], expected, strict=True):
         assert kill | part == kill
     assert found["kills"][-1]["newest"] > 0  # all would begin anew otherwise
+
+
+def test_a_moment_that_a_run_does_not_come_to_is_tried_after_another_kill(tmp_path, monkeypatch):
+    tried = []
+
+    def attempt(setting, images, workdir, order):
+        if order is None:
+            return None
+        tried.append(order.moment)
+        # Only what was killed in its drain has lines to cut.
+        come = order.moment != "wrote metrics.jsonl:1" or tried[-2] == "drain tick:2"
+        return {"moment": order.moment} if come else None
+
+    monkeypatch.setattr(run, "attempt", attempt)
+    monkeypatch.setattr(run, "start", lambda *given: None)
+    monkeypatch.setattr(run, "end", lambda process: 0)
+    monkeypatch.setattr(run, "differences", lambda run, whole: [])
+    moments = ["saved:1", "wrote metrics.jsonl:1", "drain tick:2", "write summary.json:1"]
+    orders = [Order(moment) for moment in moments]
+    found = torment(SETTINGS[0], orders, tmp_path, tmp_path)
+    assert found["missed"] == []
+    assert tried == [*moments[:3], *moments[1:2], moments[3]]
+    assert len(found["differences"]) == 2
 
 
 def test_the_settings_are_a_spread():
