@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from experiments.common.errors import Stopped
 from experiments.training import loop, methods, settings, setup
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -193,6 +195,65 @@ def test_every_method_trains(name, images, tmp_path, monkeypatch):
     # Twelve steps are too few for a synthesizer.
     assert summary["test_error"] <= (0.6 if name.startswith("dni") else 0.2)
     assert summary["staleness"] == STALENESS.get(name, [0, 0])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--method=dgl"],
+        ["--message_dtype=int8"],
+        *(
+            pytest.param(arguments, marks=pytest.mark.slow)
+            for arguments in (
+                ["--method=petra", "--model=small_revnet", "--partition=flops"],
+                ["--method=dgl", "--message_dtype=int8"],
+                ["--method=dni", "--synthesizer_width=8"],
+                ["--method=dni_late", "--synthesizer_width=8", "--phases=2:1"],
+                ["--gradient=reconstruct"],
+            )
+        ),
+    ],
+    ids=" ".join,
+)
+def test_a_run_that_was_stopped_goes_on_to_the_bit(
+    arguments, images, tmp_path, monkeypatch, capsys
+):
+    # Which devices and caches there are is settled for all tests.
+    monkeypatch.setattr(setup, "prepare_jax", lambda *arguments: None)
+
+    def train(name: str) -> list[dict]:
+        values = flags.FlagValues()
+        settings.define_flags(values)
+        options = [*small(images, tmp_path / name), "--steps=9", "--log_every_steps=2"]
+        values(["cifar", *options, *arguments])
+        loop.run(settings.from_flags(values))
+        return without_times(tmp_path / name)
+
+    whole = train("whole")
+    fetch = loop.fetch
+
+    def stop(loader, step):
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return fetch(loader, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "fetch", stop)
+        with pytest.raises(Stopped, match="stopped after step 5; the same command goes on"):
+            train("run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    capsys.readouterr()
+    assert train("run") == whole
+    assert "goes on after step 5" in capsys.readouterr().out
+
+
+def without_times(workdir: pathlib.Path) -> list[dict]:
+    """Summary and metrics of a run."""
+    times = ("images_per_second", "seconds", "train_seconds")
+    text = [(workdir / "summary.json").read_text()]
+    text += (workdir / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in text]
+    return [{n: v for n, v in line.items() if n not in times} for line in lines]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Kills experiments.cifar again and again, and sees whether every run ends as if it never was.
 
-    python -m tests.kills --kills=144 --output=runs/kills
+    python -m tests.kills --kills=192 --output=runs/kills
 
 Trains each of `SETTINGS` once undisturbed and once killed with SIGKILL at its share of the moments:
 aimed ones, at which the program kills itself (watched.py), and ones at a random time, from outside.
@@ -36,7 +36,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     mains = ("start", "fill", "steady", "evaluation", "drain", "end")
     saves = ("copies", "arrays", "manifest", "rename", "removing")
     lines = [
-        f"| method | gradient | remedy | K | kills | {' | '.join(mains)} | in a save | "
+        f"| method | gradient | with | K | kills | {' | '.join(mains)} | in a save | "
         "back into the fill | runs equal |",
         "| --- | --- | --- " + "| ---: " * (len(mains) + 5) + "|",
     ]
@@ -46,8 +46,8 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         during = sum(k["save"] != "none" for k in kills)
         equal = sum(not found for found in result["differences"])
         setting = Setting(**{name: result[name] for name in SETTING})
-        remedy = "" if setting.remedy == "none" else f"{setting.optimizer}, {setting.remedy}"
-        cells = [setting.method, setting.gradient, remedy, setting.num_stages, len(kills), *phases]
+        with_ = ", ".join(setting.extras)
+        cells = [setting.method, setting.gradient, with_, setting.num_stages, len(kills), *phases]
         fill = setting.fill
         back = sum(0 < k["newest"] < fill for k in kills)
         cells += [during, back, f"{equal} of {len(result['differences'])}"]
@@ -61,6 +61,8 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
     aimed = sum(kill["how"] == "aimed" for kill in every)
     lines += ["", f"{len(every)} kills, {aimed} aimed, {len(every) - aimed} from outside."]
+    if missed := sum(len(result["missed"]) for result in results):
+        lines += [f"{missed} more were planned for moments that no run came to."]
     return "\n".join(lines)
 
 
@@ -94,7 +96,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("kills", 144, "In all; every setting gets an equal share.", lower_bound=1)
+    flags.DEFINE_integer("kills", 192, "In all; every setting gets an equal share.", lower_bound=1)
     flags.DEFINE_string("output", None, "Folder for runs and results.", required=True)
     flags.DEFINE_string("settings", "", "first:last of the settings; empty: all.")
     flags.DEFINE_integer("seed", 0, "Of the moments.")

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 METHODS = ("fdg", "adl", "gpipe")
 GRADIENTS = ("stale", "recompute_stale", "recompute")
+MODEL = "wrn10_1"
+# Methods in which stage 0 learns from a mini-batch in the tick that it enters.
+UNDELAYED = ("gpipe", "dgl", "dni")
 # A kill from outside comes at most so many seconds after the moment that is awaited.
 LATEST = 0.1
 
@@ -44,24 +47,41 @@ class Setting:
     num_stages: int
     optimizer: str = "sgd"
     remedy: str = "none"
+    model: str = MODEL
+    message_dtype: str = "float32"
+
+    @property
+    def extras(self) -> list[str]:
+        """What is not as in most settings."""
+        remedy = [] if self.remedy == "none" else [self.optimizer, self.remedy]
+        model = [] if self.model == MODEL else [self.model]
+        messages = [] if self.message_dtype == "float32" else [self.message_dtype]
+        return [*remedy, *model, *messages]
 
     @property
     def name(self) -> str:
-        remedy = "" if self.remedy == "none" else f"-{self.optimizer}-{self.remedy}"
-        return f"{self.method}-{self.gradient}-{self.num_stages}{remedy}"
+        return "-".join([self.method, self.gradient, str(self.num_stages), *self.extras])
 
     @property
     def fill(self) -> int:
-        """Ticks before stage 0 applies its first gradient."""
-        return 0 if self.method == "gpipe" else 2 * (self.num_stages - 1)
+        """Ticks before stage 0 applies its first true gradient, the schedule's delay."""
+        return 0 if self.method in UNDELAYED else 2 * (self.num_stages - 1)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether anything is between two steps, so that the drain has ticks."""
+        return self.method != "gpipe" and self.num_stages > 1
 
     @property
     def flags(self) -> list[str]:
-        """30 steps of a network of five layers; a checkpoint falls into the fill of K = 3 and 4."""
+        """30 steps of a small network; a checkpoint falls into the fill of K = 3 and 4."""
         k = self.num_stages
+        # Of five layers; the reversible ones have more, and no dropout.
+        usual = self.model == MODEL
+        partition = ("flops", "2", "2,3", "1,2,3")[k - 1] if usual else "flops"
         return [
-            "--model=wrn10_1",
-            "--dropout=0.2",
+            f"--model={self.model}",
+            f"--dropout={0.2 if usual else 0}",
             "--crop_padding=1",
             "--flip",
             "--momentum=0.9",
@@ -71,7 +91,11 @@ class Setting:
             f"--method={self.method}",
             f"--gradient={self.gradient}",
             f"--num_stages={k}",
-            f"--partition={('flops', '2', '2,3', '1,2,3')[k - 1]}",
+            f"--partition={partition}",
+            f"--message_dtype={self.message_dtype}",
+            "--synthesizer_width=8",
+            # Turns of four mini-batches, so that checkpoints every 3 come to all places of one.
+            "--phases=3:1",
             f"--optimizer={self.optimizer}",
             f"--remedy={self.remedy}",
             f"--rate_anneal_steps={0 if self.remedy == 'none' else 20}",
@@ -100,6 +124,16 @@ SETTINGS += [
     Setting("fdg", "recompute_stale", 4, "sgd", "recipe"),
     Setting("adl", "stale", 3, "muon", "recipe"),
     Setting("fdg", "stale", 4, "muon", "error_feedback"),
+]
+# What has more in a checkpoint: streams without residuals, heads, synthesizers, earlier weights,
+# encoded messages.
+SETTINGS += [
+    Setting("petra", "reversible", 4, model="small_revnet"),
+    Setting("dgl", "stale", 3),
+    Setting("dni", "stale", 4),
+    Setting("dni_late", "stale", 3),
+    Setting("fdg", "reconstruct", 3),
+    Setting("fdg", "stale", 3, message_dtype="int8"),
 ]
 
 
@@ -142,7 +176,7 @@ def plan(setting: Setting, share: int, rng: random.Random) -> list[Order]:
         (3, Order(rng.choice(steady + LINES))),
         (3, outside(60)),
         (4, turn(RESTORES)),
-        (5, turn(DRAINS if fill else DRAINS[:2], place + place // 4)),
+        (5, turn(DRAINS if setting.in_flight else DRAINS[:2], place + place // 4)),
         (6, turn(ENDS, place + place // 4)),
     ]
     # These may find a run at its end; then they wait for another one.

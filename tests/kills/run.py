@@ -148,7 +148,9 @@ def torment(
             kills.append(where)
             print(f"  {setting.name}: {json.dumps(where)}", flush=True)
         outcomes.append(differences(run, whole))
-        left.extendleft(missed)
+        # Behind the next: what one run never comes to may need a kill before it.
+        for order in missed:
+            left.insert(1, order)
         if not left:
             break
     return {
