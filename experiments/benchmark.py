@@ -50,7 +50,7 @@ HELP = {
     "image_size": "Height and width of the random images.",
     "batch_size": "Images a mini-batch.",
     "num_stages": "K, the number of stages; each has a device, as far as there are cores.",
-    "microbatches": "Parts of a mini-batch in gpipe and one_f_one_b.",
+    "microbatches": "Micro-batches per mini-batch in gpipe, one_f_one_b and zero_bubble.",
     "partition": "How to split: by measured time, by flops, or at K-1 layer numbers (which hold "
     "for K = --num_stages; one_device_k<K> with another K is split by flops then).",
     "dtype": f"Of activations and their gradients, one of {DTYPES}.",

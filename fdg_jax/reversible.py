@@ -104,8 +104,7 @@ def reversible(f: Layer, g: Layer | None = None) -> Layer:
       g: G, likewise.
 
     Returns:
-      A layer from a pair to a pair, with an inverse; with two branches it counts as two layers,
-      and `partition` may cut between them.
+      A layer from a pair to a pair, with an inverse; with two branches a chain of two couplings.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -39,12 +39,13 @@ HELP = {
     "partition": "How to split: by time, measured once and kept in the cache; by flops, which "
     "repeats everywhere; or at the layer numbers given, such as 3,5.",
     "method": f"One of {', '.join(methods.METHODS)}.",
-    "order": f"What a stage of fdg, dsp and adl does first in a tick: one of {config.ORDERS}.",
+    "order": "What a stage of fdg, dsp, adl, petra and paci does first in a tick: one of "
+    f"{config.ORDERS}.",
     "beta": "Gradient shrinking factor in (0, 1]; 1 does not shrink.",
-    "gradient": f"What a delayed backward takes: one of {config.GRADIENTS}; fr and dsp have "
-    "their own.",
-    "microbatches": "Parts of a mini-batch in gpipe and one_f_one_b.",
-    "accumulate": "Backwards per update in adl (default 2) and pipedream_2bw (default K).",
+    "gradient": "Gradient rule: which weights a delayed backward uses, and what is kept for it; "
+    f"one of {config.GRADIENTS}; fr, dsp, petra, paci and pipemare have their own.",
+    "microbatches": "Micro-batches per mini-batch in gpipe, one_f_one_b and zero_bubble.",
+    "accumulate": "Backwards per update in adl, paci (default 2), petra (1) and pipedream_2bw (K).",
     "reduction": f"What adl applies of the accumulated gradients: one of {config.REDUCTIONS}.",
     "lr_schedule": f"One of {config.LR_SCHEDULES}.",
     "lr_milestones": "Epochs after which the rate is multiplied by lr_decay, with "
