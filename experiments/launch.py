@@ -30,6 +30,7 @@ from experiments.common import command, machine
 from experiments.common.errors import UsageError
 from experiments.training import setup
 from fdg_jax import distributed
+from fdg_jax.checkpoint.paths import local
 from fdg_jax.distributed import failure_detector, rendezvous
 
 FLAGS = flags.FLAGS
@@ -187,7 +188,10 @@ def main(arguments: list[str]) -> None:
         raise UsageError(
             "no command: give it after --, such as -- python -m experiments.cifar --num_stages=2"
         )
-    logs = None if FLAGS.logs is None else pathlib.Path(FLAGS.logs).expanduser()
+    try:
+        logs = None if FLAGS.logs is None else local(FLAGS.logs, "--logs")
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
     try:
         if logs is not None:
             logs.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from experiments.common.errors import UsageError
+from fdg_jax.checkpoint.paths import local
 
 # Seconds that a full disk is waited for.
 PATIENCE = 20.0
@@ -164,7 +165,12 @@ def read_json(path: str, name: str) -> dict[str, Any]:
 def check(path: str, *, overwrite: bool, files: Sequence[str] = FILES) -> None:
     """Whether a run may begin in ``path``; leaves nothing behind."""
     try:
-        folder = pathlib.Path(path).expanduser()
+        folder = local(path, "--workdir")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except (OSError, RuntimeError) as error:
+        raise _unwritable(path, error) from error
+    try:
         taken = [name for name in files if (folder / name).exists()]
         if any((folder / name).is_dir() for name in taken):
             raise IsADirectoryError(f"{path} has a folder named {' or '.join(taken)}")

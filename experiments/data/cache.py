@@ -21,7 +21,7 @@ from experiments.data.arrays import Arrays
 
 _LOG = logging.getLogger(__name__)
 # Part of the key: raise it when decoding or the file's layout changes.
-_FORMAT = 1
+_FORMAT = 2
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,

@@ -1,6 +1,9 @@
 """Images in folders: train/<class>/* and test/<class>/*."""
 
 import os
+import sys
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,11 @@ from experiments.data.arrays import Arrays
 from experiments.data.images import LARGEST, decode_all
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+# Left out they would be missed, so they are refused; a text or a database of thumbnails is not.
+_OTHER_IMAGES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm"),
+    *(".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
 _LAYOUT = "the folder must hold train/<class>/* and test/<class>/* as PNG or JPEG"
 
 # Strings, since 60,000 Path objects take seconds.
@@ -20,10 +28,12 @@ Files = list[tuple[str, int]]
 def read(path: str) -> Arrays:
     """Reads the folder `path`; the classes are the sorted names of the folders in train/.
 
-    Files with other suffixes than .png, .jpg and .jpeg, and hidden ones, are passed over.
+    Hidden files are skipped without a word, and others that are no images are counted. Names of
+    classes are compared in the Unicode form NFC, since file systems differ in it.
 
     Raises:
-        UsageError: The layout is wrong, an image is broken, or the sizes differ.
+        UsageError: The layout is wrong, an image is broken or of another format, images lie in a
+            folder inside a class, or the sizes differ.
     """
     flag = f"--dataset=folder:{path}"
     root = Path(path).expanduser()
@@ -61,40 +71,75 @@ def _scan(root: Path, flag: str) -> tuple[tuple[str, ...], Files, Files]:
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise UsageError(f"{flag}: {root / split} is missing; {_LAYOUT}")
-    class_names = _folders(root / "train")
-    if not class_names:
+    trained = _folders(root / "train", flag)
+    if not trained:
         raise UsageError(f"{flag}: {root / 'train'} holds no class folder; {_LAYOUT}")
-    tested = _folders(root / "test")
+    tested = _folders(root / "test", flag)
     if not tested:
         raise UsageError(f"{flag}: {root / 'test'} holds no class folder; {_LAYOUT}")
-    if unknown := sorted(set(tested) - set(class_names)):
+    if unknown := sorted(set(tested) - set(trained)):
+        some = f"{', '.join(list(trained)[:10])}{', ...' if len(trained) > 10 else ''}"
         raise UsageError(
-            f"{flag}: {root / 'test' / unknown[0]} is a class that train/ does not have "
-            f"(it has {', '.join(class_names[:10])}{', ...' if len(class_names) > 10 else ''}); "
+            f"{flag}: {tested[unknown[0]]} is a class that train/ does not have (it has {some}); "
             "add or rename the folder"
         )
-    label = {name: i for i, name in enumerate(class_names)}
-    train = [(f, label[name]) for name in class_names for f in _files(root / "train" / name, flag)]
-    test = [(f, label[name]) for name in tested for f in _files(root / "test" / name, flag)]
-    return tuple(class_names), train, test
+    label = {name: i for i, name in enumerate(trained)}
+    skipped: list[str] = []
 
+    def listed(folders: dict[str, Path]) -> Files:
+        of = {name: _files(path, flag, skipped) for name, path in folders.items()}
+        return [(file, label[name]) for name, files in of.items() for file in files]
 
-def _folders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _files(path: Path, flag: str) -> list[str]:
-    with os.scandir(path) as entries:
-        files = sorted(
-            entry.path
-            for entry in entries
-            if entry.name.lower().endswith(_SUFFIXES)
-            and not entry.name.startswith(".")
-            and entry.is_file()
+    train, test = listed(trained), listed(tested)
+    if skipped:
+        print(
+            f"{flag}: skipped {len(skipped)} files that are no images, such as {skipped[0]!a}",
+            file=sys.stderr,
         )
+    return tuple(trained), train, test
+
+
+def _folders(path: Path, flag: str) -> dict[str, Path]:
+    """The class folders by name, sorted."""
+    found: dict[str, Path] = {}
+    for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        name = unicodedata.normalize("NFC", folder.name)
+        if name in found:
+            raise UsageError(f"{flag}: two folders in {path} are named {name}; make them one")
+        found[name] = folder
+    return dict(sorted(found.items()))
+
+
+def _files(path: Path, flag: str, skipped: list[str]) -> list[str]:
+    files = []
+    with os.scandir(path) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name = entry.name.lower()
+            if name.startswith("."):
+                continue
+            if entry.is_dir():
+                if inner := next(_images_in(entry.path), None):
+                    raise UsageError(
+                        f"{flag}: {inner} lies in a folder inside the class {path}; move the "
+                        "images up, or delete them"
+                    )
+            elif name.endswith(_OTHER_IMAGES):
+                raise UsageError(f"{flag}: {entry.path} is no PNG or JPEG; convert or delete it")
+            elif name.endswith(_SUFFIXES) and entry.is_file():
+                files.append(entry.path)
+            else:
+                skipped.append(entry.path)
     if not files:
         raise UsageError(
             f"{flag}: the class folder {path} holds no {', '.join(_SUFFIXES)} file; "
             "fill or delete it"
         )
     return files
+
+
+def _images_in(folder: str) -> Iterator[str]:
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.lower().endswith(_SUFFIXES + _OTHER_IMAGES) and not name.startswith("."):
+                yield os.path.join(where, name)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from experiments.common.errors import UsageError
 from experiments.common.memory import memory
@@ -34,6 +34,8 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 def decode(encoded: bytes, name: str, flag: str) -> Images:
     """One image, uint8 [H, W, 1] if it is grayscale, else [H, W, 3].
 
+    As a viewer shows it: turned as its EXIF orientation says, and on white where it is transparent.
+
     Args:
         encoded: PNG or JPEG bytes.
         name: What the error calls the image.
@@ -52,7 +54,9 @@ def decode(encoded: bytes, name: str, flag: str) -> Images:
                     f"{flag}: {name} has the Pillow mode {image.mode!r}, which is neither 8-bit "
                     "grayscale nor colour; convert it"
                 )
-            pixels = np.asarray(image.convert("L" if image.mode in _GRAY else "RGB"))
+            gray = image.mode in _GRAY
+            upright = _opaque(ImageOps.exif_transpose(image))
+            pixels = np.asarray(upright.convert("L" if gray else "RGB"))
     except UsageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -64,6 +68,14 @@ def decode(encoded: bytes, name: str, flag: str) -> Images:
             f"{flag}: {name} is a broken image ({reason}); replace or delete it"
         ) from error
     return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The image on white, if any of it is transparent."""
+    if not image.has_transparency_data:
+        return image
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
 
 
 def decode_all(

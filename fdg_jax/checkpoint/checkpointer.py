@@ -28,6 +28,7 @@ import numpy as np
 from fdg_jax.checkpoint import array_store, manifest, restore, snapshot
 from fdg_jax.checkpoint import extra as extras
 from fdg_jax.checkpoint.array_store import leaf
+from fdg_jax.checkpoint.paths import local
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.pipeline import Pipeline
 from fdg_jax.engine.placement import gather
@@ -44,7 +45,7 @@ class Checkpointer:
     In a run of several processes each makes one, and calls the same methods in the same order.
 
     Args:
-      directory: where they are; made at the first `save`.
+      directory: where they are, in the local file system; made at the first `save`.
       pipe: the pipeline whose states are saved and restored.
       keep: how many of the newest stay, >= 1; beside them the one with the lowest score.
 
@@ -70,7 +71,7 @@ class Checkpointer:
     def __init__(self, directory: str | os.PathLike[str], pipe: Pipeline, keep: int = 3) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint must stay; give 1 or more")
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = local(directory, "directory")
         self.pipe = pipe
         self.keep = keep
         self._configuration = manifest.configuration(pipe)

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fdg_jax.checkpoint.manifest import NAME, Damaged
@@ -23,22 +24,40 @@ def check(extra: Any) -> None:
     """Refuses what `encoded` could not write; waits for no device.
 
     Raises:
-      ValueError: it is neither bytes nor what JSON can hold.
+      ValueError: it is neither bytes nor what JSON can hold, or JSON would change it: a key of a
+        dictionary that is no text.
     """
 
     def array(value: Any) -> int:
-        if isinstance(value, (jax.Array, np.ndarray, np.generic)):
-            return 0
-        raise TypeError(f"{type(value).__name__} is not JSON")
+        if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+            raise TypeError(f"{type(value).__name__} is not JSON")
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            raise TypeError("a typed key is not JSON; jax.random.key_data makes it numbers")
+        real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
+        if not real and value.dtype.kind not in "bU":
+            raise TypeError(f"an array of {value.dtype} is not JSON")
+        return 0
 
     try:
         if not isinstance(extra, bytes):
             json.dumps(extra, default=array)
+            _check_names(extra)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"extra: cannot be stored ({error}); give bytes, or what JSON can hold: numbers, text, "
             "lists, dictionaries with text for keys, arrays"
         ) from error
+
+
+def _check_names(value: Any) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise TypeError(f"the key {name!r} would come back as text")
+            _check_names(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_names(inner)
 
 
 def decoded(text: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ import jax
 
 from fdg_jax.checkpoint import array_store, manifest, snapshot
 from fdg_jax.checkpoint.array_store import leaf
+from fdg_jax.checkpoint.paths import local
 from fdg_jax.checkpoint.restore import ARRAYS
 from fdg_jax.engine.arguments import Optimizer, optimizer_of
 from fdg_jax.layer import Layer, chain
@@ -69,7 +69,7 @@ def read(
       >>> float(weight)
       1.0
     """
-    folder = pathlib.Path(folder).absolute()
+    folder = local(folder, "folder")
     if not folder.exists():
         raise FileNotFoundError(f"folder={folder}: there is no checkpoint; name one that is there")
     body = manifest.read(folder)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fdg_jax.layer import Layer, output_of, zeros_like
+from fdg_jax.partition.flops import flops
 from fdg_jax.repeat import Repeat
 from fdg_jax.typing import PyTree
 
@@ -102,13 +103,8 @@ def _forward_backward(
 
 
 def _flops(part: _Part) -> float:
-    program = jax.jit(functools.partial(_forward_backward, part.layer, part.first))
-    analysis = program.lower(part.params, part.state, part.x).cost_analysis()
-    if not isinstance(analysis, dict):
-        raise ValueError(
-            'cost="flops": this platform does not count FLOPs; use cost="time", or give the costs'
-        )
-    return float(analysis.get("flops", 0.0))
+    program = functools.partial(_forward_backward, part.layer, part.first)
+    return flops(program, part.params, part.state, part.x)
 
 
 def _seconds(parts: Sequence[_Part]) -> list[float]:

@@ -382,7 +382,10 @@ def test_what_cannot_be_read_back_is_refused_by_save(tmp_path):
     pipe = make()
     state = pipe.init(jax.random.key(0), *networks.batches(1)[0])
     checkpoints = Checkpointer(tmp_path, pipe)
-    for extra in ({1, 2}, {"path": pathlib.Path("a")}, object()):
+    for extra in (
+        *({1, 2}, {"path": pathlib.Path("a")}, object(), {"a": [{1: 2}]}, {None: 1}),
+        *({"key": jax.random.key(0)}, np.array([1j]), np.array(["2026-01-01"], "datetime64")),
+    ):
         with pytest.raises(ValueError, match="extra: cannot be stored"):
             checkpoints.save(state, 1, extra)
     first, *rest = state.stages
@@ -390,6 +393,20 @@ def test_what_cannot_be_read_back_is_refused_by_save(tmp_path):
     with pytest.raises(ValueError, match="dtype uint2 cannot be stored"):
         checkpoints.save(state._replace(stages=(odd, *rest)), 1)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/run", "s3://bucket", "file:///x", "hdfs://a/b"])
+def test_a_path_with_a_scheme_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (name, pathlib.Path(name)):
+        with pytest.raises(ValueError, match="is no local folder; name one"):
+            Checkpointer(path, make())
+    assert not list(tmp_path.iterdir())
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Checkpointer("~/run", make()).directory == tmp_path / "run"
 
 
 def test_a_consumed_state_is_not_saved(tmp_path):

@@ -1,6 +1,7 @@
 """Images in folders."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +108,51 @@ def test_cifar10_jpeg() -> None:
     assert np.bincount(dataset.train_labels).tolist() == [5_000] * 10
     assert np.bincount(dataset.test_labels).tolist() == [1_000] * 10
     np.testing.assert_allclose(dataset.mean, [0.4914, 0.4822, 0.4465], atol=2e-3)
+
+
+def test_orientation_and_transparency(image_folder: Path) -> None:
+    pixels = np.zeros((10, 8, 3), np.uint8)
+    pixels[:5] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees, clockwise: the white half is on the right
+    file = image_folder / "train" / "ant" / "0.png"
+    Image.fromarray(pixels).save(file, exif=exif)
+    rgba = np.zeros((8, 10, 4), np.uint8)
+    rgba[..., 0], rgba[2:5, 2:5, 3] = 255, 255
+    save(image_folder / "train" / "ant" / "1.png", rgba)
+    dataset = load(f"folder:{image_folder}", None)
+    turned, red = dataset.train_images[:2]
+    assert turned.shape == (8, 10, 3)
+    assert (turned[:, 5:] == 255).all()
+    assert (turned[:, :5] == 0).all()
+    assert red[0, 0].tolist() == [255, 255, 255]
+    assert red[3, 3].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a.webp", "is no PNG or JPEG; convert"), ("sub/0.png", "lies in a folder inside the class")],
+)
+def test_images_that_would_be_missed_are_named(name: str, message: str, image_folder: Path) -> None:
+    file = image_folder / "train" / "ant" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"x")
+    with pytest.raises(UsageError, match=message):
+        load(f"folder:{image_folder}", None)
+
+
+def test_skipped_files_are_counted(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("Thumbs.db", "._0.png", "notes.txt"):
+        (image_folder / "train" / "ant" / name).write_bytes(b"x")
+    assert load(f"folder:{image_folder}", None).train_labels.tolist() == [0, 0, 0, 1, 1]
+    assert "skipped 2 files that are no images, such as" in capsys.readouterr().err
+
+
+def test_class_names_are_compared_composed(image_folder: Path) -> None:
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        name = unicodedata.normalize(form, "caf\u00e9")
+        (image_folder / split / "bee").rename(image_folder / split / name)
+    assert load(f"folder:{image_folder}", None).class_names == ("ant", "caf\u00e9")
+    (image_folder / "train" / "ant").rename(image_folder / "train" / "cafe\u0301")
+    with pytest.raises(UsageError, match="two folders in"):
+        load(f"folder:{image_folder}", None)
