@@ -28,7 +28,13 @@ def batch_key(root: Key, batch: int | jax.Array) -> Key:
 
 
 def typed_key(key: Key) -> Key:
-    """A typed key from either form that JAX knows (``jax.random.key`` or ``PRNGKey``)."""
+    """A typed key from either form that JAX knows (``jax.random.key`` or ``PRNGKey``).
+
+    Raises:
+      TypeError: it is no key.
+    """
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"key={key!r}: is no JAX key; give jax.random.key(seed)")
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)

@@ -68,7 +68,14 @@ def optimizer_of(given: Optimizer | Callable[[int], Optimizer], k: int) -> Stage
             f"optimizer: {given!r} is neither an optax transformation nor a function of the stage; "
             "give optax.sgd(0.1), or lambda k: optax.sgd(0.1)"
         )
-    return StageOptimizer.of(given(k))
+    try:
+        made = given(k)
+    except Exception as error:
+        raise ValueError(
+            f"optimizer: called with stage {k} it fails: {type(error).__name__}: {error}; give "
+            "optax.sgd(0.1), or lambda k: optax.sgd(0.1)"
+        ) from error
+    return StageOptimizer.of(made)
 
 
 def synthesizers_of(

@@ -21,6 +21,21 @@ def signature(tree: PyTree) -> Any:
     return structure, tuple((np.shape(v), getattr(v, "dtype", type(v))) for v in leaves)
 
 
+def pair(batch: Any) -> tuple[PyTree, PyTree]:
+    """Inputs and labels of a batch.
+
+    Raises:
+      ValueError: it is no pair.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        many = f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else ""
+        raise ValueError(
+            f"batch: is a {type(batch).__name__}{many}; give a pair (inputs, labels), each an "
+            "array or a pytree of arrays"
+        )
+    return batch[0], batch[1]
+
+
 def fit(
     stages: Sequence[Stage], microbatches: int, state: PipelineState, x: PyTree, labels: PyTree
 ) -> None:

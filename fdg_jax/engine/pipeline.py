@@ -23,7 +23,7 @@ from fdg_jax.engine.arguments import (
     naming_consumed,
     synthesizers_of,
 )
-from fdg_jax.engine.batch_check import check_optimizer, fit, signature
+from fdg_jax.engine.batch_check import check_optimizer, fit, pair, signature
 from fdg_jax.engine.dispatch import Tick
 from fdg_jax.engine.encoding import message_dtype as message_dtype_of
 from fdg_jax.engine.gradient_rule import GradientRule
@@ -202,9 +202,10 @@ class Pipeline:
           NonFiniteError: with ``on_nonfinite="stop"``; the state is whole then.
         """
         with deferred():
-            self._check(state, *batch)
+            x, labels = pair(batch)
+            self._check(state, x, labels)
             tick = Tick(self.stages, self.schedule, state, self.watch)
-            tick.enter(*batch)
+            tick.enter(x, labels)
             self._ahead.wait(self.max_ahead)
             tick.run(self.schedule.tick(tick.batch - tick.origin))
             self._ahead.add(tick.tokens())

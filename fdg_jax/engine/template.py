@@ -39,6 +39,9 @@ def template(
 
     Returns:
       The template.
+
+    Raises:
+      ValueError: a parameter has no gradient.
     """
     x, labels = part_of(example, schedule.microbatches)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -46,6 +49,7 @@ def template(
     for stage in stages:
         x = _placed(x, stage.placement)
         params, model_state, opt_state = stage.shapes(x)
+        _check_parameters(stage, params)
         params, model_state = _whole((params, model_state), stage)
         opt_state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -113,6 +117,20 @@ def template(
             )
         )
     return PipelineState(scalar(0), scalar(0), key, tuple(made))
+
+
+def _check_parameters(stage: Stage, params: PyTree) -> None:
+    """Refuses parameters that have no gradient.
+
+    Raises:
+      ValueError: one is of integers or booleans; the message names it.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(
+                f"params: {jax.tree_util.keystr(path)} of {stage.layers} is {leaf.dtype}, "
+                "which has no gradient; keep it in the layer's state, the second value of its init"
+            )
 
 
 def part_of(tree: PyTree, count: int) -> PyTree:

@@ -276,6 +276,27 @@ def test_a_batch_that_does_not_fit_loses_nothing(wrong):
     assert state.tick == 4
 
 
+@pytest.mark.parametrize("batch", [3, np.ones((8, 4)), [np.ones(3)], {"x": 1, "y": 2}])
+def test_a_batch_that_is_no_pair_is_refused(batch):
+    pipe = make(2)
+    state = pipe.init(jax.random.key(0), networks.batches(1)[0][0])
+    with pytest.raises(ValueError, match=f"batch: is a {type(batch).__name__}.*; give a pair"):
+        pipe.step(state, batch)
+    state, _ = pipe.step(state, networks.batches(1)[0])
+    assert state.tick == 1
+
+
+def test_an_optimizer_that_takes_no_stage_is_refused():
+    loss_fn, schedule = networks.loss_fn, fdg.schedule.backprop(1)
+    with pytest.raises(ValueError, match=r"optimizer: called with stage 0 it fails: TypeError"):
+        fdg.Pipeline([networks.dense(2)], loss_fn, lambda: optax.sgd(1), schedule)
+
+
+def test_a_number_is_no_key():
+    with pytest.raises(TypeError, match=r"key=0: is no JAX key; give jax.random.key\(seed\)"):
+        make(2).init(0, networks.batches(1)[0][0])
+
+
 @pytest.mark.parametrize(
     "loss_fn",
     [lambda y, t: (y.sum(-1), {}), lambda y, t: y.mean(), lambda y, t: (y.mean(), y)],
@@ -391,3 +412,21 @@ def test_predictions_are_made_with_the_true_weights():
     plain = make(3)
     state = plain.init(jax.random.key(7), x)
     assert networks.difference(plain.true_params(state), plain.params(state)) == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
+def test_parameters_without_a_gradient_are_named(dtype):
+    def init(key, x):
+        return {"w": jnp.ones(3), "order": jnp.zeros(3, dtype)}, ()
+
+    layer = fdg.Layer(init, lambda p, s, x, *, train, key: (x * p["w"], s))
+
+    def loss(y, t):
+        return jnp.mean((y - t) ** 2), {}
+
+    for optimizer in (optax.sgd(0.1), optax.adam(0.1)):
+        pipe = fdg.Pipeline([layer, layer], loss, optimizer, fdg.schedule.fdg(2))
+        with pytest.raises(
+            ValueError, match=r"params: \['order'\] of layer 0 is .* keep it in the"
+        ):
+            pipe.init(jax.random.key(0), jnp.ones((4, 3)))
