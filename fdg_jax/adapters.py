@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen, nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fdg_jax.calling import (
+    Convention,
+    Values,
+    check_sequence,
+    convention,
+    is_library,
+    mode_of,
+)
 from fdg_jax.layer import Layer, typed_key
+from fdg_jax.linen_adapter import from_linen
 from fdg_jax.typing import Key, PyTree
 
+__all__ = ["from_fn", "from_linen", "from_nnx"]
 
-def from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Layer:
+
+def from_nnx(
+    factory: Callable[[nnx.Rngs], nnx.Module],
+    *,
+    train_kwargs: Values | None = None,
+    eval_kwargs: Values | None = None,
+) -> Layer:
     """A layer from an nnx module.
 
     Parameters (``nnx.Param``) become ``params``, everything else but random state becomes
     ``state``, both as plain nested dicts. The module's random streams are seeded anew from ``key``
     at every call, and ``module.train()`` or ``module.eval()`` is called first, so ``nnx.Dropout``
-    and ``nnx.BatchNorm`` do what they should.
+    and ``nnx.BatchNorm`` do what they should. Flags of ``__call__`` and boolean attributes with
+    common names (``training``, ``is_training``, ``deterministic``, ``inference`` ...) are set
+    likewise; flags with other names by ``train_kwargs``.
 
     Args:
-      factory: makes the module from ``nnx.Rngs``; the module is called with one argument.
+      factory: makes the module from ``nnx.Rngs``; the module is called with one array (or pytree)
+        and its flags.
+      train_kwargs: flags of ``__call__`` and their values in training.
+      eval_kwargs: their values in evaluation; None: booleans are turned round.
 
     Returns:
       A `Layer`.
 
     Raises:
-      ValueError: (from ``apply``) the module draws random numbers in training and key is None.
+      ValueError: ``factory`` is a module, or makes none; (when the module is first made) a flag
+        that nobody sets, or a parameter without a default; (from ``apply``) the module draws
+        random numbers in training and key is None, or makes weights in its call.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -41,23 +64,31 @@ def from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Layer:
       (['bias', 'kernel'], (3, 2))
     """
 
+    if isinstance(factory, (nnx.Module, linen.Module)) or not callable(factory):
+        raise ValueError(
+            f"factory: {type(factory).__name__} is no function; give one that makes the module, "
+            "such as lambda rngs: nnx.Linear(3, 2, rngs=rngs)"
+        )
+
     # The module's structure is found once, at first use, without computing anything.
     @functools.cache
     def skeleton() -> tuple[Any, ...]:
-        module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: _made(factory, nnx.Rngs(0)))
+        arguments = _convention(module, train_kwargs, eval_kwargs)
         graph, params, rngs, state = _split(module)
-        return graph, jax.tree.structure(params), jax.tree.structure(state), rngs
+        return graph, jax.tree.structure(params), jax.tree.structure(state), rngs, arguments
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         del x
-        module = factory(nnx.Rngs(typed_key(key)))
+        skeleton()
+        module = _made(factory, nnx.Rngs(typed_key(key)))
         _, params, _, state = _split(module)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
     def apply(
         params: PyTree, state: PyTree, x: PyTree, *, train: bool, key: Key | None
     ) -> tuple[PyTree, PyTree]:
-        graph, params_structure, state_structure, rngs = skeleton()
+        graph, params_structure, state_structure, rngs, arguments = skeleton()
         if train and key is None and jax.tree.leaves(rngs):
             raise ValueError("key=None: this module draws random numbers in training; give a key")
         module = nnx.merge(
@@ -67,15 +98,61 @@ def from_nnx(factory: Callable[[nnx.Rngs], nnx.Module]) -> Layer:
             jax.tree.unflatten(state_structure, [_unwritable(v) for v in jax.tree.leaves(state)]),
             copy=True,
         )
-        if train:
-            module.train()
-        else:
-            module.eval()
-        y = module(x)
-        _, _, _, new_state = _split(module)
-        return y, nnx.to_pure_dict(new_state)
+        _set_mode(module, train)
+        args, kwargs = arguments(train)
+        y = module(x, *args, **kwargs)
+        _, new_params, _, new_state = _split(module)
+        if jax.tree.structure(new_params) != params_structure:
+            raise ValueError(
+                f"{type(module).__name__}: makes weights in its call, which nobody would train; "
+                "make them in __init__"
+            )
+        return y, _kept(type(module).__name__, state, nnx.to_pure_dict(new_state))
 
     return Layer(init, apply)
+
+
+def _made(factory: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    module = factory(rngs)
+    if not isinstance(module, nnx.Module):
+        raise ValueError(
+            f"factory: makes {type(module).__name__}, which is no nnx module; linen modules go to "
+            "fdg_jax.from_linen, functions to fdg_jax.from_fn"
+        )
+    return module
+
+
+def _convention(module: Any, train_kwargs: Values | None, eval_kwargs: Values | None) -> Convention:
+    """How the module is called."""
+    name = type(module).__name__
+    if isinstance(module, nnx.Sequential):
+        check_sequence(module.layers, name, nnx.Module)
+    return convention(module.__call__, name, train_kwargs, eval_kwargs)
+
+
+def _kept(name: str, state: PyTree, new: PyTree) -> PyTree:
+    """The new state, without what the call has sown."""
+    old, found = flatten_dict(state), flatten_dict(new)
+    for path in found.keys() - old.keys():
+        if not isinstance(found[path], tuple):
+            raise ValueError(
+                f"{name}: makes the variable {'/'.join(map(str, path))} in its call; make it in "
+                "__init__"
+            )
+    return new if found.keys() == old.keys() else unflatten_dict({p: found[p] for p in old})
+
+
+def _set_mode(module: nnx.Module, train: bool) -> None:
+    """``module.train()`` or ``module.eval()``, and attributes with other names of a flag."""
+    for _, one in nnx.iter_modules(module):
+        for name, value in list(vars(one).items()):
+            mode = mode_of(name, train)
+            if mode is not None and isinstance(value, bool) and not is_library(type(one)):
+                setattr(one, name, mode)
+    if train:
+        nnx.Module.train(module)
+    else:
+        nnx.Module.eval(module)
 
 
 def _split(module: nnx.Module) -> Any:
@@ -104,75 +181,45 @@ def _seeded(rngs: PyTree, key: Key | None) -> PyTree:
     return jax.tree.unflatten(structure, fresh)
 
 
-def from_linen(module: linen.Module) -> Layer:
-    """A layer from a linen module.
-
-    The collection ``params`` becomes ``params``, all others become ``state``. Where ``__call__``
-    takes ``train``, ``deterministic`` or ``use_running_average``, it is given.
-
-    Args:
-      module: called with one array (or pytree) and the keywords above.
-
-    Returns:
-      A `Layer`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import linen
-      >>> dense = from_linen(linen.Dense(2))
-      >>> params, state = dense.init(jax.random.key(0), jnp.ones((1, 3)))
-      >>> params["kernel"].shape, state
-      ((3, 2), {})
-    """
-    accepted = inspect.signature(type(module).__call__).parameters
-
-    def mode(train: bool) -> dict[str, Any]:
-        values = {"train": train, "deterministic": not train, "use_running_average": not train}
-        return {name: value for name, value in values.items() if name in accepted}
-
-    def streams(key: Key) -> dict[str, Key]:
-        # linen falls back to the stream "params" for every name that is not given.
-        return {"params": key, "dropout": jax.random.fold_in(key, 1)}
-
-    def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
-        def variables(key: Key, x: PyTree) -> PyTree:
-            return module.init(streams(key), x, **mode(train=False))
-
-        state = dict(jax.jit(variables)(key, x))
-        return state.pop("params", {}), state
-
-    def apply(
-        params: PyTree, state: PyTree, x: PyTree, *, train: bool, key: Key | None
-    ) -> tuple[PyTree, PyTree]:
-        variables = {"params": params, **state}
-        rngs = None if key is None else streams(key)
-        if not (train and state):
-            return module.apply(variables, x, rngs=rngs, **mode(train)), state
-        y, new_state = module.apply(variables, x, rngs=rngs, mutable=list(state), **mode(train))
-        return y, dict(new_state)
-
-    return Layer(init, apply)
-
-
-def from_fn(f: Callable[[PyTree], PyTree]) -> Layer:
+def from_fn(
+    f: Callable[..., PyTree],
+    *,
+    train_kwargs: Values | None = None,
+    eval_kwargs: Values | None = None,
+) -> Layer:
     """A layer without parameters from a function of one argument.
 
     Args:
-      f: ``f(x) -> y``, traceable by JAX.
+      f: ``f(x) -> y``, traceable by JAX. Flags with common names (``training``, ``deterministic``
+        ...) are set.
+      train_kwargs: flags with other names, and their values in training.
+      eval_kwargs: their values in evaluation; None: booleans are turned round.
 
     Returns:
       A `Layer` whose params and state are ``()``.
+
+    Raises:
+      ValueError: not a function; a flag that nobody sets, or a parameter without a default.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from_fn(jnp.abs).apply((), (), -jnp.ones(1), train=True, key=None)[0].item()
       1.0
     """
+    if not callable(f) or isinstance(f, (nnx.Module, linen.Module)):
+        raise ValueError(
+            f"f: {type(f).__name__} is no function of one argument; modules of nnx go to "
+            "fdg_jax.from_nnx, those of linen to fdg_jax.from_linen"
+        )
+    fixed = f.keywords if isinstance(f, functools.partial) else {}
+    name = getattr(f, "__name__", type(f).__name__)
+    arguments = convention(f, name, train_kwargs, eval_kwargs, fixed.keys())
 
     def apply(
         params: PyTree, state: PyTree, x: PyTree, *, train: bool, key: Key | None
     ) -> tuple[PyTree, PyTree]:
-        del params, train, key
-        return f(x), state
+        del params, key
+        args, kwargs = arguments(train)
+        return f(x, *args, **kwargs), state
 
     return Layer(lambda key, x: ((), ()), apply)

@@ -1,0 +1,225 @@
+"""How a module or a function is called in training, and how in evaluation.
+
+__call__(self, x, mask=None, training=False)      train=True:   call(x, None, True)
+                                                  train=False:  call(x, None, False)
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+# Names of flags, without underscores, in lower case.
+TRAINING = frozenset({"train", "training", "istrain", "istraining", "trainmode", "trainingmode"})
+EVALUATION = frozenset(
+    {
+        *("deterministic", "isdeterministic", "userunningaverage", "userunningstats"),
+        *("inference", "isinference", "inferencemode", "eval", "iseval", "evalmode", "evaluate"),
+        *("evaluation", "test", "istest", "testing", "istesting"),
+    }
+)
+# Their callables do more than one thing, and none of their other flags is about training.
+_LIBRARIES = frozenset({"flax", "jax", "jaxlib", "numpy", "optax", "builtins", None})
+
+Values = Mapping[str, Any]
+Convention = Callable[[bool], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def mode_of(name: str, train: bool) -> bool | None:
+    """The value of a flag with a common name; None: the name is not known.
+
+    Args:
+      name: of a parameter or an attribute.
+      train: whether the network is trained.
+
+    Example:
+      >>> mode_of("is_training", True), mode_of("deterministic", True), mode_of("mask", True)
+      (True, False, None)
+    """
+    plain = name.replace("_", "").lower()
+    if plain in TRAINING:
+        return train
+    return not train if plain in EVALUATION else None
+
+
+def modes(train_kwargs: Values | None, eval_kwargs: Values | None) -> tuple[Values, Values]:
+    """Keywords of training and of evaluation.
+
+    Args:
+      train_kwargs: in training.
+      eval_kwargs: in evaluation; None: booleans are turned round.
+
+    Returns:
+      Both, with the same names.
+
+    Raises:
+      ValueError: it is not known what a keyword is in evaluation, or in training.
+
+    Example:
+      >>> modes({"training": True}, None)[1]
+      {'training': False}
+    """
+    for name, given in (("train_kwargs", train_kwargs), ("eval_kwargs", eval_kwargs)):
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(
+                f"{name}={given!r}: must be a mapping from keywords to values, such as "
+                "{'training': True}"
+            )
+    trained = dict(train_kwargs or {})
+    if eval_kwargs is None:
+        unknown = [name for name, value in trained.items() if not isinstance(value, bool)]
+        if unknown:
+            raise ValueError(
+                f"train_kwargs={trained}: {', '.join(unknown)} cannot be turned round for "
+                "evaluation; give eval_kwargs as well"
+            )
+        return trained, {name: not value for name, value in trained.items()}
+    if trained.keys() != dict(eval_kwargs).keys():
+        raise ValueError(
+            f"eval_kwargs={dict(eval_kwargs)}: must have the keywords of train_kwargs={trained}"
+        )
+    return trained, dict(eval_kwargs)
+
+
+def convention(
+    call: Callable[..., Any],
+    name: str,
+    train_kwargs: Values | None = None,
+    eval_kwargs: Values | None = None,
+    fixed: Collection[str] = (),
+) -> Convention:
+    """What a callable gets after its input.
+
+    Arguments go by position where they can: a transformation with ``static_argnums`` knows no
+    keywords.
+
+    Args:
+      call: a function of the input, or a bound method.
+      name: of it, for messages.
+      train_kwargs, eval_kwargs: see `modes`; they go before the common names.
+      fixed: parameters that are left alone.
+
+    Returns:
+      ``convention(train) -> (args, kwargs)``.
+
+    Raises:
+      ValueError: a flag, or a parameter without a default, that nobody sets; a keyword that
+        ``call`` does not take.
+
+    Example:
+      >>> def block(x, mask=None, is_training: bool = False): ...
+      >>> convention(block, "block")(True)
+      ((None, True), {})
+    """
+    trained, evaluated = modes(train_kwargs, eval_kwargs)
+    try:
+        parameters = list(inspect.signature(call).parameters.values())
+    except (TypeError, ValueError):  # some callables of C say nothing of their parameters
+        parameters = []
+    first = [p for p in parameters[:1] if p.kind is not p.VAR_KEYWORD]
+    rest = parameters[len(first) :]
+    named = [p for p in rest if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    spread = any(p.kind is p.VAR_KEYWORD for p in rest)
+    library = is_library(call)
+    unknown = trained.keys() - {p.name for p in named}
+    if unknown and parameters and not spread:
+        raise ValueError(
+            f"train_kwargs={trained}: {name} has no parameter {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(p.name for p in named) or 'none but its input'}"
+        )
+    if spread and train_kwargs is None and not library:
+        raise ValueError(
+            f"{name}: takes **kwargs, so that its flags cannot be seen; name those of training, "
+            "train_kwargs={'training': True}, or give train_kwargs={} if there is none"
+        )
+    known: list[inspect.Parameter] = []
+    for p in named:
+        if p.name in trained:
+            known.append(p)
+        elif p.name in fixed:
+            continue
+        elif _may_be_flag(p) and mode_of(p.name, True) is not None:
+            known.append(p)
+        elif not library:
+            _refuse(p, name)
+    steps: list[inspect.Parameter] = []
+    by_name = {p.name for p in known}
+    for p in named if known else []:  # by position, up to the last flag or a gap
+        absent = p.default is p.empty and p not in known
+        if not by_name or p.kind is p.KEYWORD_ONLY or p.name in fixed or absent:
+            break
+        steps.append(p)
+        by_name.discard(p.name)
+    by_name |= unknown
+
+    def value(key: str, default: Any, train: bool) -> Any:
+        given = trained if train else evaluated
+        mode = mode_of(key, train) if key in {p.name for p in known} else None
+        return given.get(key, default if mode is None else mode)
+
+    def arguments(train: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args = tuple(value(p.name, p.default, train) for p in steps)
+        return args, {key: value(key, None, train) for key in sorted(by_name)}
+
+    return arguments
+
+
+def check_sequence(layers: Iterable[Any], name: str, module: type[Any]) -> None:
+    """Refuses a ``Sequential`` with flags in its layers: it hands none of them on.
+
+    Args:
+      layers: modules and functions.
+      name: of what they are in, for messages.
+      module: the class of modules.
+
+    Raises:
+      ValueError: a layer has flags or parameters that nobody sets.
+    """
+    for i, layer in enumerate(layers):
+        call: Any = layer.__call__ if isinstance(layer, module) else layer
+        if is_library(call):
+            continue
+        args, kwargs = convention(call, f"{name}.layers[{i}], {type(layer).__name__}")(True)
+        if args or kwargs:
+            raise ValueError(
+                f"{name}: nobody sets the flags of its layers[{i}], {type(layer).__name__}; give a "
+                "list of layers in place of it, each made of one module"
+            )
+
+
+def is_library(call: Callable[..., Any]) -> bool:
+    """Whether a callable is of a library whose flags are known: flax, jax ..."""
+    module = getattr(call, "__module__", None)
+    return module is None or module.split(".")[0] in _LIBRARIES
+
+
+def _annotation(p: inspect.Parameter) -> str:
+    kind = p.annotation
+    return kind.__name__ if isinstance(kind, type) else re.sub(r"\btyping\.|\s|'", "", str(kind))
+
+
+def _says_bool(p: inspect.Parameter) -> bool:
+    return _annotation(p) in ("bool", "Optional[bool]", "bool|None", "None|bool")
+
+
+def _may_be_flag(p: inspect.Parameter) -> bool:
+    """Whether a parameter with a common name can be what its name says."""
+    plain = p.default is p.empty or p.default is None or isinstance(p.default, bool)
+    return plain and (p.annotation is p.empty or _says_bool(p) or _annotation(p) == "Any")
+
+
+def _refuse(p: inspect.Parameter, name: str) -> None:
+    flag = isinstance(p.default, bool) or _says_bool(p)
+    if p.default is not p.empty and not flag:
+        return
+    default = "without a default" if p.default is p.empty else f"{p.default} by default"
+    remedy = (
+        f"if it says that the network is trained, give train_kwargs={{{p.name!r}: True}}; if it "
+        f"never changes, train_kwargs={{{p.name!r}: False}}, eval_kwargs={{{p.name!r}: False}}"
+        if flag
+        else f"give its values, train_kwargs={{{p.name!r}: ...}}, eval_kwargs={{{p.name!r}: ...}}, "
+        "or wrap it in one that takes its input alone"
+    )
+    raise ValueError(f"{name}: nobody sets its parameter {p.name!r} ({default}); {remedy}")
