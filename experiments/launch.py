@@ -190,7 +190,7 @@ def main(arguments: list[str]) -> None:
         )
     try:
         logs = None if FLAGS.logs is None else local(FLAGS.logs, "--logs")
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise UsageError(str(error)) from error
     try:
         if logs is not None:

@@ -168,8 +168,6 @@ def check(path: str, *, overwrite: bool, files: Sequence[str] = FILES) -> None:
         folder = local(path, "--workdir")
     except ValueError as error:
         raise UsageError(str(error)) from error
-    except (OSError, RuntimeError) as error:
-        raise _unwritable(path, error) from error
     try:
         taken = [name for name in files if (folder / name).exists()]
         if any((folder / name).is_dir() for name in taken):

@@ -203,7 +203,7 @@ def _grid(path: str, entry: dict[str, Any]) -> list[tuple[str, ...]]:
     for axis in grid:
         if not isinstance(axis, list) or not axis or not all(isinstance(a, str) for a in axis):
             what = f"grid of row {entry['name']!r}: {axis!r}"
-            _refuse(path, what, 'must be a list of flags; two of a kind are one "--a=1 --b=2"')
+            _refuse(path, what, 'must be a list of flags, such as ["--b1=0.5", "--b1=0.9"]')
     return list(itertools.product(*grid))
 
 

@@ -21,7 +21,7 @@ def local(path: str | os.PathLike[str], name: str) -> pathlib.Path:
       The path.
 
     Raises:
-      ValueError: it has a scheme, such as ``gs://``.
+      ValueError: it has a scheme, such as ``gs://``, or the home of a user that there is not.
 
     Example:
       >>> local("/runs/a", "directory").as_posix()
@@ -36,4 +36,7 @@ def local(path: str | os.PathLike[str], name: str) -> pathlib.Path:
         raise ValueError(
             f"{name}={text}: is no local folder; name one, and copy to {scheme[1]}:// later"
         )
-    return pathlib.Path(text).expanduser().absolute()
+    try:
+        return pathlib.Path(text).expanduser().absolute()
+    except (OSError, RuntimeError) as error:  # no such user, or no folder to be in
+        raise ValueError(f"{name}={text}: cannot be found ({error}); name another") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
-from jax.extend.core.primitives import scan_p
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
+from jax.extend.core.primitives import cond_p, scan_p
 
 from fdg_jax.typing import PyTree
 
@@ -15,14 +16,15 @@ from fdg_jax.typing import PyTree
 def flops(function: Callable[..., PyTree], *arguments: PyTree) -> float:
     r"""FLOPs of a function, loops of known length included.
 
-    XLA's cost analysis counts the body of a loop as often as it is written out, u(s), mostly once.
-    With x(f) for XLA's number, and scans s of length n(s) with bodies b(s) in f,
+    XLA's cost analysis counts the body of a loop as often as it is written out, mostly once. With x
+    for its number, scans s of length n(s) with bodies b(s), and conds d with branches b_i(d),
 
     .. math::
-        c(f) = x(f) + \sum_s \left( n(s) \, c(b(s)) - u(s) \, x(b(s)) \right)
+        c(f) = x(f) + \sum_s \left( n(s) \, c(b(s)) - x(s) \right)
+               + \sum_d \left( \max_i c(b_i(d)) - x(d) \right)
 
-    A ``while_loop`` has no known length, and counts once; it has no reverse derivative either. Of a
-    ``cond`` XLA counts the branches.
+    A ``while_loop`` has no known length, and counts once; it has no reverse derivative either.
+    Where several branches have loops, x counts a body of another branch as well.
 
     Args:
       function: of arrays.
@@ -46,10 +48,29 @@ def flops(function: Callable[..., PyTree], *arguments: PyTree) -> float:
 
 
 def _counted(jaxpr: ClosedJaxpr) -> float:
-    total = _of_xla(jaxpr)
-    for length, counted, body in _scans(jaxpr.jaxpr):
-        total += length * _counted(body) - counted * _of_xla(body)
-    return total
+    return _of_xla(jaxpr) + _missed(jaxpr.jaxpr)
+
+
+def _missed(jaxpr: Jaxpr) -> float:
+    """What is to be added to XLA's number."""
+    missed = 0.0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive is scan_p:
+            missed += params["length"] * _counted(params["jaxpr"]) - _alone(equation)
+        elif equation.primitive is cond_p:
+            missed += max(map(_counted, params["branches"])) - _alone(equation)
+        else:
+            missed += sum(map(_missed, _inner(list(params.values()))))
+    return missed
+
+
+def _alone(equation: JaxprEqn) -> float:
+    """XLA's number for one equation."""
+    avals: list[Any] = [v.aval for v in equation.invars]
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    bind = functools.partial(equation.primitive.bind, **equation.params)
+    return _of_xla(jax.make_jaxpr(bind)(*shapes))
 
 
 def _of_xla(jaxpr: ClosedJaxpr) -> float:
@@ -60,18 +81,6 @@ def _of_xla(jaxpr: ClosedJaxpr) -> float:
             'cost="flops": this platform does not count FLOPs; use cost="time", or give the costs'
         )
     return float(analysis.get("flops", 0.0))
-
-
-def _scans(jaxpr: Jaxpr) -> Iterator[tuple[int, int, ClosedJaxpr]]:
-    """Of the outermost scans: length, how often XLA counts the body, and the body."""
-    for equation in jaxpr.eqns:
-        if equation.primitive is scan_p:
-            length, unroll = equation.params["length"], int(equation.params["unroll"])
-            counted = length if length <= unroll else unroll + length % unroll
-            yield length, counted, equation.params["jaxpr"]
-            continue
-        for inner in _inner(list(equation.params.values())):
-            yield from _scans(inner)
 
 
 def _inner(values: list[Any]) -> Iterator[Jaxpr]:

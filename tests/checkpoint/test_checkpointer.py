@@ -405,6 +405,8 @@ def test_a_path_with_a_scheme_is_refused(name, tmp_path, monkeypatch):
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"directory=~nobody-of-this-name/a: cannot be found"):
+        Checkpointer("~nobody-of-this-name/a", make())
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Checkpointer("~/run", make()).directory == tmp_path / "run"
 

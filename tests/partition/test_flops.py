@@ -51,6 +51,17 @@ def test_forward_and_backward():
     assert fori == pytest.approx(12 * both(loop(1)), rel=0.1)
 
 
+def test_the_largest_branch_counts():
+    def one_of(*branches):
+        return flops(lambda x: jax.lax.switch(0 * x[0, 0].astype(int), branches, x), X)
+
+    assert one_of(loop(1), lambda x: x) == pytest.approx(ONE, rel=0.01)
+    assert one_of(loop(12), lambda x: x) == pytest.approx(12 * ONE, rel=0.01)
+    # XLA adds one body of the other branch, and no more.
+    for branches in ((loop(5), loop(12)), (loop(12), loop(5)), (loop(12), loop(12))):
+        assert 12 * ONE <= one_of(*branches) <= 13.01 * ONE
+
+
 def test_without_loops_it_is_what_xla_says():
     def f(x):
         return jnp.sum(jax.nn.relu(x @ W) @ W)
