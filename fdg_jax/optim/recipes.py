@@ -152,8 +152,8 @@ def muon(
 
     Measured on a fifth of CIFAR-10 (JPEG) in 1,500 steps: test error 25.6 % with K = 4 and rate
     0.04, where back-propagation with Muon has 25.4 % and with SGD 31.1 %. On text in 1,000 steps,
-    K = 4, stretch 1: loss 2.12, back-propagation 1.78, without prediction 2.25; in 4,000 steps 1.68
-    and 1.66 (EXPERIMENTS.md).
+    K = 4, stretch 1: loss 2.12, back-propagation 1.79, without prediction 2.23; in 4,000 steps 1.68
+    and 1.67 (EXPERIMENTS.md).
 
     Args:
       learning_rate: of the kernels; a number, or a schedule of the stage's updates.
