@@ -79,6 +79,7 @@ def train(dataset: data.Dataset, rate: float, shown: Shown) -> list[float]:
         fdg.partition(layers, count, first[0]),
         setup.loss_fn,
         optax.sgd(rate, momentum=0.9),
+        devices=jax.devices()[:count],  # may be fewer
         **fdg.methods.petra(count),
     )
     state = pipe.init(jax.random.key(FLAGS.seed), *first)

@@ -30,6 +30,7 @@ from fdg_jax.optim import (
 from fdg_jax.partition import Partition, partition
 from fdg_jax.repeat import repeat
 from fdg_jax.reversible import coupling, reversible, two_streams
+from fdg_jax.shared import shared
 from fdg_jax.version import __version__
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "scale_by_basis_rotation",
     "scale_by_spike_compensation",
     "schedule",
+    "shared",
     "simulate",
     "staleness_rate",
     "stretched_momentum",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from fdg_jax.layer_check import check_layers, naming, pair_of
 from fdg_jax.typing import Key, PyTree
 
 # Dropout keys come from their own branch of the root key, away from the keys of `init`.
@@ -35,7 +36,12 @@ def typed_key(key: Key) -> Key:
     """
     if not hasattr(key, "dtype"):
         raise TypeError(f"key={key!r}: is no JAX key; give jax.random.key(seed)")
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if (not typed and key.dtype != jnp.uint32) or key.ndim != (0 if typed else 1):
+        raise TypeError(
+            f"key: is {key.dtype}{list(key.shape)}, not one JAX key; give jax.random.key(seed)"
+        )
+    if typed:
         return key
     return jax.random.wrap_key_data(key)
 
@@ -116,12 +122,16 @@ class Layer:
         """
 
         def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
-            return self.init(jax.random.fold_in(key, index), x)
+            with naming(index, x):
+                made = self.init(jax.random.fold_in(key, index), x)
+            return pair_of(index, "init must return (params, state)", made)
 
         def apply(
             params: PyTree, state: PyTree, x: PyTree, *, train: bool, key: Key | None
         ) -> tuple[PyTree, PyTree]:
-            return self.apply(params, state, x, train=train, key=folded(key))
+            with naming(index, x):
+                made = self.apply(params, state, x, train=train, key=folded(key))
+            return pair_of(index, "apply must return (y, state)", made)
 
         def inverse(
             params: PyTree, state: PyTree, y: PyTree, *, train: bool, key: Key | None
@@ -193,7 +203,7 @@ def chain(layers: Sequence[Layer], *, first: int | jax.Array = 0) -> Layer:
       A layer whose params and state are tuples in the order of the layers.
 
     Raises:
-      ValueError: there is no layer.
+      ValueError: there is no layer, or one is of another kind.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -203,7 +213,7 @@ def chain(layers: Sequence[Layer], *, first: int | jax.Array = 0) -> Layer:
       >>> y.shape, state
       ((3,), ((), ()))
     """
-    layers = tuple(layers)
+    layers = tuple(check_layers(layers))
     if not layers:
         raise ValueError("layers=[]: a chain needs at least one layer")
     placed = Chain(layers[0].init, layers[0].apply, layers=layers, first=first).numbered

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fdg_jax.layer import Layer, output_of
+from fdg_jax.layer_check import check_layer
 from fdg_jax.typing import Key, PyTree
 
 
@@ -52,7 +53,7 @@ def repeat(
       whichever way it compiles.
 
     Raises:
-      ValueError: n < 1, or (from ``init``) the layer changes the shape of its input.
+      ValueError: n < 1, no layer, or (from ``init``) the layer changes the shape of its input.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -63,6 +64,7 @@ def repeat(
       >>> params.shape, net.apply(params, state, jnp.ones(1), train=False, key=None)[0].item()
       ((3,), 8.0)
     """
+    check_layer(layer)
     if n < 1:
         raise ValueError(f"n={n}: a layer is repeated at least once")
 
@@ -72,7 +74,7 @@ def repeat(
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         parts = [init_one(key, jnp.uint32(first + i * layer.size), x) for i in range(n)]
         params, state = parts[0]
-        y = output_of(layer, params, state, x)
+        y = output_of(layer.at(first), params, state, x)
         if jax.tree.map(_signature, y) != jax.tree.map(_signature, x):
             raise ValueError(
                 f"layer: a repeated layer must keep its input's shape, but it maps "

@@ -24,7 +24,8 @@ def test_the_code_of_the_pages_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     written = [str(page) for page in PAGES if pages.blocks(page.read_text(encoding="utf-8"))]
     assert len(written) >= 8
-    command = [sys.executable, "-W", "error", "-m", "tests.pages", str(ROOT / "README.md")]
+    options = "-W", "error", "-W", "ignore:devices:UserWarning"  # pages with three stages mean it
+    command = [sys.executable, *options, "-m", "tests.pages", str(ROOT / "README.md")]
     done = subprocess.run(  # killed at its deadline
         [*command, *written], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )

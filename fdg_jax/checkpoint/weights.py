@@ -15,6 +15,7 @@ from fdg_jax.checkpoint.restore import ARRAYS
 from fdg_jax.engine.arguments import Optimizer, optimizer_of
 from fdg_jax.layer import Layer, chain
 from fdg_jax.optim import true_params
+from fdg_jax.shared import plain
 from fdg_jax.typing import PyTree
 
 
@@ -80,7 +81,7 @@ def read(
             f"these are {len(stages)} (format {manifest.FORMAT}); give those that it was made with"
         )
     manifest.check(body, body.get("step", -1), len(stages))
-    templates = jax.eval_shape(chain(stages).init, jax.random.key(0), example)
+    templates = jax.eval_shape(chain(stages).init, jax.random.key(0), plain(example))
     names: tuple[str, ...] = Weights._fields
     if optimizer is not None:
         names = (*names, "opt_state")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import optax
 
 from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.loss import loss_of_part
 from fdg_jax.engine.nonfinite import ON_NONFINITE
 from fdg_jax.engine.synthesizer import Synthesizer
-from fdg_jax.errors import ConsumedStateError
 from fdg_jax.optim import StageOptimizer
 from fdg_jax.schedule import Schedule
-from fdg_jax.typing import LossFn
+from fdg_jax.typing import LossFn, LossOfPart
 
 Optimizer: TypeAlias = optax.GradientTransformation | StageOptimizer
 Synthesizers: TypeAlias = Synthesizer | Callable[[int], Synthesizer] | None
@@ -26,6 +25,11 @@ def check_arguments(num_stages: int, schedule: Schedule, max_ahead: int, on_nonf
     Raises:
       ValueError: the message names the argument and the remedy.
     """
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"schedule={schedule!r}: is no Schedule; give one, such as "
+            f"fdg_jax.schedule.fdg({num_stages})"
+        )
     if num_stages != schedule.num_stages:
         raise ValueError(
             f"schedule: {schedule.name} is made for {schedule.num_stages} stages, but stages has "
@@ -39,7 +43,9 @@ def check_arguments(num_stages: int, schedule: Schedule, max_ahead: int, on_nonf
     schedule.in_flight(0)
 
 
-def losses_of(loss_fn: LossFn | Sequence[LossFn | None], schedule: Schedule) -> list[LossFn | None]:
+def losses_of(
+    loss_fn: LossFn | Sequence[LossFn | None], schedule: Schedule
+) -> list[LossOfPart | None]:
     """The loss of every stage that has one, None for the others."""
     if callable(loss_fn):
         if len(schedule.losses) > 1:
@@ -47,7 +53,13 @@ def losses_of(loss_fn: LossFn | Sequence[LossFn | None], schedule: Schedule) -> 
                 f"loss_fn: schedule {schedule.name} has losses in stages "
                 f"{', '.join(map(str, schedule.losses))}; give a list of {schedule.num_stages}"
             )
-        return [loss_fn if k in schedule.losses else None for k in range(schedule.num_stages)]
+        one = loss_of_part(loss_fn, schedule.microbatches)
+        return [one if k in schedule.losses else None for k in range(schedule.num_stages)]
+    if not isinstance(loss_fn, Sequence) or any(not (v is None or callable(v)) for v in loss_fn):
+        raise ValueError(
+            f"loss_fn={loss_fn!r}: must be a function of outputs and labels, or a list of such "
+            "functions and None, one for each stage"
+        )
     given = list(loss_fn)
     there = tuple(k for k, one in enumerate(given) if one is not None)
     if len(given) != schedule.num_stages or there != tuple(sorted(schedule.losses)):
@@ -56,7 +68,7 @@ def losses_of(loss_fn: LossFn | Sequence[LossFn | None], schedule: Schedule) -> 
             f"{schedule.name} needs {schedule.num_stages}, with losses in {schedule.losses} and "
             "None elsewhere"
         )
-    return given
+    return [None if one is None else loss_of_part(one, schedule.microbatches) for one in given]
 
 
 def optimizer_of(given: Optimizer | Callable[[int], Optimizer], k: int) -> StageOptimizer:
@@ -67,6 +79,12 @@ def optimizer_of(given: Optimizer | Callable[[int], Optimizer], k: int) -> Stage
         raise ValueError(
             f"optimizer: {given!r} is neither an optax transformation nor a function of the stage; "
             "give optax.sgd(0.1), or lambda k: optax.sgd(0.1)"
+        )
+    if (getattr(given, "__module__", None) or "").startswith("optax"):
+        name = getattr(given, "__name__", "sgd")
+        raise ValueError(
+            f"optimizer: optax.{name} would be called with the number of a stage; give "
+            f"optax.{name}(...), or lambda k: optax.{name}(...)"
         )
     try:
         made = given(k)
@@ -106,14 +124,3 @@ def synthesizers_of(
             )
         found.append(one)
     return found
-
-
-@contextlib.contextmanager
-def naming_consumed() -> Iterator[None]:
-    """Names a state that was used before, where JAX speaks of deleted buffers."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if "has been deleted" in str(error):
-            raise ConsumedStateError from error
-        raise

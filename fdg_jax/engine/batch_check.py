@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from fdg_jax.engine.batch_axes import check_axes
+from fdg_jax.engine.loss import Weighted, check_weighted
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState
 from fdg_jax.engine.template import part_of
 from fdg_jax.partition.layerwise import difference
+from fdg_jax.schedule import Schedule
 from fdg_jax.typing import PyTree
 
 
@@ -37,7 +40,12 @@ def pair(batch: Any) -> tuple[PyTree, PyTree]:
 
 
 def fit(
-    stages: Sequence[Stage], microbatches: int, state: PipelineState, x: PyTree, labels: PyTree
+    stages: Sequence[Stage],
+    schedule: Schedule,
+    state: PipelineState,
+    x: PyTree,
+    labels: PyTree,
+    known: set[Any],
 ) -> None:
     """Traces the network and the losses; nothing is computed.
 
@@ -46,31 +54,41 @@ def fit(
 
     Args:
       stages: the network's stages, input first.
-      microbatches: parts of a mini-batch.
+      schedule: which divides mini-batches.
       state: of a pipeline of these stages.
       x, labels: a mini-batch; only shapes and dtypes are looked at.
+      known: signatures of batches that fit; they are not tried again, and this one is added.
 
     Raises:
-      ValueError: it does not fit; the message names the stage.
+      ValueError: it does not divide, or does not fit; the message names the stage.
     """
+    shapes = signature(x), signature(labels)
+    if shapes in known:
+        return
+    microbatches, weighted = schedule.microbatches, False
+    check_axes({"inputs": x, "labels": labels}, microbatches, stages[0].mesh.size)
     y, targets = part_of((x, labels), microbatches)
     where = ""
     try:
         for k, (stage, own) in enumerate(zip(stages, state.stages, strict=True)):
             where = f"stage {k} ({stage.layers})"
             y, scores, new = stage.output(own.params, own.model_state, y, own.key, own.number)
-            if found := difference(own.model_state, new):
+            if changes := difference(own.model_state, new):
                 raise ValueError(
-                    f"its model state changes in training: {found}; a layer must return a state "
+                    f"its model state changes in training: {changes}; a layer must return a state "
                     "of the structure, shapes and dtypes that its init made"
                 )
             if stage.loss_fn is not None:
                 where = "loss_fn"
-                _check_loss(jax.eval_shape(stage.loss_fn, scores, targets), microbatches)
+                found = jax.eval_shape(stage.loss_fn, scores, targets)
+                weighted = _check_loss(found, microbatches) or weighted
     except _WrongLossError:
         raise
     except Exception as error:
         raise ValueError(f"batch {int(state.tick)}: does not fit {where}: {error}") from error
+    if weighted:
+        check_weighted(stages, schedule)
+    known.add(shapes)
 
 
 def check_optimizer(
@@ -115,7 +133,14 @@ class _WrongLossError(ValueError):
     """What the loss function returns is not what it must return."""
 
 
-def _check_loss(found: Any, microbatches: int) -> None:
+def _check_loss(found: Any, microbatches: int) -> bool:
+    """Whether the loss has a weight of its own."""
+    given, weighted = found, False
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Weighted):
+        given, weighted = ((found[0], found[1].weight), found[1].metrics), True
+        found = found[0], found[1].metrics
+        if given[0][1].shape != ():
+            found = None
     if not (
         isinstance(found, tuple)
         and len(found) == 2
@@ -123,11 +148,12 @@ def _check_loss(found: Any, microbatches: int) -> None:
         and isinstance(found[1], dict)
     ):
         raise _WrongLossError(
-            f"loss_fn: returns {found}, but must return the mean loss (a scalar) and a dict of "
-            "metrics"
+            f"loss_fn: returns {given}, but must return the mean loss (a scalar), or (sum, weight) "
+            "(two scalars), and a dict of metrics"
         )
     if microbatches > 1 and any(leaf.ndim for leaf in jax.tree.leaves(found[1])):
         raise _WrongLossError(
             f"loss_fn: returns metrics {found[1]}, but those of micro-batches are averaged: "
             "give scalars that are means over the batch"
         )
+    return weighted

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from fdg_jax.engine.fusion import fuse, name_of
-from fdg_jax.engine.messages import Done, Metrics, Watch, failure, send
+from fdg_jax.engine.messages import Done, Metrics, MetricsList, Watch, failure, send
 from fdg_jax.engine.residuals import Stash
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState, StageWork, scalar
@@ -26,6 +26,7 @@ from fdg_jax.engine.synthesizer import Output
 from fdg_jax.schedule import Action, Kind, Schedule
 from fdg_jax.schedule.action import ACTIVATION, COTANGENT, OUTPUT
 from fdg_jax.schedule.ledger import LABEL, METRIC
+from fdg_jax.shared import plain
 from fdg_jax.typing import PyTree
 
 
@@ -51,7 +52,8 @@ class Tick:
         self.watch = watch
         self.key = state.key
         self.batch, self.origin = int(state.tick), int(state.origin)
-        self.metrics: list[Metrics] = []
+        self.metrics = MetricsList()
+        self.weight: jax.Array | None = None  # of the loss of the mini-batch, where it has one
         self.done: list[Done] = []
         self.stages = [StageWork(s) for s in state.stages]
 
@@ -68,15 +70,15 @@ class Tick:
 
     def enter(self, x: PyTree, labels: PyTree) -> None:
         """One mini-batch: inputs to the first stage, labels to those that use them."""
-        sent = self._enter(0, ACTIVATION, x, "inputs")
+        sent = self._enter(0, ACTIVATION, x)
         for k in self.schedule.labelled:
-            self._enter(k, LABEL, labels, "labels")
+            self._enter(k, LABEL, labels)
         if self.watch is not None:
             self.watch.entered(self.batch, sent)
 
-    def _enter(self, k: int, port: str, tree: PyTree, name: str) -> PyTree:
+    def _enter(self, k: int, port: str, tree: PyTree) -> PyTree:
         stage, count = self.programs[k], self.schedule.microbatches
-        sent = send(tree, stage, name, count)
+        sent = send(tree if count > 1 else plain(tree), stage)
         for m, part in enumerate(stage.split(sent, count=count) if count > 1 else [sent]):
             self.stages[k].put(port, self.batch * count + m, part)
         return sent
@@ -266,6 +268,7 @@ class Tick:
             s.gradient,
             stage.number_on_device(s.pending, np.int32),
             s.record,
+            None if self.weight is None else send(self.weight, stage),
             mean=self.schedule.reduction == "mean",
         )
         s.update(params, opt_state, record)
@@ -304,7 +307,8 @@ class Tick:
             self.stages[stage].put(name, n, value)
 
     def report(self, k: int, n: int, report: tuple[jax.Array, dict[str, Any]]) -> None:
-        """Loss and metrics of a micro-batch; those of a mini-batch are the mean over its parts."""
+        """Loss and metrics of a micro-batch; those of a mini-batch are the mean over its parts,
+        or that of their sums by their weights (`fdg_jax.engine.loss`)."""
         batch, count = n // self.schedule.microbatches, self.schedule.microbatches
         if count > 1:
             s = self.stages[k]
@@ -312,5 +316,5 @@ class Tick:
             parts = [m for m in s.inbox[METRIC] if m // count == batch]
             if len(parts) < count:
                 return
-            report = self.programs[k].average([s.take(METRIC, m) for m in parts])
+            report, self.weight = self.programs[k].average([s.take(METRIC, m) for m in parts])
         self.metrics.append(Metrics(batch, *report, k))

@@ -12,6 +12,7 @@ from fdg_jax.engine.placement import put
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState, StageState
 from fdg_jax.engine.synthesizer import Output
+from fdg_jax.engine.template import part_of
 from fdg_jax.layer import output_of, typed_key
 from fdg_jax.typing import Key, PyTree
 
@@ -37,9 +38,12 @@ def initial_state(
       The state.
     """
     with jax.transfer_guard("allow"):
-        key = jnp.copy(typed_key(key))
+        # By the host: a key of a mesh of the program's own would bring that mesh with it.
+        typed = typed_key(key)
+        data = np.asarray(jax.random.key_data(typed))
+        key = jax.random.wrap_key_data(jnp.array(data), impl=jax.random.key_impl(typed))
     states = []
-    x, labels = jax.eval_shape(lambda v: v, (x, labels))
+    x, labels = part_of((x, labels), 1)
     for stage, own in zip(stages, shapes.stages, strict=True):
         params, model_state, opt_state = stage.init(key, x)
         y = output_of(stage.layer, params, model_state, x)

@@ -18,6 +18,8 @@ from fdg_jax.typing import PyTree
 class Metrics(NamedTuple):
     """What is known of one mini-batch when it has reached a loss.
 
+    ``metrics["error"]`` is ``metrics.aux["error"]``; "batch", "loss" and "stage" are names, too.
+
     Attributes:
       batch: its number.
       loss: a scalar, perhaps not computed yet.
@@ -29,6 +31,34 @@ class Metrics(NamedTuple):
     loss: jax.Array
     aux: dict[str, Any]
     stage: int
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return tuple.__getitem__(self, key)
+        return getattr(self, key) if key in ("batch", "loss", "stage") else self.aux[key]
+
+
+class MetricsList(list[Metrics]):
+    """Metrics of the mini-batches that have reached a loss, in order; by a name, of the last.
+
+    Example:
+      >>> found = MetricsList([Metrics(3, np.float32(0.5), {"error": np.float32(0.25)}, 1)])
+      >>> float(found["loss"]), float(found["error"]), found[0].batch, float(MetricsList()["loss"])
+      (0.5, 0.25, 3, nan)
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        """One, several, or a value of the last one; NaN where none has reached a loss."""
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        return super().__getitem__(-1)[key] if self else np.float32(np.nan)
+
+
+jax.tree_util.register_pytree_with_keys(
+    MetricsList,
+    lambda found: ([(jax.tree_util.SequenceKey(i), one) for i, one in enumerate(found)], None),
+    lambda _, found: MetricsList(found),
+)
 
 
 class Done(NamedTuple):
@@ -58,28 +88,14 @@ class Watch(Protocol):
         """A program, of actions of one stage, whose dispatch began at ``time.perf_counter()``."""
 
 
-def send(tree: PyTree, stage: Stage, name: str = "inputs", microbatches: int = 1) -> PyTree:
+def send(tree: PyTree, stage: Stage) -> PyTree:
     """A message onto a stage's devices; numpy arrays are copied, CPU devices would alias them."""
     leaves, structure = jax.tree.flatten(tree)
     places = jax.tree.leaves(stage.places(tree))
     pairs = zip(leaves, places, strict=True)
-    if microbatches == 1 and all(isinstance(v, jax.Array) and v.sharding == p for v, p in pairs):
+    if all(isinstance(v, jax.Array) and v.sharding == p for v, p in pairs):
         return tree  # made there, by a stage that shares the devices
     leaves = [leaf if isinstance(leaf, jax.Array) else np.array(leaf) for leaf in leaves]
-    checked = stage.mesh.size > 1 or microbatches > 1
-    for leaf, place in zip(leaves, places, strict=True) if checked else ():
-        if place != stage.sharded:
-            continue  # the scales of an encoded message
-        if leaf.ndim and leaf.shape[0] % microbatches:
-            raise ValueError(
-                f"{name}: a batch of {leaf.shape[0]} does not divide into {microbatches} "
-                "micro-batches; take a multiple"
-            )
-        if leaf.ndim and leaf.shape[0] // microbatches % stage.mesh.size:
-            raise ValueError(
-                f"{name}: a batch of {leaf.shape[0] // microbatches} does not divide over the "
-                f"{stage.mesh.size} devices of a stage; take a multiple"
-            )
     return jax.tree.unflatten(structure, put(leaves, places))
 
 

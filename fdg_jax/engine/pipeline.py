@@ -14,29 +14,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from fdg_jax.active_mesh import no_active_mesh
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.arguments import (
     Optimizer,
     Synthesizers,
     check_arguments,
     losses_of,
-    naming_consumed,
     synthesizers_of,
 )
-from fdg_jax.engine.batch_check import check_optimizer, fit, pair, signature
+from fdg_jax.engine.batch_axes import undivided
+from fdg_jax.engine.batch_check import check_optimizer, fit, pair
 from fdg_jax.engine.dispatch import Tick
 from fdg_jax.engine.encoding import message_dtype as message_dtype_of
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.initial_state import initial_state
 from fdg_jax.engine.interrupt import deferred, protect
-from fdg_jax.engine.messages import Metrics, Watch, send
+from fdg_jax.engine.messages import MetricsList, Watch, send
 from fdg_jax.engine.placement import stage_meshes
 from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.engine.run_ahead import RunAhead
 from fdg_jax.engine.stages import build
 from fdg_jax.engine.state import PipelineState
+from fdg_jax.engine.state_check import READ, check_state
 from fdg_jax.engine.template import template
-from fdg_jax.layer import Layer
+from fdg_jax.layer import Layer, typed_key
+from fdg_jax.layer_check import check_layers
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import Key, LossFn, PyTree
 
@@ -48,10 +51,11 @@ class Pipeline:
 
     Args:
       stages: K layers, input first; `partition` makes them.
-      loss_fn: ``loss_fn(outputs, labels) -> (mean loss, dict of metrics)``; where a schedule
-        divides mini-batches, metrics must be scalars and means over the batch, as the loss is.
-        Where stages have losses of their own (`Schedule.losses`), K functions, None for a stage
-        without.
+      loss_fn: ``loss_fn(outputs, labels) -> (mean loss, dict of metrics)``, or ``((sum, weight),
+        dict)``, a loss of sum / weight. Where a schedule divides mini-batches, their loss is the
+        mean of the parts' means, or all sums by all weights, and metrics must be scalars and means
+        over the batch, or over what the weight counts. Where stages have losses of their own
+        (`Schedule.losses`), K functions, None for a stage without.
       optimizer: an optax transformation for every stage, or ``optimizer(k)``, that of stage k. A
         learning-rate schedule in it counts the stage's own updates. Its ``update`` gets the extra
         arguments ``stale_params`` and ``staleness`` (see `StageOptimizer`).
@@ -109,7 +113,7 @@ class Pipeline:
         synthesizers: Synthesizers = None,
         message_dtype: DTypeLike | None = None,
     ) -> None:
-        stages = list(stages)
+        stages = check_layers(stages, "stages")
         check_arguments(len(stages), schedule, max_ahead, on_nonfinite)
         rule, losses = gradient_rule(gradient), losses_of(loss_fn, schedule)
         predicting = synthesizers_of(synthesizers, schedule, rule)
@@ -119,17 +123,9 @@ class Pipeline:
         self.on_nonfinite = on_nonfinite
         self.message_dtype = message_dtype_of(message_dtype)
         self.num_stages = len(stages)
-        self.stages = build(
-            stages,
-            losses,
-            optimizer,
-            schedule,
-            stage_meshes(len(stages), devices),
-            rule,
-            shard_optimizer,
-            predicting,
-            self.message_dtype,
-        )
+        meshes = stage_meshes(len(stages), devices)
+        rest = rule, shard_optimizer, predicting, self.message_dtype
+        self.stages = build(stages, losses, optimizer, schedule, meshes, *rest)
         # The programs of the last ticks; no part of the training state.
         self._ahead = RunAhead(self.stages, schedule.microbatches, on_nonfinite == "stop")
         # Who sees what is dispatched; `fdg_jax.analysis.Recorder` sets it.
@@ -141,6 +137,7 @@ class Pipeline:
         """The name of the gradient rule."""
         return self.rule.name
 
+    @no_active_mesh()
     def template(self, example: tuple[PyTree, PyTree]) -> PipelineState:
         """The structure, shapes, dtypes and places of a state; nothing is computed.
 
@@ -156,6 +153,7 @@ class Pipeline:
         guarded = self.on_nonfinite != "ignore"
         return template(self.stages, self.schedule, guarded, example)
 
+    @no_active_mesh()
     def init(
         self, key: Key, example_inputs: PyTree, example_labels: PyTree = None
     ) -> PipelineState:
@@ -173,6 +171,7 @@ class Pipeline:
         Raises:
           ValueError: an optimizer fails, or changes the shapes of params or state.
         """
+        typed_key(key)  # refuses what is none
         shapes = self.template((example_inputs, example_labels))
         for k, (stage, own) in enumerate(zip(self.stages, shapes.stages, strict=True)):
             check_optimizer(stage, k, own.params, own.opt_state, self.schedule.gradients(k) > 1)
@@ -183,16 +182,16 @@ class Pipeline:
 
     def step(
         self, state: PipelineState, batch: tuple[PyTree, PyTree]
-    ) -> tuple[PipelineState, list[Metrics]]:
+    ) -> tuple[PipelineState, MetricsList]:
         """One tick: one mini-batch enters. Returns at once, before the devices are done.
 
         Args:
           state: consumed; its buffers may be donated.
-          batch: (inputs, labels), batch axis first, numpy or JAX arrays.
+          batch: (inputs, labels), batch axis first, numpy or JAX arrays; see `fdg_jax.shared`.
 
         Returns:
           The new state, and the metrics of the batches that reached a loss in this tick, as arrays
-          that may not be computed yet; empty while filling.
+          that may not be computed yet; empty while filling. ``metrics["loss"]`` is the last one's.
 
         Raises:
           ValueError: the batch does not fit the network, the loss, or the devices; the state is
@@ -201,9 +200,10 @@ class Pipeline:
           StageError: a stage's program failed, in this tick or in one of the last ``max_ahead``.
           NonFiniteError: with ``on_nonfinite="stop"``; the state is whole then.
         """
-        with deferred():
+        with deferred(), no_active_mesh():
+            check_state(state, self.num_stages)
             x, labels = pair(batch)
-            self._check(state, x, labels)
+            fit(self.stages, self.schedule, state, x, labels, self._fitting)
             tick = Tick(self.stages, self.schedule, state, self.watch)
             tick.enter(x, labels)
             self._ahead.wait(self.max_ahead)
@@ -211,7 +211,7 @@ class Pipeline:
             self._ahead.add(tick.tokens())
             return tick.state(tick.batch + 1, tick.origin), tick.metrics
 
-    def drain(self, state: PipelineState) -> tuple[PipelineState, list[Metrics]]:
+    def drain(self, state: PipelineState) -> tuple[PipelineState, MetricsList]:
         """Applies every gradient still in flight; no new batch enters.
 
         What is left of an accumulation is applied as the mean of what it holds. `step` after it
@@ -223,7 +223,8 @@ class Pipeline:
         Returns:
           The new state, with nothing in flight, and the metrics of the last batches, in order.
         """
-        with deferred():
+        with deferred(), no_active_mesh():
+            check_state(state, self.num_stages)
             tick = Tick(self.stages, self.schedule, state, self.watch)
             t = batches = tick.batch - tick.origin
             # Nothing stays in flight longer than a stage can hold batches, times the stages.
@@ -241,6 +242,7 @@ class Pipeline:
             tick.finish()
             return tick.state(tick.batch, tick.batch), tick.metrics
 
+    @no_active_mesh()
     def predict(self, state: PipelineState, x: PyTree) -> PyTree:
         """Outputs in evaluation mode at the true weights, through the stages where they are.
 
@@ -252,12 +254,14 @@ class Pipeline:
           The network's outputs, on the last stage's devices, perhaps not computed yet.
 
         Raises:
-          ValueError: the batch does not divide over a stage's devices.
+          ValueError: the batch does not fit, or does not divide over a stage's devices.
+          ConsumedStateError: the state was used before.
         """
+        check_state(state, self.num_stages, READ)
+        x = undivided(x, self.stages[0].mesh.size)
         for stage, own in zip(self.stages, state.stages, strict=True):
             x = send(x, stage)
-            with naming_consumed():
-                x = stage.evaluate(own.params, own.opt_state, own.model_state, x)
+            x = stage.evaluate(own.params, own.opt_state, own.model_state, x)
         return x
 
     def params(self, state: PipelineState) -> list[PyTree]:
@@ -270,8 +274,10 @@ class Pipeline:
           K pytrees, valid until the next step; predictions of the weights where the optimizer
           makes them such (`fdg_jax.predict_weights`).
         """
+        check_state(state, self.num_stages, ("params",))
         return [stage.params for stage in state.stages]
 
+    @no_active_mesh()
     def true_params(self, state: PipelineState) -> list[PyTree]:
         """The weights of each stage, to evaluate and to keep: `params` without prediction.
 
@@ -281,11 +287,9 @@ class Pipeline:
         Returns:
           K pytrees, on the stages' devices, valid until the next step.
         """
-        with naming_consumed():
-            return [
-                stage.true_params(own.params, own.opt_state)[0]
-                for stage, own in zip(self.stages, state.stages, strict=True)
-            ]
+        check_state(state, self.num_stages, READ)
+        pairs = zip(self.stages, state.stages, strict=True)
+        return [stage.true_params(own.params, own.opt_state)[0] for stage, own in pairs]
 
     def skipped(self, state: PipelineState) -> list[int]:
         """How many micro-batches each stage skipped, since they were not finite.
@@ -297,6 +301,8 @@ class Pipeline:
           K counts; zeros where it was not checked.
         """
         return nonfinite.skipped([own.record for own in state.stages])
+
+    left_out = skipped  # the name of earlier versions
 
     def check(self) -> None:
         """Waits for all that has been dispatched; raises as `step` does."""
@@ -310,10 +316,3 @@ class Pipeline:
     def record(self) -> np.ndarray | None:
         """A stage's record in which nothing has gone wrong, or None where it is not checked."""
         return None if self.on_nonfinite == "ignore" else nonfinite.fresh()
-
-    def _check(self, state: PipelineState, x: PyTree, labels: PyTree) -> None:
-        """Tries every new shape of a batch before anything is dispatched."""
-        shapes = signature(x), signature(labels)
-        if shapes not in self._fitting:
-            fit(self.stages, self.schedule.microbatches, state, x, labels)
-            self._fitting.add(shapes)

@@ -25,18 +25,25 @@ def stage_meshes(num_stages: int, devices: Sequence[jax.Device] | None = None) -
       num_stages: K.
       devices: D devices. With D >= K they make K contiguous groups of D // K, what is left over is
         not used, with a warning. With D < K neighbouring stages share a device. None: one device
-        per stage, the first of ``jax.devices()``.
+        per stage, the first of ``jax.devices()``; a warning, where there are fewer.
 
     Returns:
       K meshes with the one axis "data".
 
     Raises:
-      ValueError: no device, or one given twice; groups between which JAX can send nothing.
+      ValueError: no list of devices, no device, or one given twice; groups between which JAX can
+        send nothing.
 
     Example:
       >>> [mesh.size for mesh in stage_meshes(2)]
       [1, 1]
     """
+    if devices is not None and not (
+        hasattr(devices, "__iter__") and all(isinstance(d, jax.Device) for d in devices)
+    ):
+        raise ValueError(
+            f"devices={devices!r}: must be a list of devices, such as jax.devices()[:{num_stages}]"
+        )
     chosen = list(jax.devices()[:num_stages] if devices is None else devices)
     if not chosen:
         raise ValueError(
@@ -48,6 +55,8 @@ def stage_meshes(num_stages: int, devices: Sequence[jax.Device] | None = None) -
         )
     if len(chosen) < num_stages:
         groups = [[chosen[k * len(chosen) // num_stages]] for k in range(num_stages)]
+        if devices is None:
+            _warn_of_sharing(groups)
     else:
         size = len(chosen) // num_stages
         groups = [chosen[k * size : (k + 1) * size] for k in range(num_stages)]
@@ -60,6 +69,24 @@ def stage_meshes(num_stages: int, devices: Sequence[jax.Device] | None = None) -
     _check_processes(groups)
     # Auto: the stage's programs are an arbitrary user's, who does not write shardings.
     return [Mesh(np.array(group), (BATCH_AXIS,), axis_types=(AxisType.Auto,)) for group in groups]
+
+
+def _warn_of_sharing(groups: list[list[jax.Device]]) -> None:
+    """Says which stages share a device, where nobody has asked for it."""
+    owners: dict[jax.Device, list[int]] = {}
+    for k, (device,) in enumerate(groups):
+        owners.setdefault(device, []).append(k)
+    shared = "; ".join(
+        f"{device} has stages {', '.join(map(str, ks))}"
+        for device, ks in owners.items()
+        if len(ks) > 1
+    )
+    warnings.warn(
+        f"devices: {len(groups)} stages share {len(owners)} devices: {shared}. Results are "
+        "the same, but stages of one device wait for each other; devices=jax.devices() says that "
+        "it is meant",
+        stacklevel=4,
+    )
 
 
 def _check_processes(groups: list[list[jax.Device]]) -> None:
@@ -193,8 +220,10 @@ class Placed:
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.places(tree))
 
     def placement(self, leaf: Any) -> NamedSharding:
-        """Where a leaf of an input, label or message of this stage lives."""
-        return self.sharded if getattr(leaf, "ndim", 0) else self.replicated
+        """Where a leaf of an input, label or message of this stage lives: one whose first axis the
+        devices do not divide is whole on each."""
+        shape = getattr(leaf, "shape", ())
+        return self.sharded if shape and shape[0] % self.mesh.size == 0 else self.replicated
 
     def places(self, tree: PyTree) -> PyTree:
         """Where the leaves of such a tree live; the scales of encoded ones have no batch axis."""

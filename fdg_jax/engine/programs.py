@@ -27,7 +27,8 @@ from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
 from fdg_jax.engine.updates import Updates
 from fdg_jax.layer import Layer, batch_key
 from fdg_jax.optim import StageOptimizer
-from fdg_jax.typing import Key, LossFn, PyTree
+from fdg_jax.shared import is_shared, plain
+from fdg_jax.typing import Key, LossOfPart, PyTree
 
 
 class Forward(NamedTuple):
@@ -76,7 +77,7 @@ class Functions(Updates):
         optimizer: StageOptimizer,
         mesh: Mesh,
         rule: GradientRule,
-        loss_fn: LossFn | None,
+        loss_fn: LossOfPart | None,
         last: bool,
         sends: bool,
         shard_optimizer: bool,
@@ -283,15 +284,15 @@ class Functions(Updates):
         return self._over_batch(y)
 
     def _split(self, tree: PyTree, count: int) -> list[PyTree]:
-        """A mini-batch as ``count`` micro-batches; a leaf without a batch axis goes to each."""
+        """A mini-batch as ``count`` micro-batches; what has no batch axis goes to each."""
 
-        def part(leaf: jax.Array, i: int) -> jax.Array:
-            if not leaf.ndim:
-                return leaf
+        def part(leaf: PyTree, i: int) -> PyTree:
+            if is_shared(leaf) or not leaf.ndim:
+                return plain(leaf)
             size = leaf.shape[0] // count
             return leaf[i * size : (i + 1) * size]
 
         return [
-            self._over_batch(jax.tree.map(lambda leaf, i=i: part(leaf, i), tree))
+            self._over_batch(jax.tree.map(lambda leaf, i=i: part(leaf, i), tree, is_leaf=is_shared))
             for i in range(count)
         ]

@@ -19,12 +19,13 @@ from jax.sharding import Mesh
 from fdg_jax.engine import remote_stage
 from fdg_jax.engine.encoded_programs import EncodedFunctions
 from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.loss import average
 from fdg_jax.engine.placement import absent, put
 from fdg_jax.engine.state import Slots
 from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
 from fdg_jax.layer import Layer, batch_key
 from fdg_jax.optim import StageOptimizer
-from fdg_jax.typing import Key, LossFn, PyTree
+from fdg_jax.typing import Key, LossOfPart, PyTree
 
 
 class Stage(EncodedFunctions):
@@ -54,7 +55,7 @@ class Stage(EncodedFunctions):
         *,
         start: int,
         rule: GradientRule,
-        loss_fn: LossFn | None,
+        loss_fn: LossOfPart | None,
         last: bool,
         sends: bool,
         shard_optimizer: bool = False,
@@ -87,7 +88,7 @@ class Stage(EncodedFunctions):
         self.true_params = program(self._true_params, -1)
         self.past_params = program(self._past_params, -1)
         self.split = program(self._split, None, (), "count")
-        self.average = jax.jit(lambda trees: jax.tree.map(lambda *v: sum(v) / len(v), *trees))
+        self.average = jax.jit(average)
 
     def _past_params(
         self, params: PyTree, opt_state: PyTree, updates_ago: jax.Array

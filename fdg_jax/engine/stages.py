@@ -15,12 +15,12 @@ from fdg_jax.engine.synthesizer import Synthesizer
 from fdg_jax.layer import Layer
 from fdg_jax.schedule import Schedule
 from fdg_jax.schedule.action import COTANGENT
-from fdg_jax.typing import LossFn
+from fdg_jax.typing import LossOfPart
 
 
 def build(
     layers: Sequence[Layer],
-    losses: Sequence[LossFn | None],
+    losses: Sequence[LossOfPart | None],
     optimizer: Optimizer | Callable[[int], Optimizer],
     schedule: Schedule,
     meshes: Sequence[Mesh],

@@ -19,6 +19,7 @@ from fdg_jax.layer import output_of
 from fdg_jax.schedule import Schedule
 from fdg_jax.schedule.action import ACTIVATION, COTANGENT, OUTPUT, OUTPUT_COTANGENT
 from fdg_jax.schedule.ledger import LABEL, METRIC
+from fdg_jax.shared import is_shared, plain
 from fdg_jax.typing import PyTree
 
 
@@ -134,13 +135,15 @@ def _check_parameters(stage: Stage, params: PyTree) -> None:
 
 
 def part_of(tree: PyTree, count: int) -> PyTree:
-    """Shapes and dtypes of one of ``count`` micro-batches."""
+    """Shapes and dtypes of one of ``count`` micro-batches, without marks."""
 
-    def part(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def part(leaf: Any) -> PyTree:
+        if is_shared(leaf):
+            return plain(leaf)
         shape = (leaf.shape[0] // count, *leaf.shape[1:]) if leaf.shape else ()
         return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
-    return jax.tree.map(part, jax.eval_shape(lambda v: v, tree))
+    return jax.tree.map(part, jax.eval_shape(lambda v: v, tree), is_leaf=is_shared)
 
 
 def _slots(value: PyTree, size: int) -> Slots:

@@ -62,11 +62,15 @@ class Updates(Placed):
         gradient: PyTree,
         held: jax.Array,
         record: nonfinite.Record,
+        weight: jax.Array | None,
         mean: bool,
     ) -> tuple[PyTree, PyTree, jax.Array, nonfinite.Record]:
-        """One update with the sum of ``held`` gradients, or with their mean; and a token."""
+        """One update with the sum of ``held`` gradients, or with their mean; and a token. With a
+        weight they are gradients of sums, whose mean is their sum by that weight."""
         count = held if record is None else held - record[nonfinite.PENDING]
         divisor = jnp.maximum(count, 1) if mean else jnp.ones_like(count)
+        if weight is not None:
+            divisor = divisor * weight / jnp.maximum(count, 1)
         reduced = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradient)
         new, new_opt = self.apply(params, opt_state, reduced)
         if record is not None:

@@ -10,9 +10,12 @@ from typing import Literal
 
 import numpy as np
 
+from fdg_jax.active_mesh import no_active_mesh
 from fdg_jax.layer import Layer, chain
+from fdg_jax.layer_check import check_layers
 from fdg_jax.partition.layer_cost import layer_costs
 from fdg_jax.repeat import Repeat
+from fdg_jax.shared import plain
 from fdg_jax.typing import PyTree
 
 Cost = Literal["flops", "time"] | Sequence[float]
@@ -73,6 +76,7 @@ def units_of(layers: Sequence[Layer]) -> list[Layer]:
     return units
 
 
+@no_active_mesh()
 def partition(
     layers: Sequence[Layer],
     num_stages: int,
@@ -100,7 +104,8 @@ def partition(
       A list of K layers (each a `chain`) that also carries `cuts`, `costs` and `balance`.
 
     Raises:
-      ValueError: K is not in 1..number of layers, or ``cost`` is none of the above.
+      ValueError: layers do not fit together, K is not in 1..number of layers, or ``cost`` is none
+        of the above.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,9 +114,10 @@ def partition(
       >>> stages.cuts, stages.costs, stages.balance
       ((1,), (3.0, 3.0), 1.0)
     """
+    layers = check_layers(layers)
     if not layers:
         raise ValueError("layers=[]: there is nothing to split")
-    units = units_of(layers)
+    units, example = units_of(layers), plain(example)
     n = len(units)
     if not 1 <= num_stages <= n:
         raise ValueError(

@@ -61,7 +61,10 @@ def layer_costs(units: Sequence[Layer], example: PyTree, cost: str) -> list[floa
     parts: list[_Part] = []
     outputs: list[PyTree] = []
     places = []
-    x = jax.eval_shape(lambda v: v, example)
+    # Without places: an example on a mesh of the program's own would bring that mesh with it.
+    x = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), jax.eval_shape(lambda v: v, example)
+    )
     for place, unit in enumerate(units):
         # Equal layers of one repeat are the same inner object.
         inner = unit.layer if isinstance(unit, Repeat) else unit
@@ -70,10 +73,11 @@ def layer_costs(units: Sequence[Layer], example: PyTree, cost: str) -> list[floa
         shapes = tuple((v.shape, v.dtype) for v in jax.tree.leaves(x))
         key = (id(inner), jax.tree.structure(x), shapes, first)
         if key not in indices:
-            params, state = jax.eval_shape(functools.partial(_init, inner), x)
+            numbered = inner.at(place)
+            params, state = jax.eval_shape(functools.partial(_init, numbered), x)
             indices[key] = len(parts)
             parts.append(_Part(inner, params, state, x, first))
-            outputs.append(output_of(inner, params, state, x))
+            outputs.append(output_of(numbered, params, state, x))
         places.append(indices[key])
         x = outputs[indices[key]]
     costs = [_flops(part) for part in parts] if cost == "flops" else _seconds(parts)

@@ -41,6 +41,9 @@ Where cotangents are predicted, a stage's gradient is that of its own part of th
 .. math::
     g_k(n) = \\left(\\partial h_k / \\partial w_k\\right)^T S_k(h_k, \\text{labels}).
 
+Where the loss of a part m of a mini-batch is a sum :math:`s_m` with a weight :math:`c_m`, that of
+the mini-batch is :math:`\\sum_m s_m / \\sum_m c_m`, and its gradient likewise.
+
 Where stages have losses of their own, :math:`L_n` is the stage's, and its input a constant.
 
 Where messages travel in fewer bits, a stage gets the rounded output of the stage before it, which

@@ -19,8 +19,9 @@ from fdg_jax.layer import Layer, batch_key, typed_key
 from fdg_jax.optim import StageOptimizer
 from fdg_jax.reference import local, predicted, reversible
 from fdg_jax.reference.changes import Changes
-from fdg_jax.reference.result import Result, part_of
+from fdg_jax.reference.result import Result, part_of, reduced, total_of
 from fdg_jax.schedule import Schedule
+from fdg_jax.shared import plain
 from fdg_jax.typing import Key, LossFn, PyTree
 
 
@@ -41,7 +42,8 @@ def train(
 
     Args:
       stages: K layers, input first.
-      loss_fn: ``loss_fn(outputs, labels) -> (mean loss, dict of metrics)``, or one for every stage.
+      loss_fn: ``loss_fn(outputs, labels) -> (mean loss, dict of metrics)``, or ``((sum, weight),
+        dict of metrics)``; or one for every stage.
       optimizer: ``optimizer(k)`` for stage k.
       schedule: for K stages.
       params, model_state: initial, one pytree per stage.
@@ -72,6 +74,8 @@ def train(
     stages = tuple(stages)
     rule, kinds = gradient_rule(gradient), schedule.kind_of
     narrow = message_dtype_of(message_dtype)
+    if schedule.microbatches == 1:
+        batches = [plain(batch) for batch in batches]
     rest = optimizer, schedule, params, model_state, key, batches, narrow
     if not callable(loss_fn) and len(schedule.losses) > 1:
         return local.train(stages, loss_fn, *rest)
@@ -94,13 +98,14 @@ def train(
         x: PyTree,
         labels: PyTree,
         pins: list[PyTree] | None = None,
-    ) -> tuple[tuple[jax.Array, tuple[list[PyTree], list[PyTree]]], tuple[PyTree, ...]]:
-        """Loss, what each stage got and the state it left, gradient of the whole network.
+    ) -> tuple[tuple[jax.Array, tuple[Any, ...]], tuple[PyTree, ...]]:
+        """Loss, what each stage got and the state it left, the weight of the loss, and the gradient
+        of the whole network.
 
         With pins, every stage gets the pinned value and passes gradients as if it had not been.
         """
 
-        def loss(params: tuple[PyTree, ...]) -> tuple[jax.Array, tuple[list[PyTree], list[PyTree]]]:
+        def loss(params: tuple[PyTree, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
             y, inputs, states = x, [], []
             for k, stage in enumerate(placed):
                 if pins is not None:
@@ -109,7 +114,8 @@ def train(
                 y, left = stage.apply(params[k], state[k], y, train=True, key=batch_key(key, n))
                 y = rounded(y, narrow if k < last else None)
                 states.append(left)
-            return final(y, labels)[0], (inputs, states)
+            total, weight = total_of(final(y, labels), count)
+            return total, (inputs, states, weight)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -118,11 +124,11 @@ def train(
     opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
     state = tuple(model_state)
     changes = Changes(rule, schedule, params)
-    losses: list[list[jax.Array]] = [[] for _ in batches]
+    losses: list[list[tuple[jax.Array, Any]]] = [[] for _ in batches]
     seen: dict[tuple[int, int], int] = {}  # (stage, micro-batch) -> version of its forward
     used: dict[tuple[int, int], PyTree] = {}  # -> weights of its forward, then of its backward
-    met: dict[int, tuple[Any, ...]] = {}  # micro-batch -> state, inputs, gradient of its forward
-    due: list[list[PyTree]] = [[] for _ in stages]
+    met: dict[int, tuple[Any, ...]] = {}  # micro-batch -> state, inputs, weight, gradient
+    due: list[list[tuple[PyTree, Any]]] = [[] for _ in stages]
     extra: list[dict[str, Any]] = [{} for _ in stages]  # of the last gradient
 
     for action in (a for tick in schedule.stream(len(batches)) for a in tick):
@@ -134,12 +140,12 @@ def train(
             used[k, n] = versions[k][seen[k, n]]
             if k == last:
                 mixed = tuple(used[j, n] for j in range(len(stages)))
-                (loss, (inputs, left)), whole = network(mixed, state, n, x, labels)
-                met[n], state = (state, inputs, whole), tuple(left)
-                losses[action.batch].append(loss)
+                (loss, (inputs, left, weight)), whole = network(mixed, state, n, x, labels)
+                met[n], state = (state, inputs, weight, whole), tuple(left)
+                losses[action.batch].append((loss, weight))
         elif kind.gradient == "adds":
             x, labels = part_of(batches[action.batch], action.micro or 0, count)
-            old_state, inputs, whole = met[n]
+            old_state, inputs, weight, whole = met[n]
             ago = len(versions[k]) - 1 - seen[k, n]
             if not rule.keeps_weights:
                 # Stages above k have done their backward of this batch, at weights now in `used`.
@@ -153,18 +159,16 @@ def train(
                 own = opt_states[k]
                 part, kept = first.update(part, own[0], versions[k][-1], **extra[k])
                 opt_states[k] = (kept, own[1])
-            due[k].append(part)
+            due[k].append((part, weight))
         elif kind.gradient == "applies":
-            scale = len(due[k]) if schedule.reduction == "mean" else 1
-            reduced = jax.tree.map(lambda *g, scale=scale: sum(g) / scale, *due[k])
+            mean = reduced(due[k], schedule.reduction == "mean")
             more = extra[k] if len(due[k]) == 1 else {}
             due[k] = []
             now = versions[k][-1]
-            updates, opt_states[k] = optimizers[k].update(reduced, opt_states[k], now, **more)
+            updates, opt_states[k] = optimizers[k].update(mean, opt_states[k], now, **more)
             versions[k].append(optax.apply_updates(now, updates))
             changes.add(k, now, versions[k][-1])
-    means = [jnp.mean(jnp.stack(parts)) for parts in losses]
-    return Result([v[-1] for v in versions], list(state), means)
+    return Result([v[-1] for v in versions], list(state), [reduced(parts) for parts in losses])
 
 
 def _pin(y: jax.Array, value: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import optax
 from fdg_jax.engine.encoding import rounded
 from fdg_jax.layer import Layer, batch_key, typed_key
 from fdg_jax.optim import StageOptimizer
-from fdg_jax.reference.result import Result
+from fdg_jax.reference.result import Result, total_of
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import Key, LossFn, PyTree
 
@@ -47,7 +47,7 @@ def train(
             noise = batch_key(key, n)
             y, left = layer.apply(p, state[k], sent[k, n], train=True, key=noise)
             scores, left = layer.scores(p, left, y, train=True, key=noise)
-            return one(scores, labels)[0], (y, left)
+            return total_of(one(scores, labels), 1)[0], (y, left)
 
         sent.setdefault((k, n), batches[n][0])
         (value, (y, state[k])), gradient = jax.value_and_grad(loss, has_aux=True)(values[k])

@@ -16,7 +16,7 @@ from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
 from fdg_jax.layer import Layer, batch_key, typed_key
 from fdg_jax.optim import StageOptimizer
 from fdg_jax.reference.changes import Changes
-from fdg_jax.reference.result import Result
+from fdg_jax.reference.result import Result, total_of
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import Key, LossFn, PyTree
 
@@ -78,7 +78,7 @@ def train(
             state[k] = left
             up[k + 1, n] = y
             if k == last:
-                value, vjp = jax.vjp(lambda y, t=labels: final(y, t)[0], y)
+                value, vjp = jax.vjp(lambda y, t=labels: total_of(final(y, t), 1)[0], y)
                 losses.append(value)
                 (down[k, n],) = vjp(jnp.ones_like(value))
         elif kind == "P":

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from fdg_jax.engine.encoding import rounded
 from fdg_jax.layer import Chain, Layer, batch_key, chain, typed_key
 from fdg_jax.optim import StageOptimizer
-from fdg_jax.reference.result import Result, part_of
+from fdg_jax.reference.result import Result, part_of, reduced, total_of
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import Key, LossFn, PyTree
 
@@ -40,8 +39,9 @@ def train(
     kept: dict[tuple[int, int], Any] = {}  # -> inputs of its runs, state of its forward
     down: dict[tuple[int, int], Any] = {}  # -> output reconstructed above, and its cotangent
     ready: dict[int, Any] = {}  # of the last stage: gradient, input and its cotangent
-    due: list[list[PyTree]] = [[] for _ in stages]
-    losses: list[list[jax.Array]] = [[] for _ in batches]
+    due: list[list[tuple[PyTree, Any]]] = [[] for _ in stages]
+    weights: dict[int, Any] = {}  # micro-batch -> weight of its loss, or None
+    losses: list[list[tuple[jax.Array, Any]]] = [[] for _ in batches]
     for action in (a for tick in schedule.stream(len(batches)) for a in tick):
         k, n = action.stage, action.batch * count + (action.micro or 0)
         kind, noise = schedule.kind_of[action.kind], batch_key(key, n)
@@ -52,12 +52,14 @@ def train(
 
                 def loss(p: PyTree, x: PyTree, labels: Any = labels, noise: Any = noise) -> Any:
                     y, left = placed[last].apply(p, state[last], x, train=True, key=noise)
-                    return final(y, labels)[0], left
+                    total, weight = total_of(final(y, labels), count)
+                    return total, (left, weight)
 
-                (value, state[k]), (gradient, below) = jax.value_and_grad(
+                (value, (state[k], weight)), (gradient, below) = jax.value_and_grad(
                     loss, argnums=(0, 1), has_aux=True, allow_int=True
                 )(values[k], x)
-                losses[action.batch].append(value)
+                losses[action.batch].append((value, weight))
+                weights[n] = weight
                 ready[n] = gradient, rounded((x, below), narrow)
             else:
                 inputs, left = [], []
@@ -93,14 +95,13 @@ def train(
                 gradient = _joined(stages[k], found[::-1])
                 down[k - 1, n] = rounded((y, cotangent), narrow)
             if kind.gradient == "adds":
-                due[k].append(gradient)
+                due[k].append((gradient, weights[n]))
         else:
-            scale = len(due[k]) if schedule.reduction == "mean" else 1
-            reduced = jax.tree.map(lambda *g, scale=scale: sum(g) / scale, *due[k])
+            mean = reduced(due[k], schedule.reduction == "mean")
             due[k] = []
-            updates, opt_states[k] = optimizers[k].update(reduced, opt_states[k], values[k])
+            updates, opt_states[k] = optimizers[k].update(mean, opt_states[k], values[k])
             values[k] = optax.apply_updates(values[k], updates)
-    return Result(values, state, [jnp.mean(jnp.stack(found)) for found in losses])
+    return Result(values, state, [reduced(found) for found in losses])
 
 
 def _runs(stage: Layer) -> list[tuple[slice | None, Layer]]:

@@ -1,0 +1,26 @@
+"""A mesh of the program's own (``jax.set_mesh``), under which stages keep theirs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+
+@contextlib.contextmanager
+def no_active_mesh() -> Iterator[None]:
+    """Inside of it no mesh is active: a stage's programs run on the devices of the stage.
+
+    Example:
+      >>> with jax.set_mesh(jax.make_mesh((1,), ("data",))), no_active_mesh():
+      ...     print(jax.sharding.get_abstract_mesh().empty)
+      True
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        yield
+        return
+    with jax.set_mesh(Mesh(np.empty((), object), ())):
+        yield

@@ -1,0 +1,130 @@
+"""The loss of a mini-batch from those of its parts: a mean, or sums over weights.
+
+loss_fn returns              loss of a mini-batch of M parts      its gradient
+mean, metrics                1/M sum_m mean_m                     1/M sum_m grad mean_m
+(sum, weight), metrics       sum_m sum_m / sum_m weight_m         sum_m grad sum_m / sum_m weight_m
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fdg_jax.schedule import Schedule
+from fdg_jax.typing import LossFn, LossOfPart, PyTree
+
+if TYPE_CHECKING:
+    from fdg_jax.engine.stage import Stage
+
+
+class Weighted(NamedTuple):
+    """What a loss of a part returns beside its sum.
+
+    Attributes:
+      weight: what the sum is to be divided by, together with those of the other parts.
+      metrics: means over what the weight counts.
+    """
+
+    weight: jax.Array
+    metrics: dict[str, Any]
+
+
+def loss_of_part(loss_fn: LossFn, parts: int) -> LossOfPart:
+    """A loss function with one form for one part: what is differentiated comes first.
+
+    Args:
+      loss_fn: returns ``(mean, metrics)`` or ``((sum, weight), metrics)``.
+      parts: of a mini-batch.
+
+    Returns:
+      A function that returns (mean, metrics) where a mini-batch is not divided, and (sum,
+      `Weighted`) where it is and there is a weight. A weight has no gradient.
+
+    Example:
+      >>> loss = loss_of_part(lambda y, t: ((y.sum(), (y > 0).sum()), {}), 1)
+      >>> float(loss(jnp.array([3.0, 1.0, 0.0]), None)[0])
+      2.0
+    """
+
+    @functools.wraps(loss_fn)
+    def loss(outputs: PyTree, labels: PyTree) -> Any:
+        found: Any = loss_fn(outputs, labels)
+        if not (isinstance(found, tuple) and len(found) == 2 and _is_pair(found[0])):
+            return found
+        (total, weight), metrics = found
+        total = jnp.asarray(total)
+        weight = jax.lax.stop_gradient(jnp.asarray(weight).astype(total.dtype))
+        if parts > 1:
+            return total, Weighted(weight, metrics)
+        return total / _divisor(weight), metrics
+
+    return loss
+
+
+def average(
+    reports: Sequence[tuple[jax.Array, Any]],
+) -> tuple[tuple[jax.Array, dict[str, Any]], jax.Array | None]:
+    """Loss and metrics of a mini-batch, and the weight that its gradient is to be divided by.
+
+    Args:
+      reports: what `loss_of_part` returned for each part.
+
+    Returns:
+      Loss and metrics, and the weight, without that of parts that are not finite; None where there
+      are no weights. A weight of 0 counts as 1.
+
+    Example:
+      >>> (loss, metrics), weight = average([(6.0, Weighted(2.0, {})), (0.0, Weighted(1.0, {}))])
+      >>> float(loss), float(weight)
+      (2.0, 3.0)
+    """
+    if not isinstance(reports[0][1], Weighted):
+        means: Any = jax.tree.map(lambda *v: sum(v) / len(v), *reports)
+        return means, None
+    totals = jnp.stack([total for total, _ in reports])
+    weights = jnp.stack([own.weight for _, own in reports])
+    shares = weights / _divisor(weights.sum())
+
+    def mean(*values: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(shares == 0, 0, shares * jnp.stack(values)))
+
+    metrics = jax.tree.map(mean, *[own.metrics for _, own in reports])
+    held = jnp.where(jnp.isfinite(totals), weights, 0).sum()
+    return (totals.sum() / _divisor(weights.sum()), metrics), _divisor(held)
+
+
+def check_weighted(stages: Sequence[Stage], schedule: Schedule) -> None:
+    """Refuses ``(sum, weight)`` where an update is not of one whole mini-batch.
+
+    Args:
+      stages: of a pipeline.
+      schedule: which divides mini-batches.
+
+    Raises:
+      ValueError: parts of several mini-batches are in one update; gradients are corrected one by
+        one.
+    """
+    if any(counts.pending or counts.slots["flight"] for counts in schedule.counts):
+        raise ValueError(
+            f"loss_fn: returns (sum, weight), but schedule {schedule.name} keeps micro-batches in "
+            "flight between mini-batches; return the mean"
+        )
+    for k, stage in enumerate(stages):
+        if stage.optimizer.per_gradient is not None:
+            raise ValueError(
+                f"loss_fn: returns (sum, weight), but the optimizer of stage {k} corrects each "
+                "gradient (per_gradient), which would be that of a sum; return the mean, or leave "
+                "per_gradient out: nothing is stale here"
+            )
+
+
+def _is_pair(loss: Any) -> bool:
+    return isinstance(loss, tuple | list) and len(loss) == 2
+
+
+def _divisor(weight: jax.Array) -> jax.Array:
+    return jnp.where(weight == 0, 1, weight)

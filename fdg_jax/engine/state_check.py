@@ -1,0 +1,43 @@
+"""Whether a state is one of this pipeline, and still whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from fdg_jax.engine.state import PipelineState
+from fdg_jax.errors import ConsumedStateError
+
+# What programs may take; the rest of a state is kept or copied. And what a prediction reads.
+TAKEN = ("params", "model_state", "opt_state", "gradient", "synthesizer")
+READ = ("params", "model_state", "opt_state")
+
+
+def check_state(state: Any, num_stages: int, parts: Sequence[str] = TAKEN) -> None:
+    """Refuses what is no state, and a state that was used before, while nothing is dispatched yet.
+
+    Args:
+      state: given in the place of one.
+      num_stages: K.
+      parts: of a `StageState`, which must be there.
+
+    Raises:
+      ValueError: no state, or one of another number of stages.
+      ConsumedStateError: a step or drain has taken its buffers.
+    """
+    if not isinstance(state, PipelineState):
+        raise ValueError(
+            f"state: is a {type(state).__name__}; give what Pipeline.init returned, and after "
+            "state, metrics = pipe.step(state, batch) the new state"
+        )
+    if len(state.stages) != num_stages:
+        raise ValueError(
+            f"state: has {len(state.stages)} stages, this pipeline {num_stages}; give a state of "
+            "this pipeline, or convert it with fdg_jax.checkpoint.convert"
+        )
+    for own in state.stages:
+        for leaf in jax.tree.leaves([getattr(own, part) for part in parts]):
+            if isinstance(leaf, jax.Array) and leaf.is_deleted():
+                raise ConsumedStateError()

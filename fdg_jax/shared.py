@@ -1,0 +1,58 @@
+"""Arrays of a batch that have no batch axis: class weights, a mask [T, T], the edges of a graph.
+
+(images, (labels, shared(class_weights)))         images, labels   [B, ...]   divided
+                                                  class_weights    [C]        whole, to each part
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+
+from fdg_jax.typing import PyTree
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
+@dataclass(frozen=True)
+class Shared:
+    """A part of a batch that is never divided; made by `shared`."""
+
+    value: PyTree
+
+
+def shared(value: PyTree) -> Shared:
+    """Marks a part of a batch that has no batch axis.
+
+    A schedule with micro-batches divides the other arrays along axis 0, and gives this one to each
+    micro-batch as it is. Layers and losses get what was marked, without the mark. Scalars need
+    none, and where mini-batches are not divided nothing does.
+
+    Args:
+      value: an array or a pytree of arrays, of any shapes.
+
+    Returns:
+      The mark, a pytree; it stands in the place of the array wherever a batch or an example of one
+      is given.
+
+    Example:
+      >>> import numpy as np
+      >>> weights = np.array([0.2, 0.8])
+      >>> batch = np.ones((8, 3)), (np.zeros(8, int), shared(weights))
+      >>> plain(batch)[1][1].tolist()
+      [0.2, 0.8]
+    """
+    return Shared(value)
+
+
+def is_shared(part: PyTree) -> bool:
+    """Whether a part of a batch is marked."""
+    return isinstance(part, Shared)
+
+
+def plain(tree: PyTree) -> PyTree:
+    """A batch without its marks: what layers and losses get."""
+    return jax.tree.map(
+        lambda part: plain(part.value) if is_shared(part) else part, tree, is_leaf=is_shared
+    )
