@@ -128,7 +128,7 @@ def run(series: Series, runner: Runner = train) -> int:
     """
     records: dict[str, Record] = {}
     choosing = series.choosing()
-    folder = pathlib.Path(series.common.workdir)
+    folder = pathlib.Path(series.common.workdir).expanduser()
     spent: list[float] = []
     failed: list[str] = []
     began = time.monotonic()

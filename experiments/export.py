@@ -24,6 +24,7 @@ from absl import flags
 import fdg_jax as fdg
 from experiments.common import command
 from experiments.common.errors import UsageError
+from experiments.common.workdir import local_path
 from experiments.exporting import model_file
 from experiments.training import family, methods, remedies, resume, setup
 from experiments.training.config import Config, check_experiment
@@ -129,7 +130,7 @@ def place(output: str, overwrite: bool) -> pathlib.Path:
     if not output:
         raise UsageError("--output: is missing; name the file to write")
     try:
-        path = pathlib.Path(output).expanduser()
+        path = local_path(output, "--output")
         there, folder = path.exists(), path.is_dir()
         if not path.parent.is_dir():
             raise NotADirectoryError(f"there is no folder {path.parent}")

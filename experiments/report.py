@@ -18,6 +18,7 @@ from absl import flags
 
 from experiments.common import command
 from experiments.common.errors import UsageError
+from experiments.common.workdir import local_path
 from experiments.reporting import page, runs
 from experiments.reporting.runs import Run
 
@@ -191,6 +192,7 @@ def write(folders: Sequence[str], output: str) -> None:
     Raises:
       UsageError: no run, or a damaged one; the page cannot be written.
     """
+    path = local_path(output, "--output")
     if not folders:
         raise UsageError("WORKDIR: is missing; name one or more workdirs of experiments.cifar")
     if not output.endswith(".html"):
@@ -200,7 +202,6 @@ def write(folders: Sequence[str], output: str) -> None:
     body = [page.text("h1", title), comparison(found), "<br>", curves(found)]
     for run in found:
         body += section(run)
-    path = pathlib.Path(output).expanduser()
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(page.whole(title, body), encoding="utf-8", errors="replace")

@@ -219,7 +219,7 @@ def check() -> list[int]:
         if costs(drawn_stages(), FLAGS.draw_block) is None:
             raise UsageError(f"--draw_block={FLAGS.draw_block}: the flags leave it out; draw ideal")
         others = set(workdir.FILES) - set(FILES)
-        if any(pathlib.Path(FLAGS.workdir, name).exists() for name in others):
+        if any((pathlib.Path(FLAGS.workdir).expanduser() / name).exists() for name in others):
             raise UsageError(
                 f"--workdir={FLAGS.workdir}: holds a training run; name another folder"
             )

@@ -58,7 +58,7 @@ class Workdir:
         resume: bool = False,
         writes: bool = True,
     ) -> None:
-        self.path = pathlib.Path(path).expanduser()
+        self.path = local_path(path, "--workdir")
         self.writes = writes
         self.lines = 0  # of metrics.jsonl
         self.writers: list[Writer] = []
@@ -162,12 +162,29 @@ def read_json(path: str, name: str) -> dict[str, Any]:
     return value
 
 
+def local_path(path: str, flag: str) -> pathlib.Path:
+    """An absolute path in the local file system, ``~`` expanded.
+
+    Args:
+      path: of a folder or file, which need not exist.
+      flag: that named it, for the error.
+
+    Raises:
+      UsageError: it is none, such as ``gs://bucket/run``.
+
+    Example:
+      >>> local_path("/runs/a", "--workdir").as_posix()
+      '/runs/a'
+    """
+    try:
+        return local(path, flag)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
 def check(path: str, *, overwrite: bool, files: Sequence[str] = FILES) -> None:
     """Whether a run may begin in ``path``; leaves nothing behind."""
-    try:
-        folder = local(path, "--workdir")
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    folder = local_path(path, "--workdir")
     try:
         taken = [name for name in files if (folder / name).exists()]
         if any((folder / name).is_dir() for name in taken):

@@ -79,7 +79,7 @@ def finished(config: Config) -> Record | None:
     Raises:
       UsageError: the run there has other settings.
     """
-    folder = pathlib.Path(config.workdir)
+    folder = pathlib.Path(config.workdir).expanduser()
     try:
         there = json.loads((folder / "config.json").read_text())
         summary = json.loads((folder / "summary.json").read_text())

@@ -175,7 +175,7 @@ def finished(run: Run) -> dict[str, Any] | None:
     Raises:
       UsageError: the run there has other settings.
     """
-    folder = pathlib.Path(run.settings.workdir)
+    folder = pathlib.Path(run.settings.workdir).expanduser()
     try:
         config = json.loads((folder / "config.json").read_text())
         summary = json.loads((folder / "summary.json").read_text())

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from experiments.common.workdir import local_path
 from experiments.data.arrays import Arrays
 
 _LOG = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ _HEADERS = {
 def directory() -> Path:
     """``$FDG_CACHE_DIR``, else ``$XDG_CACHE_HOME/fdg_jax``, else ``~/.cache/fdg_jax``."""
     if own := os.environ.get("FDG_CACHE_DIR"):
-        return Path(own).expanduser()
+        return local_path(own, "FDG_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path("~/.cache").expanduser()) / "fdg_jax"
 

@@ -33,7 +33,7 @@ def read(path: str) -> Arrays:
 
     Raises:
         UsageError: The layout is wrong, an image is broken or of another format, images lie in a
-            folder inside a class, or the sizes differ.
+            folder inside a class or in none, or the sizes differ.
     """
     flag = f"--dataset=folder:{path}"
     root = Path(path).expanduser()
@@ -71,10 +71,11 @@ def _scan(root: Path, flag: str) -> tuple[tuple[str, ...], Files, Files]:
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise UsageError(f"{flag}: {root / split} is missing; {_LAYOUT}")
-    trained = _folders(root / "train", flag)
+    skipped: list[str] = []
+    trained = _folders(root / "train", flag, skipped)
     if not trained:
         raise UsageError(f"{flag}: {root / 'train'} holds no class folder; {_LAYOUT}")
-    tested = _folders(root / "test", flag)
+    tested = _folders(root / "test", flag, skipped)
     if not tested:
         raise UsageError(f"{flag}: {root / 'test'} holds no class folder; {_LAYOUT}")
     if unknown := sorted(set(tested) - set(trained)):
@@ -84,7 +85,6 @@ def _scan(root: Path, flag: str) -> tuple[tuple[str, ...], Files, Files]:
             "add or rename the folder"
         )
     label = {name: i for i, name in enumerate(trained)}
-    skipped: list[str] = []
 
     def listed(folders: dict[str, Path]) -> Files:
         of = {name: _files(path, flag, skipped) for name, path in folders.items()}
@@ -99,10 +99,15 @@ def _scan(root: Path, flag: str) -> tuple[tuple[str, ...], Files, Files]:
     return tuple(trained), train, test
 
 
-def _folders(path: Path, flag: str) -> dict[str, Path]:
+def _folders(path: Path, flag: str, skipped: list[str]) -> dict[str, Path]:
     """The class folders by name, sorted."""
     found: dict[str, Path] = {}
-    for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for folder in sorted(p for p in path.iterdir() if not p.name.startswith(".")):
+        if not folder.is_dir():
+            if folder.name.lower().endswith(_SUFFIXES + _OTHER_IMAGES):
+                raise UsageError(f"{flag}: {folder} lies in no class folder; move or delete it")
+            skipped.append(str(folder))
+            continue
         name = unicodedata.normalize("NFC", folder.name)
         if name in found:
             raise UsageError(f"{flag}: two folders in {path} are named {name}; make them one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import deque
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from absl import flags
 
 import fdg_jax as fdg
+from experiments.common import machine
 from experiments.common.errors import UsageError
 from experiments.training import setup
 from experiments.training.config import Config
@@ -62,6 +64,10 @@ def join(config: Config, values: flags.FlagValues = flags.FLAGS) -> None:
         return
     # Two CPU devices of a process can wait for each other's thread; more stages share the one.
     setup.prepare_jax(1)
+    # XLA's kernels on CPU add in an order that depends on the threads of their process: one a core,
+    # or a device where there are more. So many as in one process with all devices, the same bits.
+    devices = config.num_stages * config.devices_per_stage
+    os.environ.setdefault("NPROC", str(max(machine.cores(), devices)))
     asked = {name: v for name, v in dataclasses.asdict(config).items() if name not in OWN}
     try:
         address = None if coordinator == AUTO else coordinator

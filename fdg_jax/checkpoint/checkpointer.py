@@ -13,7 +13,6 @@ whatever reason, is recognised by its hashes and passed over. Arrays and JSON: n
 
 from __future__ import annotations
 
-import math
 import os
 import pathlib
 import shutil
@@ -25,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdg_jax.checkpoint import array_store, manifest, restore, snapshot
+from fdg_jax.checkpoint import array_store, manifest, paths, restore, retention, snapshot
 from fdg_jax.checkpoint import extra as extras
+from fdg_jax.checkpoint.arguments import score_of, step_of
 from fdg_jax.checkpoint.array_store import leaf
-from fdg_jax.checkpoint.paths import local
+from fdg_jax.checkpoint.leaving import finish_at_exit
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.pipeline import Pipeline
 from fdg_jax.engine.placement import gather
@@ -50,7 +50,7 @@ class Checkpointer:
       keep: how many of the newest stay, >= 1; beside them the one with the lowest score.
 
     Raises:
-      ValueError: keep < 1.
+      ValueError: keep < 1; ``directory`` is no local folder.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, optax
@@ -71,12 +71,13 @@ class Checkpointer:
     def __init__(self, directory: str | os.PathLike[str], pipe: Pipeline, keep: int = 3) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint must stay; give 1 or more")
-        self.directory = local(directory, "directory")
+        self.directory = paths.local(directory, "directory")
+        paths.check_folder(self.directory, "directory")
         self.pipe = pipe
         self.keep = keep
         self._configuration = manifest.configuration(pipe)
         # New buffers: a copy is no output that JAX forwards from its inputs. Of a list, and not by
-        # names that have numbers of batches in them: so it compiles once for the steady state.
+        # names with numbers of batches: so it compiles once for the steady state.
         self._copy = jax.jit(_copies)
         # A stage of several processes, whole in each of them.
         self._whole = {
@@ -92,6 +93,7 @@ class Checkpointer:
         self._mark = f".{mark:08x}" if jax.process_count() > 1 else ""
         self._abandoned = threading.Event()
         self._thread: threading.Thread | None = None
+        self._begun = self._left = False
         self._failure: str | None = None
         self._damaged: set[int] = set()
         self._stored: set[Any] = set()
@@ -109,17 +111,20 @@ class Checkpointer:
           state: any state; it is not consumed.
           step: the number that the checkpoint goes by, >= 0.
           extra: what else belongs to the run, such as the position of a data iterator: bytes, or
-            what JSON can hold. Arrays inside become (lists of) numbers when they are there.
+            what JSON can hold, as it is now. Tuples come back as lists, arrays as (lists of)
+            numbers, for which nobody waits here.
           score: of this state, lower is better: the checkpoint with the lowest stays beside the
             newest ones.
 
         Raises:
-          ValueError: step < 0; ``extra`` or an array of a dtype that could not be read back; a
-            state that has been consumed. Nothing is written then.
+          ValueError: a step or score that is none; ``extra`` or an array of a dtype that could not
+            be read back; a state that has been consumed; at the first save, a directory that cannot
+            be written. Nothing is written then.
         """
-        if step < 0:
-            raise ValueError(f"step={step}: must not be negative; count steps from 0")
-        extras.check(extra)
+        step, score, extra = step_of(step), score_of(score), extras.frozen(extra)
+        if self._mine and not self._begun:
+            paths.make(self.directory, "directory")
+        self._begun = True
         self.wait()
         counts, names, copies = [], [], []
         for k, stage in enumerate(state.stages):
@@ -138,7 +143,7 @@ class Checkpointer:
         body = {
             **self._configuration,
             "step": step,
-            "score": None if score is None or math.isnan(score) else float(score),
+            "score": score,
             "tick": int(state.tick),
             "origin": int(state.origin),
             "counts": counts,
@@ -147,6 +152,8 @@ class Checkpointer:
             target=self._guarded, args=(body, names, copies, state.key, extra), daemon=True
         )
         self._thread.start()
+        self._left = False
+        finish_at_exit(self)
 
     def restore(self, example: tuple[PyTree, PyTree]) -> tuple[PipelineState, Any]:
         """The state of the newest checkpoint that is whole, every array on its stage's devices.
@@ -166,7 +173,7 @@ class Checkpointer:
           ValueError: none is whole; or it was made by a pipeline of another configuration.
         """
         self.wait()
-        steps = self._steps()
+        steps = manifest.steps(self.directory)
         if not steps:
             raise FileNotFoundError(f"directory={self.directory}: holds no checkpoint")
         for step in steps:
@@ -183,7 +190,7 @@ class Checkpointer:
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint on disk, or None; not looked into, nor waited for."""
-        return max(self._steps(), default=None)
+        return max(manifest.steps(self.directory), default=None)
 
     def wait(self) -> None:
         """Returns when the last save is on disk, and warns if it failed."""
@@ -210,39 +217,33 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None and jax.process_count() > 1:
-            # Another process may have ended, and then its part does not come.
+        self.leave(failed=kind is not None)
+
+    def leave(self, failed: bool) -> None:
+        """Waits for the last save, whatever ends the block or the program, but a second Ctrl-C.
+
+        Args:
+          failed: whether an error may be the reason.
+        """
+        if self._left:
+            return
+        if failed and jax.process_count() > 1:  # another may have ended, and its part not come
             threading.Timer(_GRACE, self._abandoned.set).start()
-        # Whatever ends the block: the save that is under way is not lost. A second Ctrl-C ends the
-        # wait, and what is half written then is passed over.
-        self.close()
+        self._left = True
+        self.wait()
 
     def _check_dtypes(self, arrays: list[jax.Array]) -> None:
         """Refuses dtypes that the store does not have; each is looked at once."""
-        dtypes = {array.dtype for array in arrays if array.dtype not in self._stored}
-        keys = {d for d in dtypes if jax.dtypes.issubdtype(d, jax.dtypes.prng_key)}
-        array_store.check(dtypes - keys)
+        dtypes = {array.dtype for array in arrays} - self._stored
+        array_store.check(d for d in dtypes if not jnp.issubdtype(d, jax.dtypes.prng_key))
         self._stored |= dtypes
 
     def _folder(self, step: int) -> pathlib.Path:
         return manifest.folder(self.directory, step)
 
-    def _steps(self) -> list[int]:
-        """Newest first."""
-        return manifest.steps(self.directory)
-
     def _tidy(self) -> None:
-        if not self._writer:
-            return
-        for left in self.directory.glob(".step-*"):  # of a save that was killed
-            if not (self._mark and left.name.endswith(self._mark)):
-                array_store.remove(left)
-        good = [step for step in self._steps() if step not in self._damaged]
-        scores = {step: manifest.score(self._folder(step)) for step in good}
-        best = min(good, key=lambda step: (scores[step], -step), default=None)
-        for step in good[self.keep :]:
-            if step != best:
-                array_store.remove(self._folder(step))
+        if self._writer:
+            retention.tidy(self.directory, self.keep, self._damaged, self._mark)
 
     def _guarded(self, body: dict[str, Any], *rest: Any) -> None:
         """In the thread. A save that fails, as on a full disk, must not end the training."""

@@ -12,56 +12,98 @@ import numpy as np
 
 from fdg_jax.checkpoint.manifest import NAME, Damaged
 
-
-def encoded(extra: Any) -> str:
-    """``extra`` as text: JSON, with arrays as numbers and bytes marked as such."""
-    if isinstance(extra, bytes):
-        return "bytes:" + base64.b64encode(extra).decode()
-    return "json:" + json.dumps(extra, default=lambda value: jax.device_get(value).tolist())
+# Characters in a manifest: half of what is read of one.
+LARGEST = 1 << 25
+_EACH = 32  # of a number, at most
 
 
-def check(extra: Any) -> None:
-    """Refuses what `encoded` could not write; waits for no device.
+def frozen(extra: Any) -> Any:
+    """A copy of ``extra`` that no later change reaches, and that `encoded` can write.
+
+    Dictionaries and lists are copied, arrays of numpy become numbers. Arrays of JAX are copied on
+    their devices, which nobody waits for.
+
+    Args:
+      extra: bytes, or what JSON can hold, with arrays.
+
+    Returns:
+      The copy.
 
     Raises:
-      ValueError: it is neither bytes nor what JSON can hold, or JSON would change it: a key of a
-        dictionary that is no text.
-    """
+      ValueError: it is neither, it is too large to be read back, or JSON would change it: a key of
+        a dictionary that is no text.
 
-    def array(value: Any) -> int:
-        if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
-            raise TypeError(f"{type(value).__name__} is not JSON")
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            raise TypeError("a typed key is not JSON; jax.random.key_data makes it numbers")
-        real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
-        if not real and value.dtype.kind not in "bU":
-            raise TypeError(f"an array of {value.dtype} is not JSON")
+    Example:
+      >>> import numpy as np
+      >>> seen = [1]
+      >>> copy = frozen({"seen": seen, "rate": np.array([0.5, 0.25])})
+      >>> seen.append(2)
+      >>> copy
+      {'seen': [1], 'rate': [0.5, 0.25]}
+    """
+    numbers = 0  # of the arrays that are still on devices
+
+    def later(array: jax.Array) -> int:
+        nonlocal numbers
+        numbers += array.size
         return 0
 
     try:
-        if not isinstance(extra, bytes):
-            json.dumps(extra, default=array)
-            _check_names(extra)
-    except (TypeError, ValueError, RecursionError) as error:
+        copy = extra if isinstance(extra, bytes) else _copy(extra)
+        text = "" if isinstance(extra, bytes) else json.dumps(copy, default=later)
+        decoded(f"json:{text or 0}")
+    except (TypeError, ValueError, RuntimeError) as error:  # among them RecursionError
         raise ValueError(
             f"extra: cannot be stored ({error}); give bytes, or what JSON can hold: numbers, text, "
             "lists, dictionaries with text for keys, arrays"
         ) from error
+    # The manifest quotes it, and bytes are four characters for three.
+    size = len(extra) * 4 // 3 if isinstance(extra, bytes) else len(json.dumps(text))
+    if (size := size + _EACH * numbers) > LARGEST:
+        raise ValueError(
+            f"extra: takes {size:,} characters, and {LARGEST:,} can be read back; keep what is "
+            "large in a file of its own, and its name in extra"
+        )
+    return copy
 
 
-def _check_names(value: Any) -> None:
+def _copy(value: Any) -> Any:
     if isinstance(value, dict):
-        for name, inner in value.items():
+        for name in value:
             if not isinstance(name, str):
                 raise TypeError(f"the key {name!r} would come back as text")
-            _check_names(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _check_names(inner)
+        return {name: _copy(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(inner) for inner in value]
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        _check_array(value)
+        return jnp.copy(value) if isinstance(value, jax.Array) else value.tolist()
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _check_array(value: Any) -> None:
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise TypeError("a typed key is not JSON; jax.random.key_data makes it numbers")
+    real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
+    if not real and value.dtype.kind not in "bU":
+        raise TypeError(f"an array of {value.dtype} is not JSON")
+    if isinstance(value, jax.Array) and not (
+        value.is_fully_addressable or value.is_fully_replicated
+    ):
+        raise TypeError("an array of which this process has a part alone is not JSON")
+
+
+def encoded(copy: Any) -> str:
+    """What `frozen` returned as text: JSON, or bytes marked as such; waits for its arrays."""
+    if isinstance(copy, bytes):
+        return "bytes:" + base64.b64encode(copy).decode()
+    return "json:" + json.dumps(copy, default=lambda value: jax.device_get(value).tolist())
 
 
 def decoded(text: str) -> Any:
-    """What `encoded` was given.
+    """What `frozen` was given.
 
     Raises:
       Damaged: it was something else.

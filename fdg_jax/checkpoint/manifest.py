@@ -22,7 +22,7 @@ NAME = "manifest.json"
 # Where these differ a checkpoint cannot be restored; in the rest only the last bits may differ.
 BINDING = ("format", "stages", "schedule", "gradient", "message_dtype")
 _LARGEST = 1 << 26  # bytes: what strangers made is not read without bound
-_MOST = 2**31 - 1  # of anything that is counted
+MOST = 2**31 - 1  # of anything that is counted
 
 
 class Damaged(ValueError):
@@ -129,7 +129,7 @@ def check(body: dict[str, Any], step: int, stages: int) -> None:
     """
 
     def natural(value: object) -> bool:
-        return type(value) is int and 0 <= value <= _MOST
+        return type(value) is int and 0 <= value <= MOST
 
     def signed(value: object) -> bool:
         match value:

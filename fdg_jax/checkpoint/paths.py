@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import re
 
 # As pathlib leaves it, "gs://bucket" is "gs:/bucket"; one letter is a drive.
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+# Mistakes; what else may go wrong, as on a full disk, may pass.
+_MISTAKES = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EINVAL),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 
 def local(path: str | os.PathLike[str], name: str) -> pathlib.Path:
     """An absolute path in the local file system, ``~`` expanded.
 
     Args:
-      path: of a folder, which need not exist.
+      path: of a folder or file, which need not exist.
       name: of the argument, for the error.
 
     Returns:
       The path.
 
     Raises:
-      ValueError: it has a scheme, such as ``gs://``, or the home of a user that there is not.
+      ValueError: it has a scheme, such as ``gs://``, the home of a user who does not exist, or is
+        no path.
 
     Example:
       >>> local("/runs/a", "directory").as_posix()
@@ -30,13 +37,61 @@ def local(path: str | os.PathLike[str], name: str) -> pathlib.Path:
       Traceback (most recent call last):
       ValueError: directory=gs://bucket/a: is no local folder; name one, and copy to gs:// later
     """
-    text = os.fspath(path)
-    scheme = _SCHEME.match(text)
-    if scheme is not None:
-        raise ValueError(
-            f"{name}={text}: is no local folder; name one, and copy to {scheme[1]}:// later"
-        )
+    text = os.fsdecode(path)
+    if not text or "\0" in text:
+        raise ValueError(f"{name}={text!r}: is no path; name a folder")
+    if scheme := _SCHEME.match(text):
+        remedy = f"name one, and copy to {scheme[1]}:// later"
+        if scheme[1].lower() == "file":
+            remedy = f"name one, without {scheme[0]}"
+        raise ValueError(f"{name}={text}: is no local folder; {remedy}")
     try:
         return pathlib.Path(text).expanduser().absolute()
-    except (OSError, RuntimeError) as error:  # no such user, or no folder to be in
-        raise ValueError(f"{name}={text}: cannot be found ({error}); name another") from error
+    except RuntimeError as error:  # the home of nobody
+        raise ValueError(f"{name}={text}: {error}; name another folder") from error
+
+
+def check_folder(path: pathlib.Path, name: str) -> None:
+    """Refuses what can be no folder, since it or one that it would lie in is a file.
+
+    Args:
+      path: absolute.
+      name: of the argument, for the error.
+
+    Raises:
+      ValueError: see above.
+    """
+    try:
+        for part in (path, *path.parents):
+            if part.exists():
+                if not part.is_dir():
+                    raise ValueError(f"{name}={path}: {part} is a file; name another folder")
+                return
+    except OSError as error:
+        _refuse(path, name, error)
+
+
+def make(path: pathlib.Path, name: str) -> None:
+    """Makes a folder to write in.
+
+    Args:
+      path: absolute; may be there.
+      name: of the argument, for the error.
+
+    Raises:
+      ValueError: it cannot be made, or be written in, and that will not pass. What may, as a full
+        disk, is left for whoever writes.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        _refuse(path, name, error)
+
+
+def _refuse(path: pathlib.Path, name: str, error: OSError) -> None:
+    if error.errno in _MISTAKES:
+        raise ValueError(
+            f"{name}={path}: cannot be written ({error.strerror}); name another folder"
+        ) from error

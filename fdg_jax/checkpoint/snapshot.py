@@ -188,7 +188,7 @@ def stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Shape and dtype of `raw`, with the same sharding."""
     if not _is_key(leaf):
         return leaf
-    found = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    found = jax.eval_shape(jax.random.key_data, _plain(leaf))
     return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=leaf.sharding)
 
 
@@ -196,10 +196,13 @@ def unraw(array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """What `raw` was given, of the dtype of a template's leaf."""
     if not _is_key(leaf):
         return array
-    for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
-        if jax.eval_shape(lambda impl=impl: jax.random.key(0, impl=impl)).dtype == leaf.dtype:
-            return jax.random.wrap_key_data(array, impl=impl)
-    raise ValueError(f"key: JAX makes no keys of dtype {leaf.dtype} by name")
+    kinds: list[Any] = []
+    jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), _plain(leaf))
+    return jax.random.wrap_key_data(array, impl=kinds[0])
+
+
+def _plain(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _is_key(leaf: Any) -> bool:

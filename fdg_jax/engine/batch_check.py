@@ -13,7 +13,7 @@ from fdg_jax.engine.loss import Weighted, check_weighted
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState
 from fdg_jax.engine.template import part_of
-from fdg_jax.partition.layerwise import difference
+from fdg_jax.engine.update_check import check_model_state, check_optimizers, check_synthesizer
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import PyTree
 
@@ -47,7 +47,7 @@ def fit(
     labels: PyTree,
     known: set[Any],
 ) -> None:
-    """Traces the network and the losses; nothing is computed.
+    """Traces the network, the losses and the updates; nothing is computed.
 
     Found in the middle of a tick, a batch that does not fit would take the donated weights of other
     stages with it.
@@ -60,24 +60,23 @@ def fit(
       known: signatures of batches that fit; they are not tried again, and this one is added.
 
     Raises:
-      ValueError: it does not divide, or does not fit; the message names the stage.
+      ValueError: it does not divide, or does not fit; an optimizer fails, or changes what it must
+        keep; the message names the stage.
     """
     shapes = signature(x), signature(labels)
     if shapes in known:
         return
     microbatches, weighted = schedule.microbatches, False
     check_axes({"inputs": x, "labels": labels}, microbatches, stages[0].mesh.size)
+    check_optimizers(stages, schedule, state)
     y, targets = part_of((x, labels), microbatches)
     where = ""
     try:
         for k, (stage, own) in enumerate(zip(stages, state.stages, strict=True)):
             where = f"stage {k} ({stage.layers})"
             y, scores, new = stage.output(own.params, own.model_state, y, own.key, own.number)
-            if changes := difference(own.model_state, new):
-                raise ValueError(
-                    f"its model state changes in training: {changes}; a layer must return a state "
-                    "of the structure, shapes and dtypes that its init made"
-                )
+            check_model_state(own.model_state, new)
+            check_synthesizer(stage, k, own, y, targets)
             if stage.loss_fn is not None:
                 where = "loss_fn"
                 found = jax.eval_shape(stage.loss_fn, scores, targets)
@@ -89,44 +88,6 @@ def fit(
     if weighted:
         check_weighted(stages, schedule)
     known.add(shapes)
-
-
-def check_optimizer(
-    stage: Stage, k: int, params: PyTree, opt_state: PyTree, accumulates: bool
-) -> None:
-    """Traces an update; nothing is computed.
-
-    Args:
-      stage: whose optimizer is tried.
-      k: its number.
-      params, opt_state: shapes and dtypes.
-      accumulates: whether an update may have more than one gradient.
-
-    Raises:
-      ValueError: the optimizer fails, or changes structure, shapes or dtypes of params or state.
-    """
-
-    def update(params: PyTree, opt_state: PyTree, staleness: jax.Array) -> tuple[PyTree, PyTree]:
-        extra = {"stale_params": params, "staleness": staleness}
-        if not accumulates:
-            return stage.apply_one(params, opt_state, params, **extra)
-        gradient, opt_state = stage.correct(params, opt_state, params, **extra)
-        return stage.apply(params, opt_state, gradient)
-
-    late = jax.ShapeDtypeStruct((), np.float32)
-    try:
-        after = jax.eval_shape(update, params, opt_state, late)
-    except Exception as error:
-        raise ValueError(
-            f"optimizer: that of stage {k} ({stage.layers}) fails in its update: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    for name, old, new in zip(("params", "state"), (params, opt_state), after, strict=True):
-        if found := difference(old, new):
-            raise ValueError(
-                f"optimizer: that of stage {k} ({stage.layers}) changes the {name}: {found}; an "
-                "update must keep structure, shapes and dtypes"
-            )
 
 
 class _WrongLossError(ValueError):

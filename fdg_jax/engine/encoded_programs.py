@@ -52,8 +52,10 @@ class EncodedFunctions(Functions):
         labels: PyTree,
         key: Key,
         number: jax.Array,
+        guarded: bool = False,
     ) -> Any:
-        y, *rest = super()._linearise(params, model_state, decode(inputs), labels, key, number)
+        given = (params, model_state, decode(inputs), labels, key, number, guarded)
+        y, *rest = super()._linearise(*given)
         return self._encoded(y), *rest
 
     def _backward(

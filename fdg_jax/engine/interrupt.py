@@ -1,8 +1,8 @@
 """Ctrl-C arrives between steps, when a state is whole.
 
 Python runs a signal's handler between two instructions of the main thread. Raised inside of a step,
-or before the caller has stored what it returns, a KeyboardInterrupt would take the state with it:
-its buffers are donated. So it is held back until the next step begins, or for a moment.
+or before the caller has stored what it returns, an exception would take the state with it: its
+buffers are donated. So handlers that may raise wait until the next step begins, or for a moment.
 """
 
 from __future__ import annotations
@@ -11,64 +11,100 @@ import _thread
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Any
 
-# An interrupt that no later step raises is raised anew after so many seconds.
-_PATIENCE = 0.2
+# Signals whose handlers raise: Ctrl-C, the end of a job, a time that is up.
+_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
+# A signal that no later step heeds is heeded after so many seconds. Another step is likely to begin
+# within the first of them.
+_PATIENCE, _SOON = 0.2, 0.1
 
 
 class _Deferral:
-    """Whether an interrupt has to wait, and whether one does; of the main thread."""
+    """Whether signals have to wait, and which do; of the main thread."""
 
     def __init__(self) -> None:
         self.inside = False
-        self.pending = False
+        self.stepped = 0.0  # when the last step ended
+        self.pending: dict[int, _Handler] = {}
         self.files = {__file__}
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """The handler of SIGINT."""
-        if self.inside or frame is None or frame.f_code.co_filename in self.files:
-            if not self.pending:
-                self.pending = True
-                _thread.start_new_thread(self._again, ())
-            return
-        raise KeyboardInterrupt
+    def wait(self, number: int, handler: _Handler) -> None:
+        """Lets a signal be heeded later."""
+        if number not in self.pending:
+            self.pending[number] = handler
+            _thread.start_new_thread(self._again, (number,))
 
-    def _again(self) -> None:
+    def heed(self) -> None:
+        """Calls the handlers of the signals that wait."""
+        while self.pending:
+            number, handler = self.pending.popitem()
+            handler.inner(number, None)
+
+    def _again(self, number: int) -> None:
         time.sleep(_PATIENCE)
-        if self.pending:
-            self.pending = False
-            signal.raise_signal(signal.SIGINT)
+        if self.pending.pop(number, None):
+            # To the main thread, so that what it waits for ends.
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 _deferral = _Deferral()
 
 
+class _Handler:
+    """A handler that waits while a state is not whole.
+
+    Args:
+      inner: the program's own, or Python's.
+    """
+
+    def __init__(self, inner: Callable[[int, FrameType | None], Any]) -> None:
+        self.inner = inner
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Heeds the signal, or lets it wait."""
+        file = None if frame is None else frame.f_code.co_filename
+        # Where a step begins soon, the caller expects an exception there. At a loop's jump back
+        # CPython 3.11 does not see that a `try` is around it.
+        steps = time.monotonic() - _deferral.stepped < _SOON
+        if _deferral.inside or file is None or file in _deferral.files or steps:
+            _deferral.wait(number, self)
+        else:
+            self.inner(number, frame)
+
+
 def protect(file: str) -> None:
-    """Holds interrupts back as long as a function of this file is being left, too."""
+    """Holds signals back as long as a function of this file is being left, too."""
     _deferral.files.add(file)
 
 
 class deferred:
-    """Holds back KeyboardInterrupt while buffers are being donated.
+    """Holds back the handlers of signals while buffers are being donated.
 
-    An interrupt that comes inside is raised when the next step begins, before it changes anything,
-    or a moment later where no step follows. Handlers of the program's own are left alone, and so
-    are other threads, where Python raises no interrupt.
+    A signal that comes inside is heeded when the next step begins, before it changes anything, or a
+    moment later where no step follows: Python's KeyboardInterrupt, and what handlers of the
+    program do. Other threads, in which Python runs no handlers, are left alone.
 
     Raises:
-      KeyboardInterrupt: on entry, for one that came in an earlier step.
+      KeyboardInterrupt: on entry, for a Ctrl-C that came in an earlier step; and what else a
+        handler raises.
     """
 
     def __enter__(self) -> None:
         self._main = threading.current_thread() is threading.main_thread()
         if not self._main:
             return
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, _deferral.handle)
-        if _deferral.pending:
-            _deferral.pending = False
-            raise KeyboardInterrupt
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler) and not isinstance(handler, _Handler):
+                signal.signal(number, _Handler(handler))
+        _deferral.heed()
         _deferral.inside = True
 
     def __exit__(
@@ -79,3 +115,4 @@ class deferred:
     ) -> None:
         if self._main:
             _deferral.inside = False
+            _deferral.stepped = time.monotonic()

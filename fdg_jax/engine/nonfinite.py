@@ -58,19 +58,38 @@ def leave_out(record: jax.Array, ok: jax.Array, number: jax.Array, place: int) -
     return note(record, BACKWARD, ok, number).at[place].add((~ok).astype(record.dtype))
 
 
-def computed(outputs: PyTree, inputs: PyTree) -> list[jax.Array]:
-    """The outputs of a function, while it is traced, that are not merely its inputs, passed on.
+def computed(outputs: PyTree, inputs: PyTree, learnt: Sequence[bool]) -> list[jax.Array]:
+    """What tells whether the outputs of a function, while it is traced, have failed.
 
-    A mask with -inf that goes from layer to layer is no failure of the stage.
+    A mask with -inf that goes from layer to layer, is cast on the way, or is made from lengths is
+    no failure: of what no weight has a part in, only NaN counts that the function made.
+
+    Args:
+      outputs: of the function.
+      inputs: those of its inputs that are no weights.
+      learnt: which leaves of the outputs depend on weights.
+
+    Returns:
+      Arrays; if they are finite, the function has not failed.
     """
-    known = {id(leaf) for leaf in jax.tree.leaves(inputs)}
-    return [leaf for leaf in jax.tree.leaves(outputs) if id(leaf) not in known]
+    given = jax.tree.leaves(inputs)
+    known, found = {id(leaf) for leaf in given}, []
+    for leaf, own in zip(jax.tree.leaves(outputs), learnt, strict=True):
+        if id(leaf) in known or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        found.append(leaf if own else jnp.where(_nan([leaf]) & ~_nan(given), jnp.nan, 0.0))
+    return found
+
+
+def _nan(leaves: Sequence[jax.Array]) -> jax.Array:
+    found = [jnp.isnan(v).any() for v in leaves if jnp.issubdtype(v.dtype, jnp.inexact)]
+    return jnp.stack(found).any() if found else jnp.bool_(False)
 
 
 def changed(new: PyTree, old: PyTree) -> PyTree:
-    """What an update changed, and zero where it left an array's element as it was.
+    """What became another, and zero where an array's element is as it was.
 
-    A constant in the parameters, such as -inf, is no failure of the update.
+    A constant in the parameters or in a model state, such as -inf, is no failure.
     """
 
     def one(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ from fdg_jax.engine.arguments import (
     synthesizers_of,
 )
 from fdg_jax.engine.batch_axes import undivided
-from fdg_jax.engine.batch_check import check_optimizer, fit, pair
+from fdg_jax.engine.batch_check import fit, pair
 from fdg_jax.engine.dispatch import Tick
 from fdg_jax.engine.encoding import message_dtype as message_dtype_of
 from fdg_jax.engine.gradient_rule import GradientRule
@@ -148,7 +148,7 @@ class Pipeline:
           A state of ``jax.ShapeDtypeStruct``, but for its counters, which are numpy zeros.
 
         Raises:
-          ValueError: an optimizer does not keep the shapes of params and state.
+          ValueError: a parameter has no gradient.
         """
         guarded = self.on_nonfinite != "ignore"
         return template(self.stages, self.schedule, guarded, example)
@@ -169,12 +169,10 @@ class Pipeline:
           A state in which no batch has entered yet; its structure, shapes and dtypes stay.
 
         Raises:
-          ValueError: an optimizer fails, or changes the shapes of params or state.
+          ValueError: a parameter has no gradient.
         """
         typed_key(key)  # refuses what is none
         shapes = self.template((example_inputs, example_labels))
-        for k, (stage, own) in enumerate(zip(self.stages, shapes.stages, strict=True)):
-            check_optimizer(stage, k, own.params, own.opt_state, self.schedule.gradients(k) > 1)
         if isinstance(key, jax.core.Tracer):  # jax.eval_shape(pipe.init, ...)
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         example = example_inputs, example_labels
@@ -194,8 +192,9 @@ class Pipeline:
           that may not be computed yet; empty while filling. ``metrics["loss"]`` is the last one's.
 
         Raises:
-          ValueError: the batch does not fit the network, the loss, or the devices; the state is
-            whole then.
+          ValueError: the batch does not fit the network, the loss, or the devices; an optimizer
+            asks for what a stage does not have, or changes the shapes of params or state; the state
+            is whole then.
           ConsumedStateError: the state was used before.
           StageError: a stage's program failed, in this tick or in one of the last ``max_ahead``.
           NonFiniteError: with ``on_nonfinite="stop"``; the state is whole then.

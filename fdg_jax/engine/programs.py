@@ -14,6 +14,7 @@ are; without (None), nothing is checked.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fdg_jax.engine import nonfinite
+from fdg_jax.engine.dependence import depends
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.residuals import Residuals, Stash, split_inexact
 from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
@@ -99,22 +101,30 @@ class Functions(Updates):
         labels: PyTree,
         key: Key,
         number: jax.Array,
+        guarded: bool = False,
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, list[jax.Array], PyTree, Residuals]:
-        """Output, loss and metrics, cotangent of the loss, new model state, what of these the stage
-        computed itself, what is kept in the place of the input, residuals."""
+        """Output, loss and metrics, cotangent of the loss, new model state, what tells whether they
+        have failed if that is asked for, what is kept in the place of the input, residuals."""
         moving, join = split_inexact(inputs)
 
         def outputs(params: PyTree, moving: list[jax.Array]) -> tuple[PyTree, tuple[PyTree, ...]]:
             x = join(moving)
             noise = batch_key(key, number)
             y, new_state, kept = self.rule.apply(self.layer, params, model_state, x, noise)
-            made = nonfinite.computed((y, new_state), (params, model_state, x))
             if self.loss_fn is None:
+                made: list[jax.Array] = []
+                if guarded:
+                    apply = functools.partial(self.rule.apply, self.layer)
+                    learnt = depends(lambda *a: apply(*a)[0], params, model_state, x, noise)
+                    made = nonfinite.computed(y, (model_state, x), learnt)
+                    made += jax.tree.leaves(nonfinite.changed(new_state, model_state))
                 up = self._over_batch(y)
                 return split_inexact(y)[0], (up, None, None, new_state, made, kept)
             scores, new_state = self.layer.scores(params, new_state, y, train=True, key=noise)
             loss, metrics = self.loss_fn(scores, labels)
-            made = [loss, *nonfinite.computed(new_state, model_state)]
+            made = [loss]
+            if guarded:
+                made += jax.tree.leaves(nonfinite.changed(new_state, model_state))
             up = None if self.last else self._over_batch(jax.lax.stop_gradient(y))
             return loss, (up, (loss, metrics), jnp.ones_like(loss), new_state, made, kept)
 
@@ -138,7 +148,7 @@ class Functions(Updates):
         record: nonfinite.Record,
     ) -> Forward:
         y, report, one, new_state, made, kept, residuals = self._linearise(
-            params, model_state, inputs, labels, key, number
+            params, model_state, inputs, labels, key, number, record is not None
         )
         if record is not None:
             ok = nonfinite.finite(made)
@@ -246,7 +256,7 @@ class Functions(Updates):
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
         """Forward, loss, backward and update of one batch, in a stage with a loss."""
         y, report, one, new_state, made, _, residuals = self._linearise(
-            params, model_state, inputs, labels, key, number
+            params, model_state, inputs, labels, key, number, record is not None
         )
         stash = Stash(inputs, labels, model_state, number, residuals)
         gradient, down = self._backward(params, stash, key, one)

@@ -15,6 +15,7 @@ from fdg_jax.engine.residuals import Stash, split_inexact
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState, Slots, StageState, scalar
 from fdg_jax.engine.synthesizer import Output
+from fdg_jax.engine.update_check import check_model_state
 from fdg_jax.layer import output_of
 from fdg_jax.schedule import Schedule
 from fdg_jax.schedule.action import ACTIVATION, COTANGENT, OUTPUT, OUTPUT_COTANGENT
@@ -42,11 +43,12 @@ def template(
       The template.
 
     Raises:
-      ValueError: a parameter has no gradient.
+      ValueError: a parameter has no gradient; where stages are guarded, a model state that changes
+        in training.
     """
     x, labels = part_of(example, schedule.microbatches)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    found = []
+    found: list[tuple[PyTree, PyTree, PyTree, PyTree]] = []
     for stage in stages:
         x = _placed(x, stage.placement)
         params, model_state, opt_state = stage.shapes(x)
@@ -57,6 +59,8 @@ def template(
             opt_state,
             stage.shared(opt_state),
         )
+        if guarded:  # else it is looked at with the first batch
+            _check_state(stage, len(found), params, model_state, x)
         y = output_of(stage.layer, params, model_state, x)
         found.append((x, params, model_state, opt_state))
         x = y
@@ -132,6 +136,16 @@ def _check_parameters(stage: Stage, params: PyTree) -> None:
                 f"params: {jax.tree_util.keystr(path)} of {stage.layers} is {leaf.dtype}, "
                 "which has no gradient; keep it in the layer's state, the second value of its init"
             )
+
+
+def _check_state(stage: Stage, k: int, params: PyTree, model_state: PyTree, x: PyTree) -> None:
+    """A guard chooses between the old state and the new: the two must be of one form."""
+    key, number = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
+    *_, new = stage.output(params, model_state, x, key, number)
+    try:
+        check_model_state(model_state, new)
+    except ValueError as error:
+        raise ValueError(f"stage {k} ({stage.layers}): {error}") from error
 
 
 def part_of(tree: PyTree, count: int) -> PyTree:

@@ -96,9 +96,10 @@ def partition(
       num_stages: K, at most the number of layers.
       example: an input with its batch axis: arrays or ``jax.ShapeDtypeStruct``. FLOPs and time are
         taken at these shapes.
-      cost: "flops": of forward and backward, as XLA counts them before it optimises; "time": of
-        forward and backward, every distinct layer measured on the default device (see
-        `fdg_jax.partition.layer_cost`); or one number per layer; or the K-1 cuts themselves.
+      cost: "flops": of forward and backward, as XLA counts them before it optimises, with every
+        iteration of a loop; "time": of forward and backward, every distinct layer measured on the
+        default device (see `fdg_jax.partition.layer_cost`); or one number per layer; or the K-1
+        cuts themselves.
 
     Returns:
       A list of K layers (each a `chain`) that also carries `cuts`, `costs` and `balance`.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
-from jax.extend.core.primitives import cond_p, scan_p
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core.primitives import cond_p, scan_p, while_p
 
 from fdg_jax.typing import PyTree
 
@@ -23,7 +24,8 @@ def flops(function: Callable[..., PyTree], *arguments: PyTree) -> float:
         c(f) = x(f) + \sum_s \left( n(s) \, c(b(s)) - x(s) \right)
                + \sum_d \left( \max_i c(b_i(d)) - x(d) \right)
 
-    A ``while_loop`` has no known length, and counts once; it has no reverse derivative either.
+    A ``while_loop`` has a known length where it counts from a number to a number, as a scan s; else
+    it counts once.
     Where several branches have loops, x counts a body of another branch as well.
 
     Args:
@@ -60,6 +62,8 @@ def _missed(jaxpr: Jaxpr) -> float:
             missed += params["length"] * _counted(params["jaxpr"]) - _alone(equation)
         elif equation.primitive is cond_p:
             missed += max(map(_counted, params["branches"])) - _alone(equation)
+        elif equation.primitive is while_p and (length := _length(equation)) is not None:
+            missed += length * _counted(params["body_jaxpr"]) - _alone(equation)
         else:
             missed += sum(map(_missed, _inner(list(params.values()))))
     return missed
@@ -71,6 +75,25 @@ def _alone(equation: JaxprEqn) -> float:
     shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
     bind = functools.partial(equation.primitive.bind, **equation.params)
     return _of_xla(jax.make_jaxpr(bind)(*shapes))
+
+
+def _length(equation: Any) -> int | None:
+    """How often a ``while_loop`` runs that counts from a number to a number; else None."""
+    condition, body = equation.params["cond_jaxpr"].jaxpr, equation.params["body_jaxpr"].jaxpr
+    consts = equation.params["cond_nconsts"], equation.params["body_nconsts"]
+    match [(one.primitive.name, *one.invars) for one in condition.eqns]:
+        case [("lt", variable, Literal(val=end))] if variable in condition.invars:
+            place = condition.invars.index(variable) - consts[0]
+        case _:
+            return None
+    begin, after = equation.invars[sum(consts) + place], body.outvars[place]
+    counter = body.invars[consts[1] + place]
+    for one in body.eqns:
+        match one.primitive.name, one.invars, begin:
+            case "add", [variable, Literal(val=step)], Literal(val=first):
+                if one.outvars[0] is after and variable is counter and step > 0:
+                    return max(0, math.ceil((end - first) / step))
+    return None
 
 
 def _of_xla(jaxpr: ClosedJaxpr) -> float:

@@ -127,14 +127,44 @@ def difference(a: PyTree, b: PyTree) -> str | None:
       >>> difference({"w": np.zeros((2, 3))}, {"w": np.zeros((2, 4))})
       'w is float64[2,3] in one and float64[2,4] in the other'
     """
+    if found := _differing(a, b):
+        name, *sides = found
+        return f"{name} is {sides[0]} in one and {sides[1]} in the other"
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
+    if structures[0] != structures[1]:
+        return f"one is {structures[0]}, the other {structures[1]}"
+    return None
+
+
+def change(old: PyTree, new: PyTree) -> str | None:
+    """What became another in a pytree that should have kept its form; None: nothing.
+
+    Args:
+      old, new: pytrees of arrays, which may be abstract.
+
+    Returns:
+      A phrase that names the first array that came, went, or changed dtype or shape.
+
+    Example:
+      >>> import numpy as np
+      >>> change({"w": np.zeros(2, np.int32)}, {"w": np.zeros(2, np.float32)})
+      'w from int32[2] to float32[2]'
+    """
+    if found := _differing(old, new):
+        return f"{found[0]} from {found[1]} to {found[2]}"
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (old, new)]
+    if structures[0] != structures[1]:
+        return f"from {structures[0]} to {structures[1]}"
+    return None
+
+
+def _differing(a: PyTree, b: PyTree) -> tuple[str, str, str] | None:
+    """The first array that differs, and what it is on both sides."""
     ours, theirs = _signatures(a), _signatures(b)
     for name in [*ours, *theirs]:
         found = [side.get(name, "missing") for side in (ours, theirs)]
         if found[0] != found[1]:
-            return f"{name} is {found[0]} in one and {found[1]} in the other"
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
-    if structures[0] != structures[1]:
-        return f"one is {structures[0]}, the other {structures[1]}"
+            return name, found[0], found[1]
     return None
 
 

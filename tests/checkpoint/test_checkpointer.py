@@ -1,8 +1,11 @@
 """Checkpoints: a restored run goes on as if it had never stopped, to the bit."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ import optax
 import pytest
 
 import fdg_jax as fdg
-from fdg_jax.checkpoint import Checkpointer
+from fdg_jax.checkpoint import Checkpointer, manifest
 from fdg_jax.partition.cuts import units_of
 from tests import networks
 
@@ -402,6 +405,98 @@ def test_a_path_with_a_scheme_is_refused(name, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="is no local folder; name one"):
             Checkpointer(path, make())
     assert not list(tmp_path.iterdir())
+
+
+def test_what_can_be_no_folder_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for name in (tmp_path / "file", tmp_path / "file" / "run", "", "a\0b", "~nobody-here/run"):
+        with pytest.raises(ValueError, match="directory="):
+            Checkpointer(name, make())
+    pipe = make()
+    state = pipe.init(jax.random.key(0), *networks.batches(1)[0])
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"directory=.*: cannot be written \(Permission denied\)"):
+        Checkpointer(tmp_path, pipe).save(state, 1)
+
+
+def test_a_step_is_any_whole_number_and_a_score_any_number(tmp_path):
+    pipe, batch = make(), networks.batches(1)[0]
+    state = pipe.init(jax.random.key(0), *batch)
+    with Checkpointer(tmp_path, pipe) as checkpoints:
+        for i, step in enumerate((np.int64(1), jnp.int32(2))):
+            checkpoints.save(state, step, score=jnp.float32(i))
+        for step in (1.0, "1", None, -1, 2**31):
+            with pytest.raises(ValueError, match="step="):
+                checkpoints.save(state, step)
+        with pytest.raises(ValueError, match="score='low'"):
+            checkpoints.save(state, 3, score="low")
+    assert manifest.steps(tmp_path) == [2, 1]
+
+
+def test_extra_is_what_it_was_when_save_was_called(tmp_path):
+    pipe, batch = make(), networks.batches(1)[0]
+    state = pipe.init(jax.random.key(0), *batch)
+    seen, last, array = [1], jnp.float32(0.5), np.array([1, 2])
+    extra = {"seen": seen, "last": last, "pair": (1, 2), "array": array, "big": 2**70}
+    with Checkpointer(tmp_path, pipe) as checkpoints:
+        checkpoints.save(state, 1, extra)
+        seen.append(2)
+        array[:] = 0
+        last.delete()
+        found = checkpoints.restore(batch)[1]
+    assert found == {"seen": [1], "last": 0.5, "pair": [1, 2], "array": [1, 2], "big": 2**70}
+
+
+@pytest.mark.parametrize("extra", [b"x" * (26 << 20), {"a": "x" * (33 << 20)}, [0] * (12 << 20)])
+def test_extra_too_large_to_be_read_back_is_refused(extra, tmp_path):
+    pipe, batch = make(), networks.batches(1)[0]
+    state = pipe.init(jax.random.key(0), *batch)
+    with pytest.raises(ValueError, match=r"extra: takes .* characters, and .* can be read back"):
+        Checkpointer(tmp_path, pipe).save(state, 1, extra)
+    loop = []
+    loop.append(loop)
+    for odd in (loop, 10**5000, last_deleted()):
+        with pytest.raises(ValueError, match="extra: cannot be stored"):
+            Checkpointer(tmp_path, pipe).save(state, 1, odd)
+
+
+def last_deleted() -> jax.Array:
+    array = jnp.ones(3)
+    array.delete()
+    return array
+
+
+# Saves, and ends without a word to the checkpointer.
+ENDS = """
+import os, signal, sys
+import jax
+from fdg_jax.checkpoint import Checkpointer, manifest
+from tests import networks
+from tests.checkpoint.test_checkpointer import make
+
+pipe, batch = make(), networks.batches(1)[0]
+checkpoints = Checkpointer(sys.argv[1], pipe)
+checkpoints.save(pipe.init(jax.random.key(0), *batch), 1)
+how = sys.argv[2]
+if how == "exit":
+    sys.exit(3)
+if how == "error":
+    raise ValueError("bad")
+if how == "interrupt":
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("how", ["return", "exit", "error", "interrupt"])
+def test_whatever_ends_the_program_the_save_is_not_lost(how, tmp_path):
+    subprocess.run(
+        [sys.executable, "-c", ENDS, str(tmp_path), how],
+        cwd=pathlib.Path(__file__).parents[2],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "4", "JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):

@@ -115,16 +115,73 @@ def test_the_next_step_raises_it_before_it_changes_anything():
     assert int(state.tick) == 1
 
 
-def test_handlers_of_the_program_are_left_alone():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGALRM])
+def test_handlers_of_the_program_wait_as_well(number):
     seen = []
-    before = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+    before = signal.signal(number, lambda *_: seen.append(1))
     try:
         with interrupt.deferred():
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(0.01)
+            assert seen == []
+        with interrupt.deferred():
             assert seen == [1]
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+def test_what_a_handler_raises_leaves_the_state_whole():
+    class Late(Exception):
+        """The time is up."""
+
+    def late(*_) -> None:
+        raise Late
+
+    pipe, before = pipeline(), signal.signal(signal.SIGALRM, late)
+    state, steps, caught = pipe.init(jax.random.key(7), *DATA[0]), 0, 0
+    try:
+        while steps < 60:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.003)
+                while steps < 60:
+                    state, _ = pipe.step(state, DATA[0])
+                    steps += 1
+            except Late:
+                caught += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        time.sleep(0.5)
+    except Late:
+        caught += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert caught
+    pipe.check()
+    assert int(state.tick) >= 60
+
+
+def test_a_handler_that_calls_the_one_before_it():
+    seen = []
+    first = signal.signal(signal.SIGUSR1, lambda *_: seen.append("first"))
+    try:
+        with interrupt.deferred():
+            pass
+        before = signal.getsignal(signal.SIGUSR1)
+
+        def second(*arguments) -> None:
+            seen.append("second")
+            before(*arguments)
+
+        signal.signal(signal.SIGUSR1, second)
+        with interrupt.deferred():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.01)
+        end = time.monotonic() + 5
+        while seen != ["second", "first"] and time.monotonic() < end:
+            time.sleep(0.01)
+        assert seen == ["second", "first"]
+    finally:
+        signal.signal(signal.SIGUSR1, first)
 
 
 def test_other_threads_step_as_before():

@@ -252,3 +252,118 @@ def test_a_program_that_fails_names_its_stage_its_layers_and_the_batch(schedule)
 def test_a_value_that_is_not_allowed_is_refused():
     with pytest.raises(ValueError, match="on_nonfinite='halt': allowed are ignore, stop, skip"):
         make(dense_layers(), fdg.schedule.fdg(2), on_nonfinite="halt")
+
+
+def attention(mask_of=lambda mask: mask, wrap=lambda apply: apply) -> fdg.Layer:
+    """Attention with an additive mask that travels along."""
+
+    def init(key, x):
+        h, _ = x
+        return {"w": jax.random.normal(key, (h.shape[-1],) * 2) * 0.3}, jnp.zeros(())
+
+    def apply(params, state, x):
+        h, mask = x
+        mask = mask_of(mask)
+        weights = jax.nn.softmax(h @ jnp.swapaxes(h @ params["w"], -1, -2) + mask)
+        return (h + weights @ h, mask), state + 1
+
+    return fdg.Layer(init, lambda p, s, x, *, train, key: wrap(apply)(p, s, x))
+
+
+def scanned(apply):
+    def run(params, state, x):
+        def body(carry, _):
+            (h, mask), _ = apply(params, state, carry)
+            return (h, mask * 1), None
+
+        return jax.lax.scan(body, x, length=2)[0], state + 1
+
+    return run
+
+
+TRIANGLE = np.where(np.tril(np.ones((5, 5))), 0, -np.inf)
+PASSED_ON = {
+    "as it is": {},
+    "reshaped": {"mask_of": lambda m: m.reshape(m.shape[0], -1).reshape(m.shape)},
+    "cast": {"mask_of": lambda m: m.astype(jnp.float32)},
+    "scaled": {"mask_of": lambda m: 2 * m},
+    "made": {"mask_of": lambda m: jnp.where(jnp.arange(5) <= jnp.arange(5)[:, None], 0, -jnp.inf)},
+    "jit": {"wrap": jax.jit},
+    "checkpoint": {"wrap": jax.checkpoint},
+    "scan": {"wrap": scanned},
+    "cond": {"wrap": lambda apply: lambda *a: jax.lax.cond(a[1] > 99, apply, apply, *a)},
+}
+
+
+@pytest.mark.parametrize("form", PASSED_ON)
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_mask_that_travels_along_is_no_failure(form, mode):
+    generator = np.random.default_rng(0)
+    data = [
+        ((generator.normal(size=(8, 5, 4)), np.stack([TRIANGLE] * 8)), np.zeros((8, 5, 4)))
+        for _ in range(4)
+    ]
+    last = fdg.chain([attention(), fdg.from_fn(lambda x: x[0])])
+    ends = []
+    for one in ("ignore", mode):
+        pipe = fdg.Pipeline(
+            [attention(**PASSED_ON[form]), last],
+            lambda y, t: (jnp.mean((y - t) ** 2), {}),
+            optax.sgd(0.1),
+            fdg.schedule.fdg(2),
+            on_nonfinite=one,
+        )
+        state, _ = networks.run(pipe, data)
+        pipe.check()
+        assert pipe.skipped(state) == [0, 0]
+        ends.append((pipe.params(state), [own.model_state for own in state.stages]))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def finish(pipe: fdg.Pipeline, data: list) -> None:
+    networks.run(pipe, data)
+    pipe.check()
+
+
+def test_what_a_stage_computes_beside_a_mask_is_a_failure():
+    data = [((np.ones((8, 5, 4)), np.stack([TRIANGLE] * 8)), np.zeros((8, 5, 4)))] * 4
+    data[2] = ((np.full((8, 5, 4), np.nan), data[2][0][1]), data[2][1])
+    last = fdg.chain([attention(), fdg.from_fn(lambda x: x[0])])
+    pipe = fdg.Pipeline(
+        [attention(), last],
+        lambda y, t: (jnp.mean((y - t) ** 2), {}),
+        optax.sgd(0.1),
+        fdg.schedule.fdg(2),
+        on_nonfinite="stop",
+    )
+    with pytest.raises(NonFiniteError, match="mini-batch 2: output or model state of stage 0"):
+        finish(pipe, data)
+
+
+def test_nan_that_a_layer_without_weights_makes_is_a_failure():
+    odd = fdg.from_fn(lambda x: jnp.sqrt(x))
+    stages = [odd, *dense_layers()[1:2], fdg.chain(dense_layers()[2:])]
+    data = [(np.abs(x), labels) for x, labels in networks.batches(5)]
+    data[1][0][:, 0] = -1
+    pipe = fdg.Pipeline(
+        stages, networks.loss_fn, optax.sgd(0.1), fdg.schedule.fdg(3), on_nonfinite="stop"
+    )
+    with pytest.raises(NonFiniteError, match=r"mini-batch 1: .* stage 0 \(layer 0\)"):
+        finish(pipe, data)
+
+
+def test_elements_of_a_model_state_that_stay_are_no_failure():
+    def init(key, x):
+        return {"w": jnp.ones(())}, {"best": jnp.full(8, -jnp.inf), "n": jnp.zeros((), jnp.int32)}
+
+    def apply(params, state, x, *, train, key):
+        best = state["best"].at[state["n"] % 8].set(x.max())
+        return x * params["w"], {"best": best, "n": state["n"] + 1} if train else state
+
+    stages = [fdg.Layer(init, apply), dense_layers()[2]]
+    pipe = fdg.Pipeline(
+        stages, networks.loss_fn, optax.sgd(0.1), fdg.schedule.fdg(2), on_nonfinite="stop"
+    )
+    state, _ = networks.run(pipe, networks.batches(4))
+    pipe.check()
+    assert np.isfinite(state.stages[0].model_state["best"]).sum() == 4

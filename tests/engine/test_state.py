@@ -168,8 +168,10 @@ def test_an_optimizer_that_fails_is_found_before_any_step(update, message):
     pipe = fdg.Pipeline(
         [networks.dense(networks.CLASSES)], networks.loss_fn, optimizer, fdg.schedule.fdg(1)
     )
+    state = pipe.init(jax.random.key(0), DATA[0][0])
     with pytest.raises(ValueError, match=message):
-        pipe.init(jax.random.key(0), DATA[0][0])
+        pipe.step(state, DATA[0])
+    assert int(state.tick) == 0
 
 
 def test_metrics_of_every_batch_of_a_tick_are_returned():

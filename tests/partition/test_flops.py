@@ -67,3 +67,55 @@ def test_without_loops_it_is_what_xla_says():
         return jnp.sum(jax.nn.relu(x @ W) @ W)
 
     assert flops(f, X) == jax.jit(f).lower(X).cost_analysis()["flops"]
+
+
+def test_of_branches_the_largest_counts():
+    def branches(*lengths):
+        forms = [loop(n) for n in lengths]
+        return flops(lambda x: jax.lax.switch(x[0, 0].astype(int), forms, x), X)
+
+    assert branches(12, 3) == pytest.approx(12 * ONE, rel=0.01)
+    assert branches(3, 12, 7) == pytest.approx(12 * ONE, rel=0.01)
+    assert flops(lambda x: jax.lax.cond(x[0, 0] > 0, loop(5), lambda x: x, x), X) == pytest.approx(
+        5 * ONE, rel=0.01
+    )
+
+
+@pytest.mark.parametrize(("begin", "end", "step", "times"), [(0, 12, 1, 12), (1, 12, 4, 3)])
+def test_a_while_loop_that_counts(begin, end, step, times):
+    def f(x):
+        body = lambda carry: (carry[0] + step, layer(carry[1])[0])  # noqa: E731
+        return jax.lax.while_loop(lambda carry: carry[0] < end, body, (begin, x))[1]
+
+    assert flops(f, X) == pytest.approx(times * ONE, rel=0.01)
+
+
+def test_a_while_loop_of_unknown_length_counts_once():
+    def f(x):
+        return jax.lax.while_loop(lambda h: h[0, 0] < 9, lambda h: layer(h)[0], x)
+
+    assert flops(f, X) == pytest.approx(ONE, rel=0.01)
+
+
+def test_a_loop_in_a_derivative_of_its_own():
+    @jax.custom_vjp
+    def f(x):
+        return loop(12)(x)
+
+    f.defvjp(lambda x: (f(x), None), lambda _, g: (loop(12)(g),))
+    assert flops(f, X) == pytest.approx(12 * ONE, rel=0.01)
+
+    def both(x):
+        y, vjp = jax.vjp(f, x)
+        return y, vjp(y)
+
+    assert flops(both, X) == pytest.approx(24 * ONE, rel=0.01)
+
+
+def test_operations_count_as_their_formulas_say():
+    """Two for a product and a sum, one for an operation of each element."""
+    assert flops(lambda x: jnp.einsum("bi,io->bo", x, W), X) == pytest.approx(2 * 8 * 16 * 16, 0.01)
+    assert flops(lambda x: x * 2 + 1, X) == pytest.approx(2 * 8 * 16, 0.01)
+    images, kernel = jnp.ones((2, 3, 8, 8)), jnp.ones((4, 3, 3, 3))
+    inside = flops(lambda x: jax.lax.conv(x, kernel, (1, 1), "VALID"), images)
+    assert inside == pytest.approx(2 * (2 * 4 * 6 * 6) * (3 * 9), 0.01)

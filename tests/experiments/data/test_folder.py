@@ -141,11 +141,46 @@ def test_images_that_would_be_missed_are_named(name: str, message: str, image_fo
         load(f"folder:{image_folder}", None)
 
 
+def test_images_outside_of_the_classes_are_named(image_folder: Path) -> None:
+    save(image_folder / "train" / "0.png", np.zeros((8, 10, 3), np.uint8))
+    with pytest.raises(UsageError, match=r"train/0\.png lies in no class folder; move or delete"):
+        load(f"folder:{image_folder}", None)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_every_orientation_and_every_form_of_transparency(
+    mode: str, orientation: int, image_folder: Path
+) -> None:
+    for file in sorted(image_folder.glob("*/*/*.png")):
+        save(file, np.zeros((8, 8, 3), np.uint8))
+    corner = np.zeros((8, 8, 4), np.uint8)
+    corner[..., 3] = 255
+    corner[:4, :4, 3] = 0  # the upper left quarter shows the ground
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(corner)
+    if mode == "P":
+        picture = Image.fromarray((corner[..., 3] > 0).astype(np.uint8), mode="P")
+        picture.putpalette([255, 0, 0, 0, 0, 0])
+        picture.info["transparency"] = 0
+    else:
+        picture = picture.convert(mode)
+    picture.save(image_folder / "train" / "ant" / "0.png", exif=exif)
+    found = load(f"folder:{image_folder}", None).train_images[0]
+    # Where the first row and the first column of what is stored are shown.
+    low, right = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    quarter = found[4 * low : 4 * low + 4, 4 * right : 4 * right + 4]
+    assert (quarter == 255).all()
+    assert int((found == 255).all(axis=-1).sum()) == 16
+
+
 def test_skipped_files_are_counted(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("Thumbs.db", "._0.png", "notes.txt"):
         (image_folder / "train" / "ant" / name).write_bytes(b"x")
+    (image_folder / "test" / "labels.csv").write_bytes(b"x")
     assert load(f"folder:{image_folder}", None).train_labels.tolist() == [0, 0, 0, 1, 1]
-    assert "skipped 2 files that are no images, such as" in capsys.readouterr().err
+    assert "skipped 3 files that are no images, such as" in capsys.readouterr().err
 
 
 def test_class_names_are_compared_composed(image_folder: Path) -> None:

@@ -1,0 +1,42 @@
+"""The arguments of a save, out of every form that they may have."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+from fdg_jax.checkpoint import manifest
+
+
+def step_of(step: Any) -> int:
+    """The number that a checkpoint goes by, out of an integer of Python, numpy or JAX.
+
+    Raises:
+      ValueError: it is none, or none that can be read back.
+
+    Example:
+      >>> import numpy as np
+      >>> step_of(np.int64(3))
+      3
+    """
+    try:
+        number = operator.index(step)
+    except TypeError as error:
+        raise ValueError(f"step={step!r}: is no whole number; count steps from 0") from error
+    if not 0 <= number <= manifest.MOST:
+        raise ValueError(f"step={number}: must be in 0..{manifest.MOST}; count steps from 0")
+    return number
+
+
+def score_of(score: Any) -> float | None:
+    """The score of a state, None where it has none or is not a number.
+
+    Raises:
+      ValueError: it cannot become a number.
+    """
+    try:
+        number = None if score is None else float(score)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"score={score!r}: is no number; give one, or None") from error
+    return None if number is None or math.isnan(number) else number
