@@ -38,6 +38,7 @@ from experiments.training.loop import params_sha256
 from experiments.training.shown import stage_table
 from fdg_jax.errors import StageError
 from fdg_jax.schedule import LEGEND, Schedule
+from fdg_jax.tie import Tie
 
 
 def optimizer(settings: Settings, schedule: Schedule, stage: int) -> optax.GradientTransformation:
@@ -97,8 +98,15 @@ def make(settings: Settings, vocabulary: int) -> tuple[fdg.Pipeline, fdg.Partiti
         on_nonfinite="stop",
         synthesizers=own.synthesizers,
         message_dtype=setup.message_dtype(settings.message_dtype),
+        tie=tied(layers) if settings.tie_embedding else None,
     )
     return pipe, stages
+
+
+def tied(layers: Sequence[fdg.Layer]) -> Tie:
+    """The embedding's table as the kernel of the head."""
+    last = sum(layer.size for layer in layers) - 1
+    return fdg.tie(0, last, "token", "logits/kernel", transpose=True)
 
 
 def described_stages(

@@ -27,10 +27,11 @@ from fdg_jax.optim import (
     track_changes,
     true_params,
 )
-from fdg_jax.partition import Partition, partition
+from fdg_jax.partition import Partition, partition, per_layer
 from fdg_jax.repeat import repeat
 from fdg_jax.reversible import coupling, reversible, two_streams
 from fdg_jax.shared import shared
+from fdg_jax.tie import tie
 from fdg_jax.version import __version__
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "optim",
     "partition",
     "past_params",
+    "per_layer",
     "predict_weights",
     "recipes",
     "repeat",
@@ -72,6 +74,7 @@ __all__ = [
     "simulate",
     "staleness_rate",
     "stretched_momentum",
+    "tie",
     "track_changes",
     "true_params",
     "two_streams",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,6 +25,18 @@ from fdg_jax.linen_adapter import from_linen
 from fdg_jax.typing import Key, PyTree
 
 __all__ = ["from_fn", "from_linen", "from_nnx"]
+
+
+@dataclass(frozen=True)
+class FromModule(Layer):
+    """A layer from a module.
+
+    Attributes:
+      shared: finds the parameters that exist outside of it: those of a module that its factory does
+        not make anew.
+    """
+
+    shared: Callable[[], list[Any]] = list
 
 
 def from_nnx(
@@ -109,7 +122,19 @@ def from_nnx(
             )
         return y, _kept(type(module).__name__, state, nnx.to_pure_dict(new_state))
 
-    return Layer(init, apply)
+    def shared() -> list[Any]:
+        calls: list[list[Any]] = []
+
+        def call() -> None:
+            nodes = nnx.iter_graph(factory(nnx.Rngs(0)))
+            calls.append([node for _, node in nodes if isinstance(node, nnx.Param)])
+
+        for _ in range(2):
+            jax.eval_shape(lambda: call())  # a new function: JAX would know the old one's shapes
+        one, two = calls
+        return [node for node in one if any(node is other for other in two)]
+
+    return FromModule(init, apply, shared=shared)
 
 
 def _made(factory: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

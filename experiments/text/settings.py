@@ -23,6 +23,7 @@ HELP = {
     "blocks": "Blocks of the transformer; with embedding and head, 2 more layers to cut between.",
     "heads": "Of each block's attention.",
     "reversible": "Whether the blocks can be inverted: attention and perceptron on two streams.",
+    "tie_embedding": "Whether the head uses the embedding's table (fdg_jax.tie).",
     "context": "Bytes of a sequence.",
     "num_stages": "K: the number of modules that the network is split into, by FLOPs.",
     "method": f"One of {', '.join(methods.METHODS)}.",
@@ -60,6 +61,7 @@ class Settings(remedies.Remedies, family.Family):
     blocks: int = 4
     heads: int = 4
     reversible: bool = False
+    tie_embedding: bool = False
     context: int = 64
     num_stages: int = 2
     method: str = "fdg"
@@ -135,6 +137,12 @@ class Settings(remedies.Remedies, family.Family):
             raise UsageError(
                 f"--num_stages={self.num_stages}: a transformer of --blocks={self.blocks} has "
                 f"{self.blocks + 2} layers that can be split; choose 1 to {self.blocks + 2}"
+            )
+        method = methods.METHODS[self.method]
+        if self.tie_embedding and (method.beside or methods.gradient(self) == "reversible"):
+            raise UsageError(
+                f"--tie_embedding: --method={self.method} sends the head's gradient to no other "
+                "stage, or takes the network apart; choose another method"
             )
         with blame("accumulate"):
             schedule = methods.schedule(self)

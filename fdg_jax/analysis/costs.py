@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.schedule import Action, Schedule
+from fdg_jax.schedule.action import TIED, TIED_GRADIENT
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Costs:
             u \\cdot \\text{input}_{k+1} + d \\cdot \\text{cotangent}_{k+1}
 
         with u messages up and d down for each micro-batch, counted in steady state: one each, but
-        for "local", where d = 0.
+        for "local", where d = 0. Tied arrays are not counted.
 
         Args:
           k: the hop, 0 to K-2.
@@ -156,7 +157,8 @@ class Costs:
         sent = [
             (action.stage, stage)
             for action in actions
-            for _, stage in schedule.gives(schedule.kind_of[action.kind], action.stage)
+            for port, stage in schedule.gives(schedule.kind_of[action.kind], action.stage)
+            if port not in (TIED, TIED_GRADIENT)
         ]
         up, down = sent.count((k, k + 1)), sent.count((k + 1, k))
         total = up * self.input_bytes[k + 1] + down * self.cotangent_bytes[k + 1]

@@ -22,7 +22,7 @@ from fdg_jax.engine.pipeline import Pipeline
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState, StageState, scalar
 from fdg_jax.layer import chain
-from fdg_jax.optim import ChangesState, without_prediction
+from fdg_jax.optim import ChangesState
 from fdg_jax.partition.layerwise import difference, join, separate
 from fdg_jax.typing import PyTree
 
@@ -87,12 +87,10 @@ def convert(
     state, _ = source.drain(state)
     source.check()
     # Compiled, so that the weights have the bits that `Pipeline.true_params` gives.
-    true = jax.jit(without_prediction)
-    arrays = [
-        (params, model_state, opt_state)
-        for own in _arrays(state)
-        for (params, opt_state), model_state in [(true(own[0], own[2]), own[1])]
-    ]
+    arrays = []
+    for stage, (params, model_state, opt_state) in zip(source.stages, _arrays(state), strict=True):
+        params, opt_state = jax.jit(stage.optimizer.without_prediction)(params, opt_state)
+        arrays.append((params, model_state, opt_state))
     parts = _parts(source, jax.device_get(arrays))
     shared = {name: _same(name, values) for name, values in parts.shared.items()}
     version = _same("version", [s.version for s in state.stages])
@@ -105,7 +103,8 @@ def convert(
         mine = slice(first, first := first + stage.layer.size)
         joined = {name: join(stage.layer, trees[mine]) for name, trees in parts.layers.items()}
         slots, structure = _slots(stage, _untracked(shapes.opt_state))
-        whole = jax.tree.unflatten(structure, [(joined | shared)[name] for name in slots])
+        copies = {name: stage.optimizer.place.whole(tree) for name, tree in joined.items()}
+        whole = jax.tree.unflatten(structure, [(copies | shared)[name] for name in slots])
         whole = _tracked(whole, shapes.opt_state)
         own = joined["params"], joined["model_state"], whole, state.key, number, target.record()
         names = ("params", "model_state", "opt_state", "key", "number", "record")
@@ -162,9 +161,11 @@ def _parts(pipe: Pipeline, arrays: Sequence[Arrays]) -> _Parts:
         if not isinstance(values[0], _Copy):
             parts.shared[name] = values
             continue
-        for value, own in zip(values, params, strict=True):
-            _check_copy(name, value.tree, own)
-        parts.layers[name] = separate(network, tuple(value.tree for value in values))
+        places = (stage.optimizer.place for stage in pipe.stages)
+        trees = [at.own(value.tree) for at, value in zip(places, values, strict=True)]
+        for tree, own in zip(trees, params, strict=True):
+            _check_copy(name, tree, own)
+        parts.layers[name] = separate(network, tuple(trees))
     return parts
 
 
@@ -179,7 +180,7 @@ def _slots(stage: Stage, opt_state: optax.OptState) -> tuple[dict[str, Any], Any
     path, and its structure."""
 
     def init(params: PyTree) -> optax.OptState:
-        return _untracked(stage.optimizer.init(params))
+        return _untracked(stage.optimizer.given.init(params))
 
     try:
         marked = optax.tree.map_params(init, _Copy, opt_state, is_leaf=lambda tree: True)

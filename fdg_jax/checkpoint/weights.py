@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,10 +12,11 @@ from fdg_jax.checkpoint import array_store, manifest, snapshot
 from fdg_jax.checkpoint.array_store import leaf
 from fdg_jax.checkpoint.paths import local
 from fdg_jax.checkpoint.restore import ARRAYS
-from fdg_jax.engine.arguments import Optimizer, optimizer_of
+from fdg_jax.engine.arguments import Optimizers, optimizers_of
 from fdg_jax.layer import Layer, chain
-from fdg_jax.optim import true_params
 from fdg_jax.shared import plain
+from fdg_jax.tie import Tie
+from fdg_jax.tied_stage import emptied, tied_stages, untied
 from fdg_jax.typing import PyTree
 
 
@@ -34,7 +35,8 @@ def read(
     folder: str | os.PathLike[str],
     stages: Sequence[Layer],
     example: PyTree,
-    optimizer: Optimizer | Callable[[int], Optimizer] | None = None,
+    optimizer: Optimizers | None = None,
+    tie: Tie | None = None,
 ) -> Weights:
     """The weights in a checkpoint, as they are: what is in flight is left out, not applied.
 
@@ -46,6 +48,7 @@ def read(
         (`fdg_jax.predict_weights`, `fdg_jax.delayed_sgd`): its state is read as well, and the
         params are the true ones. With a rule that adds to the optimizer ("reconstruct"), those of
         its stages: ``lambda k: pipe.stages[k].optimizer``. None: no optimizer state is read.
+      tie: that of the pipeline; its array then stands in both layers.
 
     Returns:
       `Weights`.
@@ -81,14 +84,15 @@ def read(
             f"these are {len(stages)} (format {manifest.FORMAT}); give those that it was made with"
         )
     manifest.check(body, body.get("step", -1), len(stages))
-    templates = jax.eval_shape(chain(stages).init, jax.random.key(0), plain(example))
+    params, model_state = jax.eval_shape(chain(stages).init, jax.random.key(0), plain(example))
+    stages = tied_stages(stages, tie)
+    templates: tuple[Any, ...] = (emptied(stages, params), model_state)
     names: tuple[str, ...] = Weights._fields
     if optimizer is not None:
         names = (*names, "opt_state")
-        states = [
-            jax.eval_shape(optimizer_of(optimizer, k).init, own)
-            for k, own in enumerate(templates[0])
-        ]
+        optimizers = optimizers_of(optimizer, stages)
+        pairs = zip(optimizers, templates[0], strict=True)
+        states = [jax.eval_shape(own.init, params) for own, params in pairs]
         templates = (*templates, states)
     expected: list[dict[str, jax.ShapeDtypeStruct]] = [{} for _ in stages]
     for k, own in enumerate(expected):
@@ -108,7 +112,7 @@ def read(
             arrays = [snapshot.unraw(found[k][leaf(name, i)], like) for i, like in enumerate(likes)]
             parts[-1].append(jax.tree.unflatten(structure, jax.device_get(arrays)))
     if optimizer is not None:
-        pairs = zip(parts[0], parts.pop(), strict=True)
+        trees = zip(optimizers, parts[0], parts.pop(), strict=True)
         # Compiled, so that they have the bits that `Pipeline.true_params` gives.
-        parts[0] = [jax.device_get(jax.jit(true_params)(*pair)) for pair in pairs]
-    return Weights(*parts)
+        parts[0] = [jax.device_get(jax.jit(one.true_params)(*pair)) for one, *pair in trees]
+    return Weights(untied(stages, parts[0]), parts[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -9,13 +11,17 @@ import optax
 
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.loss import loss_of_part
+from fdg_jax.engine.network_optimizer import NetworkOptimizer
 from fdg_jax.engine.nonfinite import ON_NONFINITE
 from fdg_jax.engine.synthesizer import Synthesizer
+from fdg_jax.layer import Layer
 from fdg_jax.optim import StageOptimizer
+from fdg_jax.partition.network import Place, has_head
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import LossFn, LossOfPart
 
 Optimizer: TypeAlias = optax.GradientTransformation | StageOptimizer
+Optimizers: TypeAlias = Optimizer | Callable[[int], Optimizer] | Callable[[int, range], Optimizer]
 Synthesizers: TypeAlias = Synthesizer | Callable[[int], Synthesizer] | None
 
 
@@ -71,8 +77,8 @@ def losses_of(
     return [None if one is None else loss_of_part(one, schedule.microbatches) for one in given]
 
 
-def optimizer_of(given: Optimizer | Callable[[int], Optimizer], k: int) -> StageOptimizer:
-    """The optimizer of stage k, out of either form."""
+def optimizer_of(given: Optimizers, k: int, layers: range) -> StageOptimizer:
+    """The optimizer of stage k, which has these layers of the network, out of every form."""
     if isinstance(given, (optax.GradientTransformation, StageOptimizer)):
         return StageOptimizer.of(given)
     if not callable(given):
@@ -86,14 +92,38 @@ def optimizer_of(given: Optimizer | Callable[[int], Optimizer], k: int) -> Stage
             f"optimizer: optax.{name} would be called with the number of a stage; give "
             f"optax.{name}(...), or lambda k: optax.{name}(...)"
         )
+    wanted = [
+        parameter.name
+        for parameter in inspect.signature(given).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
     try:
-        made = given(k)
+        made = given(k, layers) if len(wanted) == 2 else given(k)  # type: ignore[call-arg]
     except Exception as error:
         raise ValueError(
             f"optimizer: called with stage {k} it fails: {type(error).__name__}: {error}; give "
             "optax.sgd(0.1), or lambda k: optax.sgd(0.1)"
         ) from error
-    return StageOptimizer.of(made)
+    return made.given if isinstance(made, NetworkOptimizer) else StageOptimizer.of(made)
+
+
+def optimizers_of(given: Optimizers, stages: Sequence[Layer]) -> list[NetworkOptimizer]:
+    """The optimizer of every stage, in its place in the network."""
+    return [
+        NetworkOptimizer.at(place, optimizer_of(given, k, place.layers))
+        for k, place in enumerate(places_of(stages))
+    ]
+
+
+def places_of(stages: Sequence[Layer]) -> list[Place]:
+    """Where each stage stands in the network."""
+    starts = list(itertools.accumulate((stage.size for stage in stages), initial=0))
+    headed = any(map(has_head, stages))
+    return [
+        Place(stage, start, starts[-1], headed)
+        for stage, start in zip(stages, starts, strict=False)
+    ]
 
 
 def synthesizers_of(

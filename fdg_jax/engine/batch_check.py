@@ -15,6 +15,7 @@ from fdg_jax.engine.state import PipelineState
 from fdg_jax.engine.template import part_of
 from fdg_jax.engine.update_check import check_model_state, check_optimizers, check_synthesizer
 from fdg_jax.schedule import Schedule
+from fdg_jax.tied_stage import lent, paired
 from fdg_jax.typing import PyTree
 
 
@@ -70,10 +71,11 @@ def fit(
     check_axes({"inputs": x, "labels": labels}, microbatches, stages[0].mesh.size)
     check_optimizers(stages, schedule, state)
     y, targets = part_of((x, labels), microbatches)
-    where = ""
+    where, tied = "", None
     try:
         for k, (stage, own) in enumerate(zip(stages, state.stages, strict=True)):
             where = f"stage {k} ({stage.layers})"
+            y, tied = paired(stage.layer, y, tied), lent(stage.layer, own.params) or tied
             y, scores, new = stage.output(own.params, own.model_state, y, own.key, own.number)
             check_model_state(own.model_state, new)
             check_synthesizer(stage, k, own, y, targets)

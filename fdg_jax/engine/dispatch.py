@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fdg_jax.engine import ties
 from fdg_jax.engine.fusion import fuse, name_of
 from fdg_jax.engine.messages import Done, Metrics, MetricsList, Watch, failure, send
 from fdg_jax.engine.residuals import Stash
@@ -27,6 +28,7 @@ from fdg_jax.schedule import Action, Kind, Schedule
 from fdg_jax.schedule.action import ACTIVATION, COTANGENT, OUTPUT
 from fdg_jax.schedule.ledger import LABEL, METRIC
 from fdg_jax.shared import plain
+from fdg_jax.tied_stage import lends
 from fdg_jax.typing import PyTree
 
 
@@ -131,7 +133,7 @@ class Tick:
         s, stage = self.stages[k], self.programs[k]
         version = s.version if version is None else s.base + version
         params = s.weights(version)
-        inputs = s.take(ACTIVATION, n)
+        inputs = ties.inputs_of(stage, s, n)
         labels = s.take(LABEL, n) if stage.labelled else None
         made = stage.forward(params, s.model_state, inputs, labels, s.key, s.number, s.record)
         own = Output(made.output, labels, s.number)
@@ -142,7 +144,7 @@ class Tick:
         if stage.loss_fn is not None:
             s.put(COTANGENT, n, made.one)
             self.report(k, n, made.report)
-        self.give(kind, k, n, up=made.output, own=own)
+        self.give(kind, k, n, up=ties.output_of(stage, params, made.output), own=own)
         return made.number
 
     def train(self, k: int, n: int, forward: Kind, backward: Kind) -> jax.Array:
@@ -152,7 +154,7 @@ class Tick:
             self.forward(k, n, forward)
             return self.backward_update(k, n, backward)
         own = s.params, s.model_state, s.opt_state
-        batch = s.take(ACTIVATION, n), s.take(LABEL, n)
+        batch = ties.inputs_of(stage, s, n), s.take(LABEL, n)
         fresh = stage.number_on_device(0)
         made = stage.train(*own, *batch, s.key, s.number, fresh, s.record)
         s.params, s.model_state, s.opt_state, up, report, down, s.number, s.record = made
@@ -169,17 +171,9 @@ class Tick:
         version, stash = self.flight(k, n, kind)
         params, late = self.weights(k, version)
         two = stage.optimizer.per_gradient is not None
-        s.gradient, first, down, token, s.record = stage.backward(
-            params,
-            s.params if two else None,
-            s.opt_state[0] if two else None,
-            stash,
-            s.key,
-            message,
-            s.gradient,
-            late,
-            s.record,
-        )
+        correction = (s.params, s.opt_state[0]) if two else (None, None)
+        rest = stash, s.key, message, s.gradient, late, s.record
+        s.gradient, first, down, token, s.record = stage.backward(params, *correction, *rest)
         if two:
             s.opt_state = (first, s.opt_state[1])
         s.pending += 1
@@ -190,7 +184,8 @@ class Tick:
     def backward_input(self, k: int, n: int, kind: Kind) -> jax.Array:
         """The half of a backward that the stage before waits for."""
         s, stage = self.stages[k], self.programs[k]
-        message, (version, stash) = s.take(kind.takes[0].name, n), self.flight(k, n, kind)
+        message = ties.message_of(self.schedule, kind, k, s, n)
+        version, stash = self.flight(k, n, kind)
         down, token = None, stash.number
         if stage.sends:
             params, _ = self.weights(k, version)
@@ -211,7 +206,7 @@ class Tick:
         """What a backward begins with: the cotangent that came, or one predicted from the stage's
         own output; and that output."""
         s, port = self.stages[k], kind.takes[0].name
-        own = s.take(port, n)
+        own = ties.message_of(self.schedule, kind, k, s, n)
         if port != OUTPUT:
             return None, own
         assert s.synthesizer is not None
@@ -232,7 +227,8 @@ class Tick:
         version, stash = self.flight(k, n, kind)
         params, late = self.weights(k, version)
         rest = (s.opt_state, stash, s.key, message, late, s.record)
-        if params is s.params and s.version not in self.held(k) and self.schedule.versions == 1:
+        kept = self.schedule.versions > 1 or lends(stage.layer) or s.version in self.held(k)
+        if params is s.params and not kept:
             made = stage.backward_update_own(params, *rest)
         else:
             made = stage.backward_update(s.params, params, *rest)
@@ -303,7 +299,7 @@ class Tick:
         for name, stage in self.schedule.gives(kind, k):
             value = own if stage == k else up if stage > k else down
             if stage != k:
-                value = send(value, self.programs[stage])
+                value = send(ties.part(name, value), self.programs[stage])
             self.stages[stage].put(name, n, value)
 
     def report(self, k: int, n: int, report: tuple[jax.Array, dict[str, Any]]) -> None:

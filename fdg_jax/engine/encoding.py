@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from fdg_jax.tie import TiedArray
 from fdg_jax.typing import PyTree
 
 ALLOWED = ("bfloat16", "float16", "int8")
@@ -105,7 +106,9 @@ def encode(tree: PyTree, dtype: np.dtype | None) -> PyTree:
     """
     if dtype is None:
         return tree
-    return jax.tree.map(lambda leaf: _encode(leaf, dtype), tree)
+    return jax.tree.map(
+        lambda leaf: leaf if _is_tied(leaf) else _encode(leaf, dtype), tree, is_leaf=_is_tied
+    )
 
 
 def decode(tree: PyTree) -> PyTree:
@@ -162,7 +165,7 @@ def places(tree: PyTree, values: Any, scale: Any) -> PyTree:
     Args:
       tree: a message, encoded or not.
       values: ``values(leaf)`` of an array, or of the values of an encoded one.
-      scale: of the scales of an encoded one.
+      scale: of the scales of an encoded one, and of a tied array.
 
     Returns:
       A tree of the message's structure.
@@ -173,16 +176,22 @@ def places(tree: PyTree, values: Any, scale: Any) -> PyTree:
     """
 
     def one(leaf: Any) -> Any:
+        if _is_tied(leaf):
+            return TiedArray(scale)
         if not _is_encoded(leaf):
             return values(leaf)
         own = None if leaf.scale is None else scale
         return replace(leaf, values=values(leaf.values), scale=own)
 
-    return jax.tree.map(one, tree, **_WHOLE)
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: _is_encoded(leaf) or _is_tied(leaf))
 
 
 def _is_encoded(leaf: Any) -> bool:
     return isinstance(leaf, Encoded)
+
+
+def _is_tied(leaf: Any) -> bool:
+    return isinstance(leaf, TiedArray)
 
 
 _WHOLE: dict[str, Any] = {"is_leaf": _is_encoded}

@@ -88,7 +88,7 @@ class GradientRule:
         """An estimate of earlier weights; asked for where the rule estimates weights.
 
         Args:
-          params: the newest weights.
+          params: the newest weights, as the optimizer sees them.
           opt_state: of the optimizer that `optimizer` returned.
           updates_ago: updates between the batch's forward and its backward, float32.
         """

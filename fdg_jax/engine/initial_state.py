@@ -14,6 +14,7 @@ from fdg_jax.engine.state import PipelineState, StageState
 from fdg_jax.engine.synthesizer import Output
 from fdg_jax.engine.template import part_of
 from fdg_jax.layer import output_of, typed_key
+from fdg_jax.tied_stage import lent, paired
 from fdg_jax.typing import Key, PyTree
 
 
@@ -44,7 +45,9 @@ def initial_state(
         key = jax.random.wrap_key_data(jnp.array(data), impl=jax.random.key_impl(typed))
     states = []
     x, labels = part_of((x, labels), 1)
+    tied = None
     for stage, own in zip(stages, shapes.stages, strict=True):
+        x, tied = paired(stage.layer, x, tied), lent(stage.layer, own.params) or tied
         params, model_state, opt_state = stage.init(key, x)
         y = output_of(stage.layer, params, model_state, x)
         own_key, number = put((key, np.zeros((), np.int32)), stage.replicated)

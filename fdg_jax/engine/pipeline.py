@@ -6,7 +6,7 @@ that dispatches a tick's actions keeps all devices busy; it waits only to be ``m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,36 +17,40 @@ from jax.typing import DTypeLike
 from fdg_jax.active_mesh import no_active_mesh
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.arguments import (
-    Optimizer,
+    Optimizers,
     Synthesizers,
     check_arguments,
     losses_of,
     synthesizers_of,
 )
-from fdg_jax.engine.batch_axes import undivided
 from fdg_jax.engine.batch_check import fit, pair
 from fdg_jax.engine.dispatch import Tick
 from fdg_jax.engine.encoding import message_dtype as message_dtype_of
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.initial_state import initial_state
 from fdg_jax.engine.interrupt import deferred, protect
-from fdg_jax.engine.messages import MetricsList, Watch, send
+from fdg_jax.engine.messages import MetricsList, Watch
 from fdg_jax.engine.placement import stage_meshes
 from fdg_jax.engine.rules import gradient_rule
 from fdg_jax.engine.run_ahead import RunAhead
+from fdg_jax.engine.shared_modules import warn_of_shared
 from fdg_jax.engine.stages import build
 from fdg_jax.engine.state import PipelineState
-from fdg_jax.engine.state_check import READ, check_state
+from fdg_jax.engine.state_check import check_state
 from fdg_jax.engine.template import template
-from fdg_jax.layer import Layer, typed_key
+from fdg_jax.engine.ties import tie_stages
+from fdg_jax.engine.views import Views
+from fdg_jax.layer import Layer, chain, typed_key
 from fdg_jax.layer_check import check_layers
 from fdg_jax.schedule import Schedule
+from fdg_jax.tie import Tie
+from fdg_jax.tied_stage import tied_stages
 from fdg_jax.typing import Key, LossFn, PyTree
 
 protect(__file__)
 
 
-class Pipeline:
+class Pipeline(Views):
     """Trains a network cut into K stages, each on its own devices, by a schedule.
 
     Args:
@@ -56,9 +60,11 @@ class Pipeline:
         mean of the parts' means, or all sums by all weights, and metrics must be scalars and means
         over the batch, or over what the weight counts. Where stages have losses of their own
         (`Schedule.losses`), K functions, None for a stage without.
-      optimizer: an optax transformation for every stage, or ``optimizer(k)``, that of stage k. A
-        learning-rate schedule in it counts the stage's own updates. Its ``update`` gets the extra
-        arguments ``stale_params`` and ``staleness`` (see `StageOptimizer`).
+      optimizer: an optax transformation for every stage, or ``optimizer(k)``, that of stage k, or
+        ``optimizer(k, layers)``, with the ``range`` of the stage's layers in the network. It sees
+        the params at their places in the network (see `fdg_jax.per_layer`). A learning-rate
+        schedule in it counts the stage's own updates. Its ``update`` gets the extra arguments
+        ``stale_params`` and ``staleness`` (see `StageOptimizer`).
       schedule: who does what when, for K stages.
       devices: make K contiguous groups of equal size, or are shared by stages where they are fewer.
         None: one device per stage, the first of ``jax.devices()``.
@@ -79,6 +85,7 @@ class Pipeline:
         of those stages: one for all, or ``synthesizers(k)``, that of stage k.
       message_dtype: of activations and cotangents between stages: ``jnp.bfloat16``, ``float16``,
         ``int8`` (`fdg_jax.engine.encoding.encode`), or None, as they are. `predict` does not round.
+      tie: an array that is used in two layers (`fdg_jax.tie`).
 
     Raises:
       ValueError: arguments that do not fit together; the message names the argument and the remedy.
@@ -103,7 +110,7 @@ class Pipeline:
         self,
         stages: Sequence[Layer],
         loss_fn: LossFn | Sequence[LossFn | None],
-        optimizer: Optimizer | Callable[[int], Optimizer],
+        optimizer: Optimizers,
         schedule: Schedule,
         devices: Sequence[jax.Device] | None = None,
         gradient: str | GradientRule = "stale",
@@ -112,12 +119,16 @@ class Pipeline:
         shard_optimizer: bool = False,
         synthesizers: Synthesizers = None,
         message_dtype: DTypeLike | None = None,
+        tie: Tie | None = None,
     ) -> None:
         stages = check_layers(stages, "stages")
         check_arguments(len(stages), schedule, max_ahead, on_nonfinite)
         rule, losses = gradient_rule(gradient), losses_of(loss_fn, schedule)
         predicting = synthesizers_of(synthesizers, schedule, rule)
+        self.network = tied_stages([chain(stages)], tie)[0]
+        stages, schedule = tie_stages(stages, schedule, rule, tie)
         self.schedule = schedule
+        self.tie = tie
         self.rule = rule
         self.max_ahead = max_ahead
         self.on_nonfinite = on_nonfinite
@@ -172,6 +183,7 @@ class Pipeline:
           ValueError: a parameter has no gradient.
         """
         typed_key(key)  # refuses what is none
+        warn_of_shared([stage.optimizer.place.layer for stage in self.stages], self.tie)
         shapes = self.template((example_inputs, example_labels))
         if isinstance(key, jax.core.Tracer):  # jax.eval_shape(pipe.init, ...)
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -240,68 +252,6 @@ class Pipeline:
                 t += 1
             tick.finish()
             return tick.state(tick.batch, tick.batch), tick.metrics
-
-    @no_active_mesh()
-    def predict(self, state: PipelineState, x: PyTree) -> PyTree:
-        """Outputs in evaluation mode at the true weights, through the stages where they are.
-
-        Args:
-          state: any state; it is not consumed.
-          x: inputs, batch axis first.
-
-        Returns:
-          The network's outputs, on the last stage's devices, perhaps not computed yet.
-
-        Raises:
-          ValueError: the batch does not fit, or does not divide over a stage's devices.
-          ConsumedStateError: the state was used before.
-        """
-        check_state(state, self.num_stages, READ)
-        x = undivided(x, self.stages[0].mesh.size)
-        for stage, own in zip(self.stages, state.stages, strict=True):
-            x = send(x, stage)
-            x = stage.evaluate(own.params, own.opt_state, own.model_state, x)
-        return x
-
-    def params(self, state: PipelineState) -> list[PyTree]:
-        """The parameters of each stage, where they are, as its next forward uses them.
-
-        Args:
-          state: any state; it is not consumed.
-
-        Returns:
-          K pytrees, valid until the next step; predictions of the weights where the optimizer
-          makes them such (`fdg_jax.predict_weights`).
-        """
-        check_state(state, self.num_stages, ("params",))
-        return [stage.params for stage in state.stages]
-
-    @no_active_mesh()
-    def true_params(self, state: PipelineState) -> list[PyTree]:
-        """The weights of each stage, to evaluate and to keep: `params` without prediction.
-
-        Args:
-          state: any state; it is not consumed.
-
-        Returns:
-          K pytrees, on the stages' devices, valid until the next step.
-        """
-        check_state(state, self.num_stages, READ)
-        pairs = zip(self.stages, state.stages, strict=True)
-        return [stage.true_params(own.params, own.opt_state)[0] for stage, own in pairs]
-
-    def skipped(self, state: PipelineState) -> list[int]:
-        """How many micro-batches each stage skipped, since they were not finite.
-
-        Args:
-          state: any state; this waits for it, and every process calls it.
-
-        Returns:
-          K counts; zeros where it was not checked.
-        """
-        return nonfinite.skipped([own.record for own in state.stages])
-
-    left_out = skipped  # the name of earlier versions
 
     def check(self) -> None:
         """Waits for all that has been dispatched; raises as `step` does."""

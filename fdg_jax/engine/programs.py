@@ -24,12 +24,14 @@ from jax.sharding import Mesh
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.dependence import depends
 from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.network_optimizer import NetworkOptimizer
 from fdg_jax.engine.residuals import Residuals, Stash, split_inexact
 from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
 from fdg_jax.engine.updates import Updates
 from fdg_jax.layer import Layer, batch_key
-from fdg_jax.optim import StageOptimizer
 from fdg_jax.shared import is_shared, plain
+from fdg_jax.tie import Paired, TiedArray, value_of
+from fdg_jax.tied_stage import Tied
 from fdg_jax.typing import Key, LossOfPart, PyTree
 
 
@@ -76,7 +78,7 @@ class Functions(Updates):
     def __init__(
         self,
         layer: Layer,
-        optimizer: StageOptimizer,
+        optimizer: NetworkOptimizer,
         mesh: Mesh,
         rule: GradientRule,
         loss_fn: LossOfPart | None,
@@ -161,7 +163,9 @@ class Functions(Updates):
         self, params: PyTree, stash: Stash, key: Key, message: PyTree
     ) -> tuple[PyTree, PyTree]:
         """Gradient of the parameters, and the message to the stage before (None: sends none)."""
-        gradient, down = self.rule.backward(self, params, stash, key, message)
+        gradient, down = self.rule.backward(self, params, stash, key, value_of(message))
+        if isinstance(message, Paired) and isinstance(self.layer, Tied):
+            gradient = self.layer.add(gradient, message.tied)
         return self._whole(gradient), self._over_batch(down)
 
     def pull_back(
@@ -179,7 +183,11 @@ class Functions(Updates):
         gradient, *of_inputs = residuals.vjp((params, stash.inputs))(cotangent)
         if not of_inputs:
             return gradient, None
-        return gradient, self.rule.message(stash.inputs, of_inputs[0])
+        x, cotangents = stash.inputs, of_inputs[0]
+        if not isinstance(x, Paired):
+            return gradient, self.rule.message(x, cotangents)
+        *own, tied = cotangents  # in the order of the input's leaves
+        return gradient, Paired(self.rule.message(x.value, own), TiedArray(tied))
 
     def _backward_accumulate(
         self,

@@ -20,11 +20,11 @@ from fdg_jax.engine import remote_stage
 from fdg_jax.engine.encoded_programs import EncodedFunctions
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.loss import average
+from fdg_jax.engine.network_optimizer import NetworkOptimizer
 from fdg_jax.engine.placement import absent, put
 from fdg_jax.engine.state import Slots
 from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
 from fdg_jax.layer import Layer, batch_key
-from fdg_jax.optim import StageOptimizer
 from fdg_jax.typing import Key, LossOfPart, PyTree
 
 
@@ -50,7 +50,7 @@ class Stage(EncodedFunctions):
     def __init__(
         self,
         layer: Layer,
-        optimizer: StageOptimizer,
+        optimizer: NetworkOptimizer,
         mesh: Mesh,
         *,
         start: int,
@@ -93,7 +93,9 @@ class Stage(EncodedFunctions):
     def _past_params(
         self, params: PyTree, opt_state: PyTree, updates_ago: jax.Array
     ) -> tuple[PyTree]:
-        return (self._whole(self.rule.past_params(params, opt_state, updates_ago)),)
+        place = self.optimizer.place
+        past = self.rule.past_params(place.whole(params), opt_state, updates_ago)
+        return (self._whole(place.own(past)),)
 
     @property
     def owner(self) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
-from fdg_jax.engine.arguments import Optimizer, optimizer_of
+from fdg_jax.engine.arguments import Optimizers, optimizer_of, places_of
 from fdg_jax.engine.gradient_rule import GradientRule
+from fdg_jax.engine.network_optimizer import NetworkOptimizer
 from fdg_jax.engine.rules import stage_rule
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.synthesizer import Synthesizer
@@ -21,7 +22,7 @@ from fdg_jax.typing import LossOfPart
 def build(
     layers: Sequence[Layer],
     losses: Sequence[LossOfPart | None],
-    optimizer: Optimizer | Callable[[int], Optimizer],
+    optimizer: Optimizers,
     schedule: Schedule,
     meshes: Sequence[Mesh],
     rule: GradientRule,
@@ -32,15 +33,16 @@ def build(
     """One `Stage` for every part of the network, numbered through; Args as those of `Pipeline`."""
     sends = any(name == COTANGENT for kind in schedule.kinds for name, hop in kind.gives if hop)
     stages: list[Stage] = []
-    index = 0
-    for k, (layer, mesh) in enumerate(zip(layers, meshes, strict=True)):
+    places = places_of(layers)
+    for k, (place, mesh) in enumerate(zip(places, meshes, strict=True)):
         own = stage_rule(rule, schedule, k)
+        given = own.optimizer(optimizer_of(optimizer, k, place.layers))
         stages.append(
             Stage(
-                layer.at(index),
-                own.optimizer(optimizer_of(optimizer, k)),
+                place.layer.at(place.start),
+                NetworkOptimizer.at(place, given),
                 mesh,
-                start=index,
+                start=place.start,
                 rule=own,
                 loss_fn=losses[k],
                 last=k == len(layers) - 1,
@@ -50,5 +52,4 @@ def build(
                 message_dtype=message_dtype,
             )
         )
-        index += layer.size
     return stages

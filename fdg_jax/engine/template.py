@@ -18,9 +18,18 @@ from fdg_jax.engine.synthesizer import Output
 from fdg_jax.engine.update_check import check_model_state
 from fdg_jax.layer import output_of
 from fdg_jax.schedule import Schedule
-from fdg_jax.schedule.action import ACTIVATION, COTANGENT, OUTPUT, OUTPUT_COTANGENT
+from fdg_jax.schedule.action import (
+    ACTIVATION,
+    COTANGENT,
+    OUTPUT,
+    OUTPUT_COTANGENT,
+    TIED,
+    TIED_GRADIENT,
+)
 from fdg_jax.schedule.ledger import LABEL, METRIC
 from fdg_jax.shared import is_shared, plain
+from fdg_jax.tie import Paired, value_of
+from fdg_jax.tied_stage import lends, lent, paired
 from fdg_jax.typing import PyTree
 
 
@@ -49,8 +58,9 @@ def template(
     x, labels = part_of(example, schedule.microbatches)
     key = jax.eval_shape(lambda: jax.random.key(0))
     found: list[tuple[PyTree, PyTree, PyTree, PyTree]] = []
+    tied = None
     for stage in stages:
-        x = _placed(x, stage.placement)
+        x = paired(stage.layer, _placed(x, stage.placement), _whole(tied, stage))
         params, model_state, opt_state = stage.shapes(x)
         _check_parameters(stage, params)
         params, model_state = _whole((params, model_state), stage)
@@ -63,6 +73,7 @@ def template(
             _check_state(stage, len(found), params, model_state, x)
         y = output_of(stage.layer, params, model_state, x)
         found.append((x, params, model_state, opt_state))
+        tied = lent(stage.layer, params) or tied
         x = y
     made = []
     for k, (stage, (x, params, model_state, opt_state)) in enumerate(
@@ -75,7 +86,9 @@ def template(
         record = record if guarded else None
         targets = None if not stage.labelled else _placed(labels, stage.placement)
         came = stage.sent(x) if k else x
-        values: dict[str, PyTree] = {ACTIVATION: came, LABEL: targets}
+        values: dict[str, PyTree] = {ACTIVATION: value_of(came), LABEL: targets}
+        values[TIED] = came.tied if isinstance(came, Paired) else None
+        values[TIED_GRADIENT] = lent(stage.layer, params)
         residuals, kept = None, came
         unknown = stage.labelled and labels is None
         synthesizer = None
@@ -89,16 +102,18 @@ def template(
             forward = remote_stage.shapes(stage.forward, *args)
             kept = came if forward.kept is None else _placed(forward.kept, stage.placement)
             if stage.rule.keeps_residuals:
-                batch = {leaf.shape[0] for leaf in jax.tree.leaves(x) if leaf.ndim}
+                batch = {leaf.shape[0] for leaf in jax.tree.leaves(value_of(x)) if leaf.ndim}
                 residuals = _residuals(forward.residuals, batch, stage)
             values[METRIC] = _whole(forward.report, stage)
             values[COTANGENT] = _whole(forward.one, stage)
         if stage.loss_fn is None:
-            above = found[k + 1][0]
+            above = value_of(found[k + 1][0])
             moving = jax.eval_shape(lambda v: split_inexact(v)[0], above)
             message = jax.eval_shape(stages[k + 1].rule.message, above, moving)
             values[COTANGENT] = stage.sent(message)
         values[OUTPUT_COTANGENT] = values.get(COTANGENT)
+        if lends(stage.layer):
+            values[OUTPUT_COTANGENT] = Paired(values[COTANGENT], values[TIED_GRADIENT])
         stash = Stash(kept, targets, model_state, number, residuals)
         versions = counts.slots["version" if stage.rule.keeps_weights else "kept"]
         ports = sorted(values.keys() & {port for port, n in counts.slots.items() if n})

@@ -10,8 +10,8 @@ import optax
 from jax.sharding import Mesh
 
 from fdg_jax.engine import nonfinite
+from fdg_jax.engine.network_optimizer import NetworkOptimizer
 from fdg_jax.engine.placement import Placed
-from fdg_jax.optim import StageOptimizer, true_params
 from fdg_jax.typing import PyTree
 
 
@@ -25,7 +25,7 @@ class Updates(Placed):
       shard_optimizer: whether the devices share out the optimizer's state.
     """
 
-    def __init__(self, optimizer: StageOptimizer, mesh: Mesh, shard_optimizer: bool) -> None:
+    def __init__(self, optimizer: NetworkOptimizer, mesh: Mesh, shard_optimizer: bool) -> None:
         super().__init__(mesh, shard_optimizer)
         self.optimizer = optimizer
 
@@ -81,4 +81,4 @@ class Updates(Placed):
         return new, new_opt, held + 1, record
 
     def _true_params(self, params: PyTree, opt_state: PyTree) -> tuple[PyTree]:
-        return (self._whole(true_params(params, opt_state)),)
+        return (self._whole(self.optimizer.true_params(params, opt_state)),)

@@ -19,6 +19,7 @@ import numpy as np
 from fdg_jax.head import Headed
 from fdg_jax.layer import Chain, Layer
 from fdg_jax.repeat import Repeat
+from fdg_jax.tied_stage import Tied
 from fdg_jax.typing import PyTree
 
 
@@ -66,6 +67,9 @@ def separate(layer: Layer, tree: PyTree) -> list[PyTree]:
     elif isinstance(layer, Headed):
         assert layer.body is not None
         pairs = [(layer.body, tree[0])]
+    elif isinstance(layer, Tied):
+        assert layer.body is not None
+        pairs = [(layer.body, tree)]
     else:
         return [tree]
     return [part for inner, own in pairs for part in separate(inner, own)]
@@ -99,6 +103,9 @@ def join(layer: Layer, parts: Sequence[PyTree]) -> PyTree:
             joined.append(join(inner, parts[: inner.size]))
             parts = parts[inner.size :]
         return tuple(joined)
+    if isinstance(layer, Tied):
+        assert layer.body is not None
+        return join(layer.body, parts)
     if isinstance(layer, Repeat):
         assert layer.layer is not None
         size = layer.layer.size

@@ -44,6 +44,9 @@ Where cotangents are predicted, a stage's gradient is that of its own part of th
 Where the loss of a part m of a mini-batch is a sum :math:`s_m` with a weight :math:`c_m`, that of
 the mini-batch is :math:`\\sum_m s_m / \\sum_m c_m`, and its gradient likewise.
 
+Where an array is tied, its use in a later stage is at the version of its owner's forward of the
+batch, whatever the rule, and its gradient there is added to the owner's of that batch.
+
 Where stages have losses of their own, :math:`L_n` is the stage's, and its input a constant.
 
 Where messages travel in fewer bits, a stage gets the rounded output of the stage before it, which

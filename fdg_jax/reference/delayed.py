@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from fdg_jax.engine.arguments import optimizers_of
 from fdg_jax.engine.encoding import message_dtype as message_dtype_of
 from fdg_jax.engine.encoding import rounded
 from fdg_jax.engine.gradient_rule import GradientRule
@@ -20,8 +21,10 @@ from fdg_jax.optim import StageOptimizer
 from fdg_jax.reference import local, predicted, reversible
 from fdg_jax.reference.changes import Changes
 from fdg_jax.reference.result import Result, part_of, reduced, total_of
+from fdg_jax.reference.tied import Shared
 from fdg_jax.schedule import Schedule
 from fdg_jax.shared import plain
+from fdg_jax.tie import Tie
 from fdg_jax.typing import Key, LossFn, PyTree
 
 
@@ -37,6 +40,7 @@ def train(
     gradient: str | GradientRule = "stale",
     synthesizers: Sequence[tuple[Synthesizer, SynthesizerState]] = (),
     message_dtype: DTypeLike | None = None,
+    tie: Tie | None = None,
 ) -> Result:
     """Trains on ``batches`` as ``schedule`` says, from the fill to the drain, exactly.
 
@@ -52,7 +56,7 @@ def train(
       gradient: as in `fdg_jax.Pipeline`; "stale" and "recompute_stale" are the same gradient. Of
         rules that estimate weights, `fdg_jax.engine.reconstruct.Reconstruct`.
       synthesizers: of the stages that predict, and their initial states.
-      message_dtype: as in `fdg_jax.Pipeline`.
+      message_dtype, tie: as in `fdg_jax.Pipeline`.
 
     Returns:
       A `Result`.
@@ -90,36 +94,42 @@ def train(
     places = [sum(stage.size for stage in stages[:k]) for k in range(len(stages))]
     placed = [stage.at(place) for stage, place in zip(stages, places, strict=True)]
 
+    shared = Shared(stages, tie)
+
     @jax.jit
     def network(
         params: tuple[PyTree, ...],
+        lent: jax.Array | None,
         state: tuple[PyTree, ...],
         n: int,
         x: PyTree,
         labels: PyTree,
         pins: list[PyTree] | None = None,
-    ) -> tuple[tuple[jax.Array, tuple[Any, ...]], tuple[PyTree, ...]]:
+    ) -> tuple[tuple[jax.Array, tuple[Any, ...]], tuple[Any, Any]]:
         """Loss, what each stage got and the state it left, the weight of the loss, and the gradient
-        of the whole network.
+        of the whole network and of a tied array where it is lent.
 
         With pins, every stage gets the pinned value and passes gradients as if it had not been.
         """
 
-        def loss(params: tuple[PyTree, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
+        def loss(
+            params: tuple[PyTree, ...], lent: jax.Array | None
+        ) -> tuple[jax.Array, tuple[Any, ...]]:
             y, inputs, states = x, [], []
+            full = shared.filled(params, lent)
             for k, stage in enumerate(placed):
                 if pins is not None:
                     y = jax.tree.map(_pin, y, pins[k])
                 inputs.append(y)
-                y, left = stage.apply(params[k], state[k], y, train=True, key=batch_key(key, n))
+                y, left = stage.apply(full[k], state[k], y, train=True, key=batch_key(key, n))
                 y = rounded(y, narrow if k < last else None)
                 states.append(left)
             total, weight = total_of(final(y, labels), count)
             return total, (inputs, states, weight)
 
-        return jax.value_and_grad(loss, has_aux=True)(params)
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, lent)
 
-    optimizers = [StageOptimizer.of(optimizer(k)) for k in range(len(stages))]
+    optimizers = optimizers_of(optimizer, stages)
     versions = [[p] for p in params]
     opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
     state = tuple(model_state)
@@ -127,7 +137,9 @@ def train(
     losses: list[list[tuple[jax.Array, Any]]] = [[] for _ in batches]
     seen: dict[tuple[int, int], int] = {}  # (stage, micro-batch) -> version of its forward
     used: dict[tuple[int, int], PyTree] = {}  # -> weights of its forward, then of its backward
+    lent: dict[int, jax.Array | None] = {}  # micro-batch -> the tied array of its forward
     met: dict[int, tuple[Any, ...]] = {}  # micro-batch -> state, inputs, weight, gradient
+    back: dict[int, jax.Array] = {}  # micro-batch -> gradient of the tied array where it is lent
     due: list[list[tuple[PyTree, Any]]] = [[] for _ in stages]
     extra: list[dict[str, Any]] = [{} for _ in stages]  # of the last gradient
 
@@ -140,7 +152,9 @@ def train(
             used[k, n] = versions[k][seen[k, n]]
             if k == last:
                 mixed = tuple(used[j, n] for j in range(len(stages)))
-                (loss, (inputs, left, weight)), whole = network(mixed, state, n, x, labels)
+                array = shared.array(used.get((shared.owner, n)))
+                (loss, (inputs, left, weight)), whole = network(mixed, array, state, n, x, labels)
+                lent[n] = array
                 met[n], state = (state, inputs, weight, whole), tuple(left)
                 losses[action.batch].append((loss, weight))
         elif kind.gradient == "adds":
@@ -152,9 +166,13 @@ def train(
                 ago = ago if k in changes.gammas else 0
                 used[k, n] = changes.ago(k, versions[k][-1], ago)
                 mixed = tuple(used[j, n] for j in range(len(stages)))
-                _, whole = network(mixed, old_state, n, x, labels, inputs)
+                _, whole = network(mixed, lent[n], old_state, n, x, labels, inputs)
             extra[k] = {"stale_params": used[k, n], "staleness": jnp.float32(ago)}
-            part = whole[k]
+            part = whole[0][k]
+            if k == shared.user:
+                back[n] = whole[1]
+            if k == shared.owner and shared.owner != shared.user:
+                part = shared.sum(part, back.get(n, whole[1]))
             if (first := optimizers[k].per_gradient) is not None:
                 own = opt_states[k]
                 part, kept = first.update(part, own[0], versions[k][-1], **extra[k])

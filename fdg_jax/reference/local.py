@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fdg_jax.engine.arguments import optimizers_of
 from fdg_jax.engine.encoding import rounded
 from fdg_jax.layer import Layer, batch_key, typed_key
 from fdg_jax.optim import StageOptimizer
@@ -32,7 +33,7 @@ def train(
     """Every stage alone: its input a constant, its loss its own, one update a mini-batch."""
     key = typed_key(key)
     values, state, found = list(params), list(model_state), []
-    optimizers = [StageOptimizer.of(optimizer(k)) for k in range(len(stages))]
+    optimizers = optimizers_of(optimizer, stages)
     opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
     sent: dict[tuple[int, int], PyTree] = {}  # (stage, batch) -> its input
     for action in (a for tick in schedule.stream(len(batches)) for a in tick):

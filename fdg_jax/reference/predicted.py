@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fdg_jax.engine.arguments import optimizers_of
 from fdg_jax.engine.encoding import rounded
 from fdg_jax.engine.gradient_rule import GradientRule
 from fdg_jax.engine.synthesizer import Output, Synthesizer, SynthesizerState
@@ -39,7 +40,7 @@ def train(
     placed = [s.at(sum(stage.size for stage in stages[:k])) for k, s in enumerate(stages)]
     values, state = list(params), list(model_state)
     taught = [own for _, own in synthesizers]
-    optimizers = [StageOptimizer.of(optimizer(k)) for k in range(len(stages))]
+    optimizers = optimizers_of(optimizer, stages)
     opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
     up: dict[tuple[int, int], PyTree] = {}  # (stage, batch) -> input
     met: dict[tuple[int, int], Any] = {}  # -> weights, state and output of its forward

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from fdg_jax.engine.arguments import optimizers_of
 from fdg_jax.engine.encoding import rounded
 from fdg_jax.layer import Chain, Layer, batch_key, chain, typed_key
 from fdg_jax.optim import StageOptimizer
@@ -33,7 +34,7 @@ def train(
     placed = [s.at(sum(stage.size for stage in stages[:k])) for k, s in enumerate(stages)]
     parts = [_runs(stage) for stage in placed]
     values, state = list(params), list(model_state)
-    optimizers = [StageOptimizer.of(optimizer(k)) for k in range(len(stages))]
+    optimizers = optimizers_of(optimizer, stages)
     opt_states = [opt.init(p) for opt, p in zip(optimizers, params, strict=True)]
     up: dict[tuple[int, int], PyTree] = {}  # (stage, micro-batch) -> input at its forward
     kept: dict[tuple[int, int], Any] = {}  # -> inputs of its runs, state of its forward

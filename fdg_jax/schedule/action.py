@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 ACTIVATION, COTANGENT, OUTPUT_COTANGENT = "activation", "cotangent", "output_cotangent"
+# An array that two stages use (`fdg_jax.tie`), and the gradient of its second use.
+TIED, TIED_GRADIENT = "tied", "tied_gradient"
 OUTPUT = "output"  # of the stage itself, and the labels, for its synthesizer
 
 

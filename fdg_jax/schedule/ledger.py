@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from fdg_jax.schedule.action import ACTIVATION, COTANGENT, Action, Kind
+from fdg_jax.schedule.action import ACTIVATION, COTANGENT, Action, Kind, Port
 
 LABEL, METRIC = "label", "metric"
 
@@ -39,6 +39,7 @@ class Plan(Protocol):
     def fill(self) -> int: ...
     def tick(self, t: int, end: int | None = None) -> list[Action]: ...
     def gives(self, kind: Kind, k: int) -> Iterator[tuple[str, int]]: ...
+    def takes(self, kind: Kind, k: int) -> tuple[Port, ...]: ...
 
 
 class Holding:
@@ -101,7 +102,7 @@ class Ledger:
             own.pending = 0
             return
         n = action.batch * self._microbatches + (action.micro or 0)
-        for port in kind.takes:
+        for port in self._schedule.takes(kind, k):
             own.take(port.name, n)
         if kind.in_flight == "opens":
             own.flights[n] = (own.version if action.version is None else action.version, None)

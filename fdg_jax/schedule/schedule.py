@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fdg_jax.schedule import grid
-from fdg_jax.schedule.action import ACTIVATION, COTANGENT, KINDS, OUTPUT, Action, Kind
+from fdg_jax.schedule.action import ACTIVATION, COTANGENT, KINDS, Action, Kind, Port
 from fdg_jax.schedule.counts import Counts, count, fill_of, stream
 from fdg_jax.schedule.ledger import Holding, holdings
+from fdg_jax.schedule.messages import given, taken
 
 Rule = Callable[[int], Sequence[Action]]
 Reduction = Literal["mean", "sum"]
@@ -38,6 +39,7 @@ class Schedule:
       kinds: of its actions.
       losses: the stages that have a loss; empty: the last one.
       predicts: the stages that have a synthesizer, which predicts the cotangent of their output.
+      tied: the stage that has an array and a later one that uses it, too; None: there is none.
 
     Raises:
       ValueError: a number or a name out of bounds.
@@ -53,6 +55,7 @@ class Schedule:
     kinds: tuple[Kind, ...] = KINDS
     losses: tuple[int, ...] = ()
     predicts: tuple[int, ...] = ()
+    tied: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.num_stages < 1:
@@ -87,18 +90,12 @@ class Schedule:
         return tuple(sorted({*self.losses, *self.predicts}))
 
     def gives(self, kind: Kind, k: int) -> Iterator[tuple[str, int]]:
-        """The messages that an action sends: the port, and the stage that gets it.
+        """The messages that an action of stage k sends: ports, and the stages that get them."""
+        return given(self, kind, k)
 
-        Args:
-          kind: of the action.
-          k: the stage that does it.
-
-        Yields:
-          Ports and stages.
-        """
-        for name, hop in kind.gives:
-            if 0 <= k + hop < self.num_stages and (name != OUTPUT or k in self.predicts):
-                yield name, k + hop
+    def takes(self, kind: Kind, k: int) -> tuple[Port, ...]:
+        """The messages that an action of stage k consumes."""
+        return taken(self, kind, k)
 
     @functools.cached_property
     def sources(self) -> dict[str, list[list[tuple[tuple[str, int], ...]]]]:
@@ -296,7 +293,8 @@ class Schedule:
         A rule that is a dataclass enters by its fields, any other by the actions of the fill and of
         the ticks after it.
         """
-        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        fields = [field.name for field in dataclasses.fields(self)]
+        values = [getattr(self, name) for name in fields if name != "tied" or self.tied]
         if not dataclasses.is_dataclass(self.rule):
             ticks = range(2 * self.fill + 2 * self.period)
             values[2] = [[tuple(action) for action in self.tick(t)] for t in ticks]

@@ -131,7 +131,7 @@ def then(first: Schedule, steps: int, second: Schedule) -> Schedule:
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: the first schedule must run for at least 1 mini-batch")
-    for name in ("num_stages", "microbatches", "reduction", "kinds", "losses"):
+    for name in ("num_stages", "microbatches", "reduction", "kinds", "losses", "tied"):
         ours, theirs = getattr(first, name), getattr(second, name)
         if ours != theirs:
             raise ValueError(
@@ -153,4 +153,5 @@ def then(first: Schedule, steps: int, second: Schedule) -> Schedule:
         period=second.period,
         kinds=first.kinds,
         losses=first.losses,
+        tied=first.tied,
     )

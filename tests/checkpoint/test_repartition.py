@@ -127,7 +127,7 @@ def test_one_stage_goes_on_as_a_plain_loop():
     three, one = make(fdg.schedule.fdg(3)), make(fdg.schedule.backprop(1))
     state = convert(three, train(three, start(three), DATA[:6]), one, X)
     (tick, _, _), [(params, model_state, opt_state)] = values(state)
-    network, optimizer = fdg.chain(networks.network()), networks.sgd(1.0, 1)(0)
+    network, optimizer = fdg.chain(networks.network()), one.stages[0].optimizer
 
     @jax.jit
     def step(params, model_state, opt_state, n, x, labels):
@@ -163,7 +163,7 @@ def test_other_stages_go_on_as_the_oracle_from_there(schedule):
 
     def optimizer(k):  # begins where it stands
         return optax.GradientTransformation(
-            lambda params: arrays[k][2], two.stages[k].optimizer.update
+            lambda params: arrays[k][2], two.stages[k].optimizer.given.update
         )
 
     stages = fdg.partition(networks.network(dropping=False), 2, X, cost=CUTS[2])

@@ -26,8 +26,12 @@ SCHEDULES = {
 }
 
 
-def pipeline(schedule: str, num_stages: int, **options: Any) -> fdg.Pipeline:
-    stages = fdg.partition(networks.network(), num_stages, networks.batches(1)[0][0], cost=[1] * 7)
+def pipeline(schedule: str, num_stages: int, tied: bool = False, **options: Any) -> fdg.Pipeline:
+    layers, example = networks.network(), networks.batches(1)[0][0]
+    if tied:
+        layers.insert(-1, networks.dense(networks.WIDTH))
+        options["tie"] = fdg.tie(0, 9, "bias", "bias")
+    stages = fdg.partition(layers, num_stages, example, cost=[1] * (7 + tied))
     return fdg.Pipeline(
         stages,
         networks.loss_fn,

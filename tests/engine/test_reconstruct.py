@@ -104,7 +104,7 @@ def test_one_weight_by_hand():
     pipe = fdg.Pipeline(*arguments, gradient="reconstruct")
     state, _ = networks.run(pipe, data)
     np.testing.assert_allclose(float(pipe.params(state)[0]), versions[-1], rtol=1e-14)
-    np.testing.assert_allclose(float(state.stages[0].opt_state.average), delta, rtol=1e-12)
+    np.testing.assert_allclose(float(state.stages[0].opt_state.average[0]), delta, rtol=1e-12)
     start = [jnp.full((), 0.9), ()]
     key = jax.random.key(0)
     run = reference.train(*arguments, start, [(), ()], key, data, gradient="reconstruct")
@@ -146,6 +146,7 @@ def test_on_a_line_the_estimate_tends_to_the_weights_of_the_forward(make):
     for k, own in enumerate(state.stages[:2]):
         tau = schedule.staleness(k)
         _, estimate, now, late = own.opt_state.inner[0]
+        estimate, now = estimate[k], now[k]
         ago = np.minimum(np.arange(60), tau)
         np.testing.assert_array_equal(late, ago)
         forward = now[np.arange(60) - ago]

@@ -61,6 +61,22 @@ def test_fdg_trains_writes_its_files_and_repeats_bit_for_bit(settings, tmp_path)
         lm.run(settings)
 
 
+def test_the_head_may_use_the_embeddings_table(settings):
+    tied = dataclasses.replace(settings, tie_embedding=True, overwrite=True)
+    pipe, _ = lm.make(tied, 12)
+    state = pipe.init(jax.random.key(0), *[jnp.zeros((8, 8), jnp.int32)] * 2)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(own)) for own in pipe.params(state)]
+    plain, _ = lm.make(settings, 12)
+    state = plain.init(jax.random.key(0), *[jnp.zeros((8, 8), jnp.int32)] * 2)
+    more = [sum(leaf.size for leaf in jax.tree.leaves(own)) for own in plain.params(state)]
+    assert [b - a for a, b in zip(sizes, more, strict=True)] == [0, 12 * 16]
+    assert lm.run(tied)["validation_loss"] < 1.5
+    with pytest.raises(UsageError, match="--tie_embedding"):
+        dataclasses.replace(tied, method="dgl").check()
+    with pytest.raises(UsageError, match="--tie_embedding"):
+        dataclasses.replace(tied, method="petra", reversible=True).check()
+
+
 def test_it_trains_with_messages_of_a_byte_a_number(settings):
     assert lm.run(dataclasses.replace(settings, message_dtype="int8"))["validation_loss"] < 1
 

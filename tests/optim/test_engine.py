@@ -74,7 +74,10 @@ def optimizer(schedule: fdg.schedule.Schedule, labels: Labels):
     def of_stage(k: int) -> optax.GradientTransformation:
         # One update more than there is: no remedy rests, not even in the last stage.
         parts = remedies(schedule.mean_staleness(k) + 1)
-        whole = optax.partition(parts, labels.of_stage[k])
+        names = jax.tree.leaves(labels.of_stage[k])
+        whole = optax.partition(
+            parts, lambda tree: jax.tree.unflatten(jax.tree.structure(tree), names)
+        )
         # One program for the oracle as well, which dispatches operation by operation.
         return optax.GradientTransformation(whole.init, jax.jit(whole.update))
 

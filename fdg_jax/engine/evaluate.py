@@ -1,0 +1,31 @@
+"""The outputs of a network in evaluation mode, from stage to stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fdg_jax.engine.messages import send
+from fdg_jax.engine.stage import Stage
+from fdg_jax.engine.state import StageState
+from fdg_jax.tied_stage import lends, lent, paired
+from fdg_jax.typing import PyTree
+
+
+def evaluate(stages: Sequence[Stage], states: Sequence[StageState], x: PyTree) -> PyTree:
+    """Outputs at the true weights.
+
+    Args:
+      stages: input first.
+      states: theirs.
+      x: inputs, batch axis first.
+
+    Returns:
+      The last stage's output, on its devices, perhaps not computed yet.
+    """
+    tied = None
+    for stage, own in zip(stages, states, strict=True):
+        x = paired(stage.layer, send(x, stage), send(tied, stage))
+        x = stage.evaluate(own.params, own.opt_state, own.model_state, x)
+        if lends(stage.layer):
+            tied = lent(stage.layer, stage.true_params(own.params, own.opt_state)[0])
+    return x

@@ -1,0 +1,70 @@
+"""A stage's optimizer that sees the stage as a part of the whole network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from fdg_jax.optim import StageOptimizer, true_params, without_prediction
+from fdg_jax.partition.network import Place
+from fdg_jax.typing import PyTree
+
+
+class NetworkOptimizer(StageOptimizer):
+    """A `StageOptimizer` that takes and gives trees of its stage, and works with the network's.
+
+    Its state holds trees as `fdg_jax.partition.network.Place.whole` makes them.
+
+    Attributes:
+      given: what works with the trees of the network.
+      place: where the stage stands in it.
+    """
+
+    given: StageOptimizer
+    place: Place
+
+    @staticmethod
+    def at(place: Place, given: StageOptimizer) -> NetworkOptimizer:
+        """The optimizer of a stage.
+
+        Args:
+          place: of the stage.
+          given: what works with the trees of the network.
+        """
+        parts = [part if part is None else _at(place, part) for part in given]
+        made = NetworkOptimizer(*parts)
+        made.given, made.place = given, place
+        return made
+
+    def true_params(self, params: PyTree, opt_state: optax.OptState) -> PyTree:
+        """See `fdg_jax.true_params`; of a stage's params."""
+        return self.place.own(true_params(self.place.whole(params), opt_state))
+
+    def without_prediction(
+        self, params: PyTree, opt_state: optax.OptState
+    ) -> tuple[PyTree, optax.OptState]:
+        """See `fdg_jax.optim.without_prediction`; of a stage's params."""
+        params, opt_state = without_prediction(self.place.whole(params), opt_state)
+        return self.place.own(params), opt_state
+
+
+def _at(
+    place: Place, given: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    def init(params: optax.Params) -> optax.OptState:
+        return given.init(place.whole(params))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if "stale_params" in extra_args:
+            extra_args["stale_params"] = place.whole(extra_args["stale_params"])
+        seen = params if params is None else place.whole(params)
+        updates, state = given.update(place.whole(updates), state, seen, **extra_args)
+        return place.own(updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,86 @@
+"""Labels by the layer's number or by name in the whole network, for `optax.partition`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+
+from fdg_jax.partition.network import InStack
+from fdg_jax.typing import PyTree
+
+Rule: TypeAlias = Mapping[int | range | str, Hashable] | Callable[[int, str], Hashable]
+
+
+def per_layer(rule: Rule, default: Hashable = "default") -> Callable[[PyTree], PyTree]:
+    r"""Labels for `optax.partition`, the same for every K and every cut.
+
+    .. math::
+        \text{label}(a) = \text{rule}(n, \text{name}), \qquad a \text{ an array of layer } n
+
+    The optimizer of a stage sees the params of the stage at their places in the whole network, as
+    `fdg_jax.partition.network.Place.whole` puts them. Layers are numbered from the input, from 0;
+    the equal layers of a `fdg_jax.repeat` count one by one.
+
+    Args:
+      rule: a dictionary from what an array is to its label, of which the first key that fits
+        counts: a layer's number, a ``range`` of numbers, or a name in the array's path, such as
+        "bias". Or a function ``rule(n, name)`` of the layer's number and the array's path in it,
+        such as "attention/kernel".
+      default: the label of an array that no key fits.
+
+    Returns:
+      A function of the params, or of updates, that returns labels for them.
+
+    Raises:
+      ValueError: (from the function) layers of one `fdg_jax.repeat` have two labels for an array,
+        which has them all; or the params are not a network's.
+
+    Example:
+      >>> import optax
+      >>> import fdg_jax as fdg
+      >>> labels = fdg.per_layer({range(0, 2): "frozen"}, "trained")
+      >>> labels(({"w": 0.0}, {"w": 0.0}, {"w": 0.0}))
+      ({'w': 'frozen'}, {'w': 'frozen'}, {'w': 'trained'})
+      >>> optimizer = optax.partition({"frozen": optax.set_to_zero(), "trained": optax.sgd(0.1)},
+      ...                             labels)
+    """
+
+    def of(number: int, name: str) -> Hashable:
+        if callable(rule):
+            return rule(number, name)
+        for key, label in rule.items():
+            if key in name.split("/") if isinstance(key, str) else _fits(key, number):
+                return label
+        return default
+
+    def labels(params: PyTree) -> PyTree:
+        def one(path: jax.tree_util.KeyPath, leaf: Any) -> Hashable:
+            del leaf
+            if not isinstance(params, tuple) or not path:
+                raise ValueError(
+                    "per_layer: the params are not those of a network of layers, a tuple; give "
+                    "the optimizer to a Pipeline, or the params of a chain to the optimizer"
+                )
+            number: int = path[0].idx
+            name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
+            found = of(number, name)
+            last = number
+            while last + 1 < len(params) and isinstance(params[last + 1], InStack):
+                last += 1
+                if of(last, name) != found:
+                    raise ValueError(
+                        f"per_layer: {name or 'an array'} of layers {number} to {last} is one "
+                        f"array of a repeat, with the labels {found!r} and {of(last, name)!r}; "
+                        "write these layers out: [layer] * n in the place of repeat(layer, n)"
+                    )
+            return found
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    return labels
+
+
+def _fits(key: int | range, number: int) -> bool:
+    return number in key if isinstance(key, range) else number == key

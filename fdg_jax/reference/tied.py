@@ -1,0 +1,57 @@
+"""The oracle's tied weights: one array in two places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from fdg_jax.layer import Layer
+from fdg_jax.tie import Borrowed, Tie
+from fdg_jax.tied_stage import Tied, tied_stages
+from fdg_jax.typing import PyTree
+
+
+class Shared:
+    """The array that two layers use.
+
+    Args:
+      stages: the network.
+      tie: which array; None: none.
+    """
+
+    def __init__(self, stages: Sequence[Layer], tie: Tie | None) -> None:
+        self._transpose = tie is not None and tie.transpose
+        self._tied = {
+            k: stage for k, stage in enumerate(tied_stages(stages, tie)) if isinstance(stage, Tied)
+        }
+        self.owner = min(self._tied, default=-1)
+        self.user = max(self._tied, default=-1)
+
+    def array(self, params: PyTree) -> jax.Array | None:
+        """The array, out of the params of the owner's stage, where the user is in another."""
+        if self.owner == self.user:
+            return None
+        return self._tied[self.owner].lent(params).array
+
+    def filled(self, params: Sequence[PyTree], lent: jax.Array | None) -> list[PyTree]:
+        """All params, with an array where it is used; None: that of these params."""
+
+        def borrowed(node: object) -> bool:
+            return isinstance(node, Borrowed)
+
+        found = list(params)
+        if not self._tied:
+            return found
+        if lent is None:
+            lent = self._tied[self.owner].lent(params[self.owner]).array
+        array = lent.T if self._transpose else lent
+        found[self.user] = jax.tree.map(
+            lambda v: array if borrowed(v) else v, params[self.user], is_leaf=borrowed
+        )
+        return found
+
+    def sum(self, gradient: PyTree, lent: jax.Array) -> PyTree:
+        """The gradient of the owner's stage, and that of the array's other use."""
+        own = self.array(gradient)
+        return jax.tree.map(lambda v: v + lent if id(v) == id(own) else v, gradient)
