@@ -12,6 +12,8 @@ from fdg_jax.head import with_head
 from fdg_jax.layer import Layer, chain
 from fdg_jax.optim import (
     StageOptimizer,
+    average_weights,
+    averaged_params,
     delay_compensation,
     delayed_sgd,
     error_feedback,
@@ -47,6 +49,8 @@ __all__ = [
     "StageOptimizer",
     "Synthesizer",
     "__version__",
+    "average_weights",
+    "averaged_params",
     "chain",
     "coupling",
     "delay_compensation",

@@ -37,6 +37,7 @@ def read(
     example: PyTree,
     optimizer: Optimizers | None = None,
     tie: Tie | None = None,
+    averaged: bool = False,
 ) -> Weights:
     """The weights in a checkpoint, as they are: what is in flight is left out, not applied.
 
@@ -49,6 +50,8 @@ def read(
         params are the true ones. With a rule that adds to the optimizer ("reconstruct"), those of
         its stages: ``lambda k: pipe.stages[k].optimizer``. None: no optimizer state is read.
       tie: that of the pipeline; its array then stands in both layers.
+      averaged: whether to read the average of the weights (`fdg_jax.average_weights`) in their
+        place; the optimizer has to be given for it.
 
     Returns:
       `Weights`.
@@ -73,6 +76,8 @@ def read(
       >>> float(weight)
       1.0
     """
+    if averaged and optimizer is None:
+        raise ValueError("optimizer: must be given with averaged=True; its state has the average")
     folder = local(folder, "folder")
     if not folder.exists():
         raise FileNotFoundError(f"folder={folder}: there is no checkpoint; name one that is there")
@@ -114,5 +119,8 @@ def read(
     if optimizer is not None:
         trees = zip(optimizers, parts[0], parts.pop(), strict=True)
         # Compiled, so that they have the bits that `Pipeline.true_params` gives.
-        parts[0] = [jax.device_get(jax.jit(one.true_params)(*pair)) for one, *pair in trees]
+        parts[0] = [
+            jax.device_get(jax.jit(one.averaged_params if averaged else one.true_params)(*pair))
+            for one, *pair in trees
+        ]
     return Weights(untied(stages, parts[0]), parts[1])

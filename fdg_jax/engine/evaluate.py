@@ -11,20 +11,30 @@ from fdg_jax.tied_stage import lends, lent, paired
 from fdg_jax.typing import PyTree
 
 
-def evaluate(stages: Sequence[Stage], states: Sequence[StageState], x: PyTree) -> PyTree:
-    """Outputs at the true weights.
+def evaluate(
+    stages: Sequence[Stage],
+    states: Sequence[StageState],
+    x: PyTree,
+    params: Sequence[PyTree] | None = None,
+) -> PyTree:
+    """Outputs of the network.
 
     Args:
       stages: input first.
       states: theirs.
       x: inputs, batch axis first.
+      params: weights, one pytree a stage, on its devices; None: the true ones.
 
     Returns:
       The last stage's output, on its devices, perhaps not computed yet.
     """
     tied = None
-    for stage, own in zip(stages, states, strict=True):
+    for k, (stage, own) in enumerate(zip(stages, states, strict=True)):
         x = paired(stage.layer, send(x, stage), send(tied, stage))
+        if params is not None:
+            x = stage.evaluate_at(params[k], own.model_state, x)
+            tied = lent(stage.layer, params[k]) or tied
+            continue
         x = stage.evaluate(own.params, own.opt_state, own.model_state, x)
         if lends(stage.layer):
             tied = lent(stage.layer, stage.true_params(own.params, own.opt_state)[0])

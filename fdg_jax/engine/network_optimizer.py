@@ -6,7 +6,13 @@ from typing import Any
 
 import optax
 
-from fdg_jax.optim import StageOptimizer, true_params, without_prediction
+from fdg_jax.optim import (
+    StageOptimizer,
+    averaged_params,
+    restarted_average,
+    true_params,
+    without_prediction,
+)
 from fdg_jax.partition.network import Place
 from fdg_jax.typing import PyTree
 
@@ -40,6 +46,20 @@ class NetworkOptimizer(StageOptimizer):
     def true_params(self, params: PyTree, opt_state: optax.OptState) -> PyTree:
         """See `fdg_jax.true_params`; of a stage's params."""
         return self.place.own(true_params(self.place.whole(params), opt_state))
+
+    def averaged_params(self, params: PyTree, opt_state: optax.OptState) -> PyTree:
+        """See `fdg_jax.averaged_params`; of a stage's params."""
+        return self.place.own(averaged_params(self.place.whole(params), opt_state))
+
+    def restarted(self, new: PyTree, params: PyTree, opt_state: optax.OptState) -> optax.OptState:
+        """The state for other weights: predictions and averages begin anew.
+
+        Args:
+          new: true weights of the stage.
+          params, opt_state: those before.
+        """
+        _, opt_state = without_prediction(self.place.whole(params), opt_state)
+        return restarted_average(self.place.whole(new), opt_state)
 
     def without_prediction(
         self, params: PyTree, opt_state: optax.OptState

@@ -298,6 +298,9 @@ class Functions(Updates):
         self, params: PyTree, opt_state: PyTree, model_state: PyTree, inputs: PyTree
     ) -> PyTree:
         (params,) = self._true_params(params, opt_state)
+        return self._evaluate_at(params, model_state, inputs)
+
+    def _evaluate_at(self, params: PyTree, model_state: PyTree, inputs: PyTree) -> PyTree:
         y, _ = self.layer.apply(params, model_state, inputs, train=False, key=None)
         return self._over_batch(y)
 

@@ -82,3 +82,6 @@ class Updates(Placed):
 
     def _true_params(self, params: PyTree, opt_state: PyTree) -> tuple[PyTree]:
         return (self._whole(self.optimizer.true_params(params, opt_state)),)
+
+    def _averaged_params(self, params: PyTree, opt_state: PyTree) -> tuple[PyTree]:
+        return (self._whole(self.optimizer.averaged_params(params, opt_state)),)

@@ -35,12 +35,16 @@ class Views:
     network: Layer
 
     @no_active_mesh()
-    def predict(self, state: PipelineState, x: PyTree) -> PyTree:
-        """Outputs in evaluation mode at the true weights, through the stages where they are.
+    def predict(
+        self, state: PipelineState, x: PyTree, params: Sequence[PyTree] | None = None
+    ) -> PyTree:
+        """Outputs in evaluation mode, through the stages where they are.
 
         Args:
           state: any state; it is not consumed.
           x: inputs, batch axis first.
+          params: weights, one pytree per stage, on its devices, such as `averaged_params` returns.
+            None: the true ones.
 
         Returns:
           The network's outputs, on the last stage's devices, perhaps not computed yet.
@@ -50,7 +54,8 @@ class Views:
           ConsumedStateError: the state was used before.
         """
         check_state(state, self.num_stages, READ)
-        return evaluate(self.stages, state.stages, undivided(x, self.stages[0].mesh.size))
+        x = undivided(x, self.stages[0].mesh.size)
+        return evaluate(self.stages, state.stages, x, params)
 
     def params(self, state: PipelineState) -> list[PyTree]:
         """The parameters of each stage, where they are, as its next forward uses them.
@@ -78,6 +83,23 @@ class Views:
         check_state(state, self.num_stages, READ)
         pairs = zip(self.stages, state.stages, strict=True)
         return [stage.true_params(own.params, own.opt_state)[0] for stage, own in pairs]
+
+    @no_active_mesh()
+    def averaged_params(self, state: PipelineState) -> list[PyTree]:
+        """The average of the weights that `fdg_jax.average_weights` keeps.
+
+        Args:
+          state: any state; it is not consumed.
+
+        Returns:
+          K pytrees, on the stages' devices, valid until the next step.
+
+        Raises:
+          ValueError: the optimizer keeps no average.
+        """
+        check_state(state, self.num_stages, READ)
+        pairs = zip(self.stages, state.stages, strict=True)
+        return [stage.averaged_params(own.params, own.opt_state)[0] for stage, own in pairs]
 
     def skipped(self, state: PipelineState) -> list[int]:
         """How many micro-batches each stage skipped, since they were not finite.
@@ -108,8 +130,8 @@ class Views:
     def replace_params(self, state: PipelineState, params: Sequence[PyTree]) -> PipelineState:
         """A state with other weights, such as those of a trained model; all else stays.
 
-        Optimizers go on with their moments and counts; one that predicts weights begins its
-        prediction anew.
+        Optimizers go on with their moments and counts; predictions and averages of weights begin
+        anew.
 
         Args:
           state: with nothing in flight, as `init` and `drain` return it; consumed.
@@ -149,9 +171,8 @@ class Views:
         for k, (stage, own, new) in enumerate(zip(self.stages, state.stages, params, strict=True)):
             if found := difference(own.params, new):
                 raise ValueError(f"params: those of stage {k} ({stage.layers}) differ: {found}")
-            opt_state = own.opt_state
+            copied, opt_state = put(jax.tree.map(np.array, new), stage.replicated), own.opt_state
             if stage.here:
-                opt_state = jax.jit(stage.optimizer.without_prediction)(own.params, opt_state)[1]
-            copied = put(jax.tree.map(np.array, new), stage.replicated)
+                opt_state = jax.jit(stage.optimizer.restarted)(copied, own.params, opt_state)
             made.append(own._replace(params=copied, opt_state=opt_state))
         return state._replace(stages=tuple(made))

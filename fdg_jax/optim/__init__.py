@@ -7,6 +7,7 @@
     staleness_rate, stretched_momentum     rates and numbers
     error_feedback                         last in a chain
     predict_weights                        around a whole optimizer
+    average_weights, averaged_params       around a whole optimizer; an average of the weights
     track_changes, past_params             around a whole optimizer; weights of earlier from it
     delayed_sgd                            SGD with prediction, stretched momentum, compensation
     recipes                                whole optimizers, tuned
@@ -15,6 +16,12 @@ Imports nothing of the rest of the library.
 """
 
 from fdg_jax.optim import recipes
+from fdg_jax.optim.average import (
+    AverageState,
+    average_weights,
+    averaged_params,
+    restarted_average,
+)
 from fdg_jax.optim.changes import ChangesState, past_params, track_changes
 from fdg_jax.optim.compensation import (
     DelayCompensationState,
@@ -45,6 +52,7 @@ from fdg_jax.optim.stage_optimizer import StageOptimizer
 from fdg_jax.optim.staleness import Staleness, updates_late
 
 __all__ = [
+    "AverageState",
     "BasisRotationState",
     "ChangesState",
     "DelayCompensationState",
@@ -58,6 +66,8 @@ __all__ = [
     "Staleness",
     "Stretched",
     "adam_displacement",
+    "average_weights",
+    "averaged_params",
     "delay_compensation",
     "delayed_sgd",
     "error_feedback",
@@ -67,6 +77,7 @@ __all__ = [
     "past_params",
     "predict_weights",
     "recipes",
+    "restarted_average",
     "scale_by_basis_rotation",
     "scale_by_spike_compensation",
     "staleness_rate",

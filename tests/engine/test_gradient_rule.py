@@ -101,8 +101,9 @@ def test_a_correction_in_the_wrong_place_is_named():
         lambda k: optax.chain(fdg.delay_compensation(0.3), optax.sgd(0.1)),
         fdg.schedule.adl(2, 2),
     )
+    state = pipe.init(jax.random.key(0), *DATA[0])
     with pytest.raises(ValueError, match=r"StageOptimizer\(per_gradient=...\)"):
-        pipe.init(jax.random.key(0), *DATA[0])
+        pipe.step(state, DATA[0])
 
 
 def test_the_optimizer_is_told_the_staleness():

@@ -1,0 +1,132 @@
+"""An exponential moving average of the weights, kept by the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fdg_jax.optim.displacement import states_of
+from fdg_jax.optim.prediction import true_params
+from fdg_jax.optim.staleness import checked_number
+
+
+class AverageState(NamedTuple):
+    """State of `average_weights`.
+
+    Attributes:
+      inner: of the optimizer.
+      average: of the weights; like the params.
+    """
+
+    inner: optax.OptState
+    average: optax.Params
+
+
+def average_weights(
+    optimizer: optax.GradientTransformation, decay: float
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps an exponential moving average of the weights; the updates stay as they are.
+
+    .. math::
+        \bar{w}_0 = w_0, \qquad \bar{w}_{t+1} = d \, \bar{w}_t + (1 - d) \, w_{t+1}
+
+    The average begins with the initial weights. It takes the memory of the weights once more, and
+    is a part of the optimizer's state: a stage keeps it on its own devices, and checkpoints contain
+    it. Where the optimizer predicts weights (`fdg_jax.predict_weights`, `fdg_jax.delayed_sgd`),
+    inside of this or around it, the average is of the true ones. It counts the stage's updates.
+
+    Args:
+      optimizer: makes the updates.
+      decay: d, 0 to less than 1; such as 0.999.
+
+    Returns:
+      The transformation; `averaged_params` reads the average.
+
+    Raises:
+      ValueError: decay is out of range; or (from update) params are missing.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> optimizer = average_weights(optax.sgd(1.0), decay=0.75)
+      >>> params = jnp.zeros(())
+      >>> updates, state = optimizer.update(jnp.ones(()), optimizer.init(params), params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(float(params), float(averaged_params(params, state)))
+      -1.0 -0.25
+
+    References:
+      Polyak, Juditsky: Acceleration of Stochastic Approximation by Averaging, 1992.
+    """
+    decay = checked_number("decay", decay, 0, 1, "0.999 averages over about 1,000 updates")
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params: optax.Params) -> AverageState:
+        return AverageState(inner.init(params), jax.tree.map(jnp.copy, params))
+
+    def update(
+        updates: optax.Updates,
+        state: AverageState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AverageState]:
+        if params is None:
+            raise ValueError("params: an average of weights needs update(grads, state, params)")
+        updates, new = inner.update(updates, state.inner, params, **extra_args)
+        weights = true_params(optax.apply_updates(params, updates), new)
+        average = jax.tree.map(
+            lambda a, w: (decay * a + (1 - decay) * w).astype(a.dtype), state.average, weights
+        )
+        return updates, AverageState(new, average)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
+    """The average of the weights that `average_weights` keeps.
+
+    Args:
+      params: what was trained with the optimizer whose state this is.
+      opt_state: its state; `average_weights` may stand anywhere in it.
+
+    Returns:
+      A pytree like ``params``.
+
+    Raises:
+      ValueError: there is no average in the state, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> optimizer = average_weights(optax.sgd(0.1), 0.9)
+      >>> float(averaged_params(jnp.ones(()), optimizer.init(jnp.ones(()))))
+      1.0
+    """
+    found = states_of(opt_state, AverageState)
+    if len(found) != 1:
+        raise ValueError(
+            f"opt_state: has {len(found)} averages of weights; wrap the whole optimizer of the "
+            "stage in fdg_jax.average_weights once"
+        )
+    del params
+    return found[0].average
+
+
+def restarted_average(params: optax.Params, opt_state: optax.OptState) -> optax.OptState:
+    """The state of an optimizer whose average, if it keeps one, begins with other weights.
+
+    Args:
+      params: true weights.
+      opt_state: of an optimizer of such params.
+
+    Returns:
+      The state; all else in it stays.
+    """
+
+    def one(node: Any) -> Any:
+        if isinstance(node, AverageState):
+            return node._replace(average=jax.tree.map(jnp.copy, params))
+        return node
+
+    return jax.tree.map(one, opt_state, is_leaf=lambda node: isinstance(node, AverageState))
