@@ -47,8 +47,8 @@ def local(path: str | os.PathLike[str], name: str) -> pathlib.Path:
         raise ValueError(f"{name}={text}: is no local folder; {remedy}")
     try:
         return pathlib.Path(text).expanduser().absolute()
-    except RuntimeError as error:  # the home of nobody
-        raise ValueError(f"{name}={text}: {error}; name another folder") from error
+    except (OSError, RuntimeError) as error:  # no such user, or no folder to be in
+        raise ValueError(f"{name}={text}: cannot be found ({error}); name another") from error
 
 
 def check_folder(path: pathlib.Path, name: str) -> None:
