@@ -78,9 +78,13 @@ class Tick:
         if self.watch is not None:
             self.watch.entered(self.batch, sent)
 
+    def send(self, tree: PyTree, k: int) -> PyTree:
+        """A message onto the devices of stage k."""
+        return send(tree, self.programs[k])
+
     def _enter(self, k: int, port: str, tree: PyTree) -> PyTree:
         stage, count = self.programs[k], self.schedule.microbatches
-        sent = send(tree if count > 1 else plain(tree), stage)
+        sent = self.send(tree if count > 1 else plain(tree), k)
         for m, part in enumerate(stage.split(sent, count=count) if count > 1 else [sent]):
             self.stages[k].put(port, self.batch * count + m, part)
         return sent
@@ -264,7 +268,7 @@ class Tick:
             s.gradient,
             stage.number_on_device(s.pending, np.int32),
             s.record,
-            None if self.weight is None else send(self.weight, stage),
+            None if self.weight is None else self.send(self.weight, k),
             mean=self.schedule.reduction == "mean",
         )
         s.update(params, opt_state, record)
@@ -299,7 +303,7 @@ class Tick:
         for name, stage in self.schedule.gives(kind, k):
             value = own if stage == k else up if stage > k else down
             if stage != k:
-                value = send(ties.part(name, value), self.programs[stage])
+                value = self.send(ties.part(name, value), stage)
             self.stages[stage].put(name, n, value)
 
     def report(self, k: int, n: int, report: tuple[jax.Array, dict[str, Any]]) -> None:

@@ -105,9 +105,11 @@ def failure(
     """An error that names where it came from."""
     if "has been deleted" in str(error):
         return ConsumedStateError()
+    where = f"stage {k} ({programs[k].layers})"
+    if what == "tick":
+        where = f"stages 0 to {len(programs) - 1}, which are one program"
     return StageError(
-        f"stage {k} ({programs[k].layers}), mini-batch {batch}, {what}: "
-        f"{type(error).__name__}: {error}",
+        f"{where}, mini-batch {batch}, {what}: {type(error).__name__}: {error}",
         k,
         batch,
     )

@@ -37,6 +37,7 @@ from fdg_jax.engine.shared_modules import warn_of_shared
 from fdg_jax.engine.stages import build
 from fdg_jax.engine.state import PipelineState
 from fdg_jax.engine.state_check import check_state
+from fdg_jax.engine.steady import SteadyTicks, compiles
 from fdg_jax.engine.template import template
 from fdg_jax.engine.ties import tie_stages
 from fdg_jax.engine.views import Views
@@ -86,6 +87,8 @@ class Pipeline(Views):
       message_dtype: of activations and cotangents between stages: ``jnp.bfloat16``, ``float16``,
         ``int8`` (`fdg_jax.engine.encoding.encode`), or None, as they are. `predict` does not round.
       tie: an array that is used in two layers (`fdg_jax.tie`).
+      compile: whether a tick is one program once the pipeline is full. "auto": where several stages
+        share one device or one group. Results are the same to rounding.
 
     Raises:
       ValueError: arguments that do not fit together; the message names the argument and the remedy.
@@ -120,6 +123,7 @@ class Pipeline(Views):
         synthesizers: Synthesizers = None,
         message_dtype: DTypeLike | None = None,
         tie: Tie | None = None,
+        compile: str | bool = "auto",
     ) -> None:
         stages = check_layers(stages, "stages")
         check_arguments(len(stages), schedule, max_ahead, on_nonfinite)
@@ -142,6 +146,8 @@ class Pipeline(Views):
         # Who sees what is dispatched; `fdg_jax.analysis.Recorder` sets it.
         self.watch: Watch | None = None
         self._fitting: set[Any] = set()
+        self.compiled = compiles(self.stages, compile)
+        self._steady = SteadyTicks(self.stages, schedule) if self.compiled else None
 
     @property
     def gradient(self) -> str:
@@ -212,9 +218,15 @@ class Pipeline(Views):
           NonFiniteError: with ``on_nonfinite="stop"``; the state is whole then.
         """
         with deferred(), no_active_mesh():
-            check_state(state, self.num_stages)
+            check_state(state, self.num_stages, ())
             x, labels = pair(batch)
             fit(self.stages, self.schedule, state, x, labels, self._fitting)
+            if self._steady is not None and self.watch is None and self._steady.full(state):
+                self._ahead.wait(self.max_ahead)
+                state, metrics, done = self._steady.step(state, x, labels)
+                self._ahead.add(done)
+                return state, metrics
+            check_state(state, self.num_stages)
             tick = Tick(self.stages, self.schedule, state, self.watch)
             tick.enter(x, labels)
             self._ahead.wait(self.max_ahead)

@@ -215,8 +215,10 @@ class Placed:
 
     def _over_batch(self, tree: PyTree) -> PyTree:
         """Batch axis sharded over the group."""
-        if self.mesh.size == 1:
-            return tree
+        return tree if self.mesh.size == 1 else self.placed(tree)
+
+    def placed(self, tree: PyTree) -> PyTree:
+        """Where the inputs, labels or messages of this stage live, inside of a program."""
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.places(tree))
 
     def placement(self, leaf: Any) -> NamedSharding:

@@ -118,7 +118,8 @@ class Stage(EncodedFunctions):
         """A scalar on the stage's devices; sent once for each value."""
         known = self._scalars.get((dtype, value))
         if known is None:
-            known = self._scalars[dtype, value] = put(dtype(value), self.replicated)
+            with jax.ensure_compile_time_eval():  # a constant where a tick is being traced
+                known = self._scalars[dtype, value] = put(dtype(value), self.replicated)
         return known
 
     def init(self, key: Key, x: PyTree) -> tuple[PyTree, PyTree, optax.OptState]:

@@ -1,0 +1,255 @@
+"""Ticks as one program each, where all stages share one device or one group.
+
+A full pipeline does the same in every tick, or in every ``period`` ticks. Such ticks are compiled
+(`fdg_jax.engine.compiled_tick`); while it fills and drains, and where somebody watches its
+programs, they are dispatched as elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fdg_jax.engine.compiled_tick import FLIGHT, LABELS, OWN, VERSION, CompiledTick, Item, Place, X
+from fdg_jax.engine.messages import Done, Metrics, MetricsList, failure, send
+from fdg_jax.engine.stage import Stage
+from fdg_jax.engine.state import PipelineState, Slots, StageState, scalar
+from fdg_jax.errors import ConsumedStateError
+from fdg_jax.schedule import Schedule
+from fdg_jax.shared import plain
+from fdg_jax.typing import PyTree
+
+COMPILE = ("auto", True, False)
+
+
+def compiles(stages: Sequence[Stage], wanted: str | bool) -> bool:
+    """Whether ticks are compiled.
+
+    Args:
+      stages: of the pipeline.
+      wanted: True, False, or "auto": where several stages share a device or a group.
+
+    Raises:
+      ValueError: another value, or True where stages are on different devices.
+    """
+    if not any(wanted is allowed or wanted == allowed for allowed in COMPILE):
+        raise ValueError(f'compile={wanted!r}: must be "auto", True or False')
+    together = len({stage.mesh for stage in stages}) == 1 and stages[0].here
+    if wanted is True and not together:
+        raise ValueError(
+            "compile=True: stages on different devices cannot be one program; give one device, as "
+            'in devices=jax.devices()[:1], or compile="auto"'
+        )
+    return together and (wanted is True or (wanted == "auto" and len(stages) > 1))
+
+
+class SteadyTicks:
+    """The compiled ticks of a pipeline.
+
+    Args:
+      stages: all on the same devices.
+      schedule: theirs.
+    """
+
+    def __init__(self, stages: Sequence[Stage], schedule: Schedule) -> None:
+        self._stages, self._schedule = stages, schedule
+        self._from = 2 * (schedule.fill + 1) + schedule.period
+        self._known: dict[int, Steady] = {}
+        self._devices = set(stages[0].mesh.devices.flat)
+
+    def full(self, state: PipelineState) -> bool:
+        """Whether the pipeline is full, so that ticks repeat themselves."""
+        return int(state.tick) - int(state.origin) >= self._from
+
+    def step(
+        self, state: PipelineState, x: PyTree, labels: PyTree
+    ) -> tuple[PipelineState, MetricsList, list[Done]]:
+        """One tick.
+
+        Args:
+          state: full; consumed.
+          x, labels: the mini-batch that enters.
+
+        Returns:
+          The new state, the metrics, what `RunAhead` waits for.
+
+        Raises:
+          ConsumedStateError: the state was used before.
+          StageError: the program cannot be made.
+        """
+        if self._schedule.microbatches == 1:
+            x, labels = plain(x), plain(labels)
+        x, labels = self._near(x), self._near(labels)
+        phase = (int(state.tick) - int(state.origin)) % self._schedule.period
+        try:
+            if phase not in self._known:
+                made = CompiledTick(self._stages, self._schedule, state, x, labels)
+                self._known[phase] = Steady(made, self._stages, self._schedule, state)
+            return self._known[phase].step(state, x, labels)
+        except ConsumedStateError:
+            raise
+        except Exception as error:
+            raise failure(self._stages, 0, "tick", int(state.tick), error) from error
+
+    def _near(self, tree: PyTree) -> PyTree:
+        """What the program takes as it is, else on the devices."""
+        for leaf in jax.tree.leaves(tree):
+            if isinstance(leaf, jax.Array) and leaf.sharding.device_set != self._devices:
+                return send(tree, self._stages[0])
+        return tree
+
+
+class Steady:
+    """Runs one compiled tick on states.
+
+    Args:
+      tick: the program.
+      stages, schedule: of the pipeline.
+      state: that it was made from.
+    """
+
+    def __init__(
+        self,
+        tick: CompiledTick,
+        stages: Sequence[Stage],
+        schedule: Schedule,
+        state: PipelineState,
+    ) -> None:
+        self._tick, self._stages = tick, stages
+        self._parts = schedule.microbatches
+        self._changes = [_Change(tick, k, stages[k]) for k in range(len(stages))]
+
+    def step(
+        self, state: PipelineState, x: PyTree, labels: PyTree
+    ) -> tuple[PipelineState, MetricsList, list[Done]]:
+        tick = self._tick
+        batch = int(state.tick)
+        later = (batch - tick.batch) * self._parts
+        updates = [
+            int(own.version) - then.version
+            for own, then in zip(state.stages, tick.before, strict=True)
+        ]
+
+        def there(place: Place) -> PyTree:
+            k, what, n = place
+            if what in (X, LABELS):
+                return x if what == X else labels
+            return _value(state.stages[k], what, n + (updates[k] if what == VERSION else later))
+
+        donated, given = [[there(p) for p in places] for places in (tick.donated, tick.given)]
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(donated)):
+            raise ConsumedStateError
+        moving = {place: jax.tree.leaves(there(place)) for place in tick.moving}
+        made = tick.program(donated, given)
+
+        def value_of(item: Item) -> PyTree:
+            if item.sources is None:
+                return made[item.output]
+            leaves = [made[s] if isinstance(s, int) else moving[s[0]][s[1]] for s in item.sources]
+            return jax.tree.unflatten(item.structure, leaves)
+
+        values = {item.place: value_of(item) for item in tick.makes}
+        stages = tuple(
+            change.apply(own, values, later, moved)
+            for change, own, moved in zip(self._changes, state.stages, updates, strict=True)
+        )
+        metrics = MetricsList()
+        for of, k, item in tick.reports:
+            loss, aux = value_of(item)
+            metrics.append(Metrics(batch + of - tick.batch, loss, aux, k))
+        tokens = [(k, own.record) for k, own in enumerate(stages)]
+        done = [Done(k, "tick", batch, token) for k, token in tokens if token is not None]
+        done = done or [Done(0, "tick", batch, stages[0].number)]
+        return PipelineState(scalar(batch + 1), state.origin, state.key, stages), metrics, done
+
+
+def _value(own: StageState, what: str, n: int) -> PyTree:
+    if what in OWN:
+        return getattr(own, what)
+    slots = own.flights if what == FLIGHT else own.versions if what == VERSION else own.inbox[what]
+    i = n % len(slots.values)
+    if slots.numbers[i] != n:
+        raise ValueError(f"{what} {n} is missing in a pipeline that is full")
+    return slots.values[i]
+
+
+class _Change:
+    """What a compiled tick does with the state of one stage."""
+
+    def __init__(self, tick: CompiledTick, k: int, stage: Stage) -> None:
+        before, after = tick.before[k], tick.after[k]
+        mine = [item.place for item in tick.makes if item.place[0] == k]
+        self._k, self._zeros = k, stage.zeros
+        self._blank: dict[str, PyTree] = {}
+        self._own = [place for place in mine if place[1] in OWN]
+        self._updates = after.version - before.version
+        self._pending = after.pending
+        self._reset = bool(before.pending) and not after.pending
+        self._flights = _Exchange(mine, FLIGHT, before.flights, after.flights)
+        self._met = [(n, after.flights[n][0]) for n in self._flights.added]
+        self._versions = _Exchange(mine, VERSION, before.versions, after.versions)
+        ports = sorted(before.inbox.keys() | after.inbox.keys())
+        self._inbox = [
+            (port, _Exchange(mine, port, before.inbox.get(port, {}), after.inbox.get(port, {})))
+            for port in ports
+        ]
+
+    def apply(
+        self, own: StageState, values: dict[Place, PyTree], later: int, updates: int
+    ) -> StageState:
+        changed: dict[str, Any] = {place[1]: values[place] for place in self._own}
+        if self._reset and own.gradient is not None:
+            changed["gradient"] = self._blank_of("gradient", own.gradient)
+        changed["pending"] = scalar(self._pending)
+        if self._updates:
+            changed["version"] = own.version + np.int32(self._updates)
+        if self._flights:
+            met = own.met.copy()
+            for n in self._flights.left:
+                met[(n + later) % len(met)] = 0
+            for n, version in self._met:
+                met[(n + later) % len(met)] = version + updates
+            changed["met"] = met
+            changed["flights"] = self._exchanged(FLIGHT, own.flights, self._flights, values, later)
+        if self._versions:
+            changed["versions"] = self._exchanged(
+                VERSION, own.versions, self._versions, values, updates
+            )
+        inbox = dict(own.inbox)
+        for port, exchange in self._inbox:
+            if exchange:
+                inbox[port] = self._exchanged(port, own.inbox[port], exchange, values, later)
+        return own._replace(inbox=inbox, **changed)
+
+    def _exchanged(
+        self, what: str, slots: Slots, exchange: _Exchange, values: dict[Place, PyTree], later: int
+    ) -> Slots:
+        numbers, stored, size = slots.numbers.copy(), list(slots.values), len(slots.values)
+        for n in exchange.left:
+            i = (n + later) % size
+            numbers[i], stored[i] = -1, self._blank_of(what, stored[i])
+        for n in exchange.added:
+            i = (n + later) % size
+            numbers[i], stored[i] = n + later, values[self._k, what, n]
+        return Slots(numbers, tuple(stored))
+
+    def _blank_of(self, what: str, like: PyTree) -> PyTree:
+        if what not in self._blank:
+            self._blank[what] = self._zeros(like)
+        return self._blank[what]
+
+
+class _Exchange:
+    """Which numbers leave the slots of a kind, and which come."""
+
+    def __init__(
+        self, places: Sequence[Place], what: str, before: dict[int, Any], after: dict[int, Any]
+    ) -> None:
+        self.added = [n for _, name, n in places if name == what]
+        self.left = [n for n in before if n not in after]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.left)
