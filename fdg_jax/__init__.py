@@ -30,6 +30,7 @@ from fdg_jax.optim import (
 from fdg_jax.partition import Partition, partition, per_layer
 from fdg_jax.repeat import repeat
 from fdg_jax.reversible import coupling, reversible, two_streams
+from fdg_jax.sequence import layers_of
 from fdg_jax.shared import shared
 from fdg_jax.tie import tie
 from fdg_jax.version import __version__
@@ -57,6 +58,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "gap_aware",
+    "layers_of",
     "methods",
     "models",
     "optim",
