@@ -1,7 +1,7 @@
 """Fully decoupled training with delayed gradients (FDG) in JAX."""
 
 from fdg_jax import methods, models, optim, schedule
-from fdg_jax.adapters import from_fn, from_linen, from_nnx
+from fdg_jax.adapters import from_equinox, from_fn, from_linen, from_nnx
 from fdg_jax.analysis import simulate
 from fdg_jax.engine import Pipeline, PipelineState
 from fdg_jax.engine.gradient_rule import GradientRule
@@ -54,6 +54,7 @@ __all__ = [
     "delayed_sgd",
     "error_feedback",
     "fdg_shrink",
+    "from_equinox",
     "from_fn",
     "from_linen",
     "from_nnx",

@@ -1,4 +1,4 @@
-"""Layers from nnx modules, linen modules and plain functions."""
+"""Layers from modules of nnx, linen and Equinox, and from plain functions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Callable
 from flax import linen, nnx
 
 from fdg_jax.calling import Values, convention
+from fdg_jax.equinox_adapter import from_equinox, is_equinox
 from fdg_jax.layer import Layer
 from fdg_jax.linen_adapter import from_linen
 from fdg_jax.nnx_adapter import from_nnx
 from fdg_jax.typing import Key, PyTree
 
-__all__ = ["from_fn", "from_linen", "from_nnx"]
+__all__ = ["from_equinox", "from_fn", "from_linen", "from_nnx"]
 
 
 def from_fn(
@@ -41,10 +42,12 @@ def from_fn(
       >>> from_fn(jnp.abs).apply((), (), -jnp.ones(1), train=True, key=None)[0].item()
       1.0
     """
-    if not callable(f) or isinstance(f, (nnx.Module, linen.Module)):
+    module = isinstance(f, (nnx.Module, linen.Module)) or is_equinox(f)
+    if module or not callable(f):
         raise ValueError(
             f"f: {type(f).__name__} is no function of one argument; modules of nnx go to "
-            "fdg_jax.from_nnx, those of linen to fdg_jax.from_linen"
+            "fdg_jax.from_nnx, those of linen to fdg_jax.from_linen, those of Equinox to "
+            "fdg_jax.from_equinox"
         )
     fixed = f.keywords if isinstance(f, functools.partial) else {}
     name = getattr(f, "__name__", type(f).__name__)

@@ -98,7 +98,9 @@ def from_nnx(
     ) -> tuple[PyTree, PyTree]:
         return skeleton().apply(params, state, x, train, key)
 
-    return FromModule(init, apply, shared=lambda: made_outside(lambda: factory(nnx.Rngs(0))))
+    return FromModule(
+        init, apply, shared=lambda: made_outside(lambda: params_of(factory(nnx.Rngs(0))))
+    )
 
 
 def check_factory(factory: Any, example: str) -> None:
@@ -180,13 +182,17 @@ def values(module: nnx.Module) -> tuple[PyTree, PyTree]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
 
 
-def made_outside(make: Callable[[], nnx.Module]) -> list[Any]:
-    """The parameters of a module that ``make`` does not make anew."""
+def params_of(module: nnx.Module) -> list[Any]:
+    """The parameters of a module, as objects."""
+    return [node for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Param)]
+
+
+def made_outside(make: Callable[[], list[Any]]) -> list[Any]:
+    """Those of its parameters that ``make`` does not make anew."""
     calls: list[list[Any]] = []
 
     def call() -> None:
-        nodes = nnx.iter_graph(make())
-        calls.append([node for _, node in nodes if isinstance(node, nnx.Param)])
+        calls.append(make())
 
     for _ in range(2):
         jax.eval_shape(lambda: call())  # a new function: JAX would know the old one's shapes

@@ -23,6 +23,7 @@ from fdg_jax.nnx_adapter import (
     Skeleton,
     check_factory,
     made_outside,
+    params_of,
     skeleton_of,
     values,
 )
@@ -128,7 +129,7 @@ def _nnx_layer(
         return skeleton.apply(params, state, x, train, key)
 
     def shared() -> list[Any]:
-        return made_outside(lambda: _at(factory(nnx.Rngs(0)), path))
+        return made_outside(lambda: params_of(_at(factory(nnx.Rngs(0)), path)))
 
     return InSequence(init, apply, shared=shared, place=place)
 
