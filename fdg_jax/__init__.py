@@ -1,7 +1,7 @@
 """Fully decoupled training with delayed gradients (FDG) in JAX."""
 
 from fdg_jax import methods, models, optim, schedule
-from fdg_jax.adapters import from_fn, from_linen, from_nnx
+from fdg_jax.adapters import from_equinox, from_fn, from_linen, from_nnx
 from fdg_jax.analysis import simulate
 from fdg_jax.engine import Pipeline, PipelineState
 from fdg_jax.engine.gradient_rule import GradientRule
@@ -32,6 +32,7 @@ from fdg_jax.optim import (
 from fdg_jax.partition import Partition, partition, per_layer
 from fdg_jax.repeat import repeat
 from fdg_jax.reversible import coupling, reversible, two_streams
+from fdg_jax.sequence import layers_of
 from fdg_jax.shared import shared
 from fdg_jax.tie import tie
 from fdg_jax.version import __version__
@@ -57,10 +58,12 @@ __all__ = [
     "delayed_sgd",
     "error_feedback",
     "fdg_shrink",
+    "from_equinox",
     "from_fn",
     "from_linen",
     "from_nnx",
     "gap_aware",
+    "layers_of",
     "methods",
     "models",
     "optim",

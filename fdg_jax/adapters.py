@@ -1,209 +1,20 @@
-"""Layers from nnx modules, linen modules and plain functions."""
+"""Layers from modules of nnx, linen and Equinox, and from plain functions."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-import jax
-import numpy as np
 from flax import linen, nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fdg_jax.calling import (
-    Convention,
-    Values,
-    check_sequence,
-    convention,
-    is_library,
-    mode_of,
-)
-from fdg_jax.layer import Layer, typed_key
+from fdg_jax.calling import Values, convention
+from fdg_jax.equinox_adapter import from_equinox, is_equinox
+from fdg_jax.layer import Layer
 from fdg_jax.linen_adapter import from_linen
+from fdg_jax.nnx_adapter import from_nnx
 from fdg_jax.typing import Key, PyTree
 
-__all__ = ["from_fn", "from_linen", "from_nnx"]
-
-
-@dataclass(frozen=True)
-class FromModule(Layer):
-    """A layer from a module.
-
-    Attributes:
-      shared: finds the parameters that exist outside of it: those of a module that its factory does
-        not make anew.
-    """
-
-    shared: Callable[[], list[Any]] = list
-
-
-def from_nnx(
-    factory: Callable[[nnx.Rngs], nnx.Module],
-    *,
-    train_kwargs: Values | None = None,
-    eval_kwargs: Values | None = None,
-) -> Layer:
-    """A layer from an nnx module.
-
-    Parameters (``nnx.Param``) become ``params``, everything else but random state becomes
-    ``state``, both as plain nested dicts. The module's random streams are seeded anew from ``key``
-    at every call, and ``module.train()`` or ``module.eval()`` is called first, so ``nnx.Dropout``
-    and ``nnx.BatchNorm`` do what they should. Flags of ``__call__`` and boolean attributes with
-    common names (``training``, ``is_training``, ``deterministic``, ``inference`` ...) are set
-    likewise; flags with other names by ``train_kwargs``.
-
-    Args:
-      factory: makes the module from ``nnx.Rngs``; the module is called with one array (or pytree)
-        and its flags.
-      train_kwargs: flags of ``__call__`` and their values in training.
-      eval_kwargs: their values in evaluation; None: booleans are turned round.
-
-    Returns:
-      A `Layer`.
-
-    Raises:
-      ValueError: ``factory`` is a module, or makes none; (when the module is first made) a flag
-        that nobody sets, or a parameter without a default; (from ``apply``) the module draws
-        random numbers in training and key is None, or makes weights in its call.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import nnx
-      >>> dense = from_nnx(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
-      >>> params, state = dense.init(jax.random.key(0), jnp.ones((1, 3)))
-      >>> sorted(params), params["kernel"].shape
-      (['bias', 'kernel'], (3, 2))
-    """
-
-    if isinstance(factory, (nnx.Module, linen.Module)) or not callable(factory):
-        raise ValueError(
-            f"factory: {type(factory).__name__} is no function; give one that makes the module, "
-            "such as lambda rngs: nnx.Linear(3, 2, rngs=rngs)"
-        )
-
-    # The module's structure is found once, at first use, without computing anything.
-    @functools.cache
-    def skeleton() -> tuple[Any, ...]:
-        module = nnx.eval_shape(lambda: _made(factory, nnx.Rngs(0)))
-        arguments = _convention(module, train_kwargs, eval_kwargs)
-        graph, params, rngs, state = _split(module)
-        return graph, jax.tree.structure(params), jax.tree.structure(state), rngs, arguments
-
-    def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
-        del x
-        skeleton()
-        module = _made(factory, nnx.Rngs(typed_key(key)))
-        _, params, _, state = _split(module)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(state)
-
-    def apply(
-        params: PyTree, state: PyTree, x: PyTree, *, train: bool, key: Key | None
-    ) -> tuple[PyTree, PyTree]:
-        graph, params_structure, state_structure, rngs, arguments = skeleton()
-        if train and key is None and jax.tree.leaves(rngs):
-            raise ValueError("key=None: this module draws random numbers in training; give a key")
-        module = nnx.merge(
-            graph,
-            jax.tree.unflatten(params_structure, jax.tree.leaves(params)),
-            _seeded(rngs, key),
-            jax.tree.unflatten(state_structure, [_unwritable(v) for v in jax.tree.leaves(state)]),
-            copy=True,
-        )
-        _set_mode(module, train)
-        args, kwargs = arguments(train)
-        y = module(x, *args, **kwargs)
-        _, new_params, _, new_state = _split(module)
-        if jax.tree.structure(new_params) != params_structure:
-            raise ValueError(
-                f"{type(module).__name__}: makes weights in its call, which nobody would train; "
-                "make them in __init__"
-            )
-        return y, _kept(type(module).__name__, state, nnx.to_pure_dict(new_state))
-
-    def shared() -> list[Any]:
-        calls: list[list[Any]] = []
-
-        def call() -> None:
-            nodes = nnx.iter_graph(factory(nnx.Rngs(0)))
-            calls.append([node for _, node in nodes if isinstance(node, nnx.Param)])
-
-        for _ in range(2):
-            jax.eval_shape(lambda: call())  # a new function: JAX would know the old one's shapes
-        one, two = calls
-        return [node for node in one if any(node is other for other in two)]
-
-    return FromModule(init, apply, shared=shared)
-
-
-def _made(factory: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
-    module = factory(rngs)
-    if not isinstance(module, nnx.Module):
-        raise ValueError(
-            f"factory: makes {type(module).__name__}, which is no nnx module; linen modules go to "
-            "fdg_jax.from_linen, functions to fdg_jax.from_fn"
-        )
-    return module
-
-
-def _convention(module: Any, train_kwargs: Values | None, eval_kwargs: Values | None) -> Convention:
-    """How the module is called."""
-    name = type(module).__name__
-    if isinstance(module, nnx.Sequential):
-        check_sequence(module.layers, name, nnx.Module)
-    return convention(module.__call__, name, train_kwargs, eval_kwargs)
-
-
-def _kept(name: str, state: PyTree, new: PyTree) -> PyTree:
-    """The new state, without what the call has sown."""
-    old, found = flatten_dict(state), flatten_dict(new)
-    for path in found.keys() - old.keys():
-        if not isinstance(found[path], tuple):
-            raise ValueError(
-                f"{name}: makes the variable {'/'.join(map(str, path))} in its call; make it in "
-                "__init__"
-            )
-    return new if found.keys() == old.keys() else unflatten_dict({p: found[p] for p in old})
-
-
-def _set_mode(module: nnx.Module, train: bool) -> None:
-    """``module.train()`` or ``module.eval()``, and attributes with other names of a flag."""
-    for _, one in nnx.iter_modules(module):
-        for name, value in list(vars(one).items()):
-            mode = mode_of(name, train)
-            if mode is not None and isinstance(value, bool) and not is_library(type(one)):
-                setattr(one, name, mode)
-    if train:
-        nnx.Module.train(module)
-    else:
-        nnx.Module.eval(module)
-
-
-def _split(module: nnx.Module) -> Any:
-    """Structure, parameters, random state, everything else but what a call only lets one see."""
-    parts: Any = nnx.split(module, nnx.Param, nnx.RngState, nnx.Intermediate, ...)
-    graph, params, rngs, _, state = parts
-    return graph, params, rngs, state
-
-
-def _unwritable(array: Any) -> Any:
-    """An array that a module cannot write into: of numpy's it would change the caller's own."""
-    return jax.numpy.asarray(array) if isinstance(array, np.ndarray) else array
-
-
-def _seeded(rngs: PyTree, key: Key | None) -> PyTree:
-    """Random state in which stream number i has the key folded with i and nothing drawn yet."""
-    root = jax.random.key(0) if key is None else typed_key(key)
-    leaves, structure = jax.tree.flatten(rngs)
-    fresh: list[jax.Array] = []
-    for i, leaf in enumerate(leaves):
-        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            stream = jax.random.fold_in(root, i)
-            fresh.append(jax.random.split(stream, leaf.shape) if leaf.shape else stream)
-        else:
-            fresh.append(jax.numpy.zeros(leaf.shape, leaf.dtype))
-    return jax.tree.unflatten(structure, fresh)
+__all__ = ["from_equinox", "from_fn", "from_linen", "from_nnx"]
 
 
 def from_fn(
@@ -231,10 +42,12 @@ def from_fn(
       >>> from_fn(jnp.abs).apply((), (), -jnp.ones(1), train=True, key=None)[0].item()
       1.0
     """
-    if not callable(f) or isinstance(f, (nnx.Module, linen.Module)):
+    module = isinstance(f, (nnx.Module, linen.Module)) or is_equinox(f)
+    if module or not callable(f):
         raise ValueError(
             f"f: {type(f).__name__} is no function of one argument; modules of nnx go to "
-            "fdg_jax.from_nnx, those of linen to fdg_jax.from_linen"
+            "fdg_jax.from_nnx, those of linen to fdg_jax.from_linen, those of Equinox to "
+            "fdg_jax.from_equinox"
         )
     fixed = f.keywords if isinstance(f, functools.partial) else {}
     name = getattr(f, "__name__", type(f).__name__)

@@ -114,10 +114,7 @@ def convention(
       ((None, True), {})
     """
     trained, evaluated = modes(train_kwargs, eval_kwargs)
-    try:
-        parameters = list(inspect.signature(call).parameters.values())
-    except (TypeError, ValueError):  # some callables of C say nothing of their parameters
-        parameters = []
+    parameters = _parameters(call)
     first = [p for p in parameters[:1] if p.kind is not p.VAR_KEYWORD]
     rest = parameters[len(first) :]
     named = [p for p in rest if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -181,7 +178,10 @@ def check_sequence(layers: Iterable[Any], name: str, module: type[Any]) -> None:
         call: Any = layer.__call__ if isinstance(layer, module) else layer
         if is_library(call):
             continue
-        args, kwargs = convention(call, f"{name}.layers[{i}], {type(layer).__name__}")(True)
+        # Of a tuple or a dict the layers after the first get several inputs.
+        inputs = {p.name for p in _parameters(call) if i and _is_input(p)}
+        what = f"{name}.layers[{i}], {type(layer).__name__}"
+        args, kwargs = convention(call, what, fixed=inputs)(True)
         if args or kwargs:
             raise ValueError(
                 f"{name}: nobody sets the flags of its layers[{i}], {type(layer).__name__}; give a "
@@ -193,6 +193,18 @@ def is_library(call: Callable[..., Any]) -> bool:
     """Whether a callable is of a library whose flags are known: flax, jax ..."""
     module = getattr(call, "__module__", None)
     return module is None or module.split(".")[0] in _LIBRARIES
+
+
+def _parameters(call: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(call).parameters.values())
+    except (TypeError, ValueError):  # some callables of C say nothing of their parameters
+        return []
+
+
+def _is_input(p: inspect.Parameter) -> bool:
+    flag = mode_of(p.name, True) is not None or _says_bool(p)
+    return p.default is p.empty and not flag
 
 
 def _annotation(p: inspect.Parameter) -> str:

@@ -114,6 +114,15 @@ class Layer:
         del params, train, key
         return y, state
 
+    def key_at(self, key: Key, index: int | jax.Array) -> Key:
+        """What `at` makes of a key.
+
+        Args:
+          key: of the whole network.
+          index: the number of the layer.
+        """
+        return jax.random.fold_in(key, index)
+
     def at(self, index: int | jax.Array) -> Layer:
         """This layer as number ``index`` of a network: it folds that number into every key.
 
@@ -123,7 +132,7 @@ class Layer:
 
         def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
             with naming(index, x):
-                made = self.init(jax.random.fold_in(key, index), x)
+                made = self.init(self.key_at(key, index), x)
             return pair_of(index, "init must return (params, state)", made)
 
         def apply(
@@ -146,7 +155,7 @@ class Layer:
             return self.reverse(params, state, y, cotangent, key=folded(key))
 
         def folded(key: Key | None) -> Key | None:
-            return None if key is None else jax.random.fold_in(key, index)
+            return None if key is None else self.key_at(key, index)
 
         if self.inverse is None:
             return Layer(init, apply)

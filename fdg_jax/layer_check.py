@@ -62,6 +62,8 @@ def check_layer(layer: Any, name: str = "layer") -> None:
         remedy = f"make one with fdg_jax.from_nnx(lambda rngs: {kind}(..., rngs=rngs))"
     elif any(module.startswith("flax.linen") for module in modules):
         remedy = f"make one with fdg_jax.from_linen({kind}(...))"
+    elif any(module.startswith("equinox") for module in modules):
+        remedy = f"make one with fdg_jax.from_equinox(lambda key: {kind}(..., key=key))"
     elif isinstance(layer, (list, tuple)):
         remedy = "make one with fdg_jax.chain(layers)"
     elif callable(layer):

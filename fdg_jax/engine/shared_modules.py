@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from fdg_jax.adapters import FromModule
 from fdg_jax.layer import Layer, chain
+from fdg_jax.nnx_adapter import FromModule
 from fdg_jax.partition.network import units
 from fdg_jax.repeat import Repeat
 from fdg_jax.tie import Tie

@@ -142,7 +142,9 @@ class Views:
           The new state.
 
         Raises:
-          ValueError: mini-batches are in flight; or structure, shapes or dtypes are others.
+          ValueError: mini-batches are in flight; or structure, shapes or dtypes are others. The
+            state is whole then.
+          ConsumedStateError: the state was used before.
 
         Example:
           >>> import jax.numpy as jnp, optax
@@ -152,27 +154,32 @@ class Views:
           >>> pipe = fdg.Pipeline(layers, lambda y, t: (jnp.mean((y - t) ** 2), {}),
           ...                     optax.sgd(0.1), fdg.schedule.fdg(2))
           >>> state = pipe.init(jax.random.key(0), jnp.ones((4, 1)))
-          >>> state = pipe.replace_params(state, [jnp.float32(2), jnp.float32(3)])
+          >>> state = pipe.replace_params(state, [jnp.array(2.0), jnp.array(3.0)])
           >>> float(pipe.predict(state, jnp.ones((4, 1)))[0, 0])
           6.0
         """
         check_state(state, self.num_stages)
-        if flying := sum(len(own.flights.items()) for own in state.stages):
-            raise ValueError(
-                f"state: {flying} mini-batches are in flight in its stages, whose backwards need "
-                "the weights of their forwards; call drain first"
-            )
+        for k, own in enumerate(state.stages):
+            waiting = [items for slots in own.inbox.values() if (items := slots.items())]
+            if own.flights.items() or waiting or own.pending:
+                raise ValueError(
+                    f"state: mini-batches are in flight in stage {k}, whose gradients would be "
+                    "those of the weights before; call drain first"
+                )
         if not isinstance(params, Sequence) or len(params) != self.num_stages:
             raise ValueError(
                 f"params: must be {self.num_stages} pytrees, one a stage, as true_params returns "
                 "them"
             )
-        made = []
-        for k, (stage, own, new) in enumerate(zip(self.stages, state.stages, params, strict=True)):
+        for stage, own, new in zip(self.stages, state.stages, params, strict=True):
             if found := difference(own.params, new):
-                raise ValueError(f"params: those of stage {k} ({stage.layers}) differ: {found}")
-            copied, opt_state = put(jax.tree.map(np.array, new), stage.replicated), own.opt_state
+                raise ValueError(f"params: those of {stage.layers} differ: {found}")
+        made = []
+        for stage, own, new in zip(self.stages, state.stages, params, strict=True):
             if stage.here:
-                opt_state = jax.jit(stage.optimizer.restarted)(copied, own.params, opt_state)
-            made.append(own._replace(params=copied, opt_state=opt_state))
+                copied = put(jax.tree.map(np.array, jax.device_get(new)), stage.replicated)
+                anew = jax.jit(stage.optimizer.restarted, out_shardings=stage.shared(own.opt_state))
+                opt_state = anew(copied, own.params, own.opt_state)
+                own = own._replace(params=copied, opt_state=opt_state)
+            made.append(own)
         return state._replace(stages=tuple(made))

@@ -176,10 +176,13 @@ def _differing(a: PyTree, b: PyTree) -> tuple[str, str, str] | None:
 
 
 def _signatures(tree: PyTree) -> dict[str, str]:
+    def signature(leaf: Any) -> str:
+        if not hasattr(leaf, "dtype"):
+            return f"a {type(leaf).__name__}"
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/") or "it": (
-            f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        )
+        jax.tree_util.keystr(path, simple=True, separator="/") or "it": signature(leaf)
         for path, leaf in leaves
     }

@@ -50,6 +50,7 @@ def result(
     save: str | None = None,
     restore: str | None = None,
     at: int = 0,
+    replace: bool = False,
     **options: Any,
 ) -> dict[str, Any] | None:
     """Trains and returns hashes of parameters and losses, in the process of the last stage.
@@ -61,11 +62,15 @@ def result(
       save: folder for a checkpoint after ``at`` steps.
       restore: folder to go on from.
       at: see ``save``.
+      replace: whether to begin with the weights of another state.
       options: of the pipeline.
     """
     pipe = pipeline(schedule, num_stages, **options)
     data = networks.batches(steps)
     state = pipe.init(jax.random.key(7), data[0][0])
+    if replace:
+        other = pipe.init(jax.random.key(9), data[0][0])
+        state = pipe.replace_params(state, pipe.true_params(other))
     begin, metrics = 0, []
     if restore is not None:
         with Checkpointer(restore, pipe) as checkpoints:

@@ -51,10 +51,10 @@ def test_two_processes_train_to_the_bits_of_one_and_go_on_from_checkpoints(tmp_p
     fdg = {"schedule": "fdg", "num_stages": 2, "steps": STEPS}
     gpipe = {**fdg, "schedule": "gpipe", "on_nonfinite": "skip"}
     narrow = {**fdg, "message_dtype": "int8"}
-    tied = {**fdg, "tied": True}
-    found = results(run(2, [{**fdg, "save": str(tmp_path), "at": AT}, gpipe, narrow, tied]))
+    others = gpipe, narrow, {**fdg, "tied": True}, {**fdg, "replace": True}
+    found = results(run(2, [{**fdg, "save": str(tmp_path), "at": AT}, *others]))
     expected = member.result(**fdg)
-    assert found == [expected, *(member.result(**one) for one in (gpipe, narrow, tied))]
+    assert found == [expected, *(member.result(**one) for one in others)]
     # On in one process, and on in two.
     alone = member.result(**fdg, restore=str(tmp_path))
     assert alone["params"] == expected["params"]
@@ -67,9 +67,9 @@ def test_stages_that_span_processes(tmp_path):
     fdg = {"schedule": "fdg", "num_stages": 2, "steps": STEPS, "shard_optimizer": True}
     gpipe = {"schedule": "gpipe", "num_stages": 2, "steps": STEPS, "on_nonfinite": "skip"}
     again = {**fdg, "restore": str(tmp_path)}
-    tied = {**fdg, "tied": True}
-    found = results(run(4, [{**fdg, "save": str(tmp_path), "at": AT}, gpipe, again, tied]))
-    expected = [member.result(**one) for one in (fdg, gpipe, again, tied)]
+    others = gpipe, again, {**fdg, "tied": True}, {**fdg, "replace": True}
+    found = results(run(4, [{**fdg, "save": str(tmp_path), "at": AT}, *others]))
+    expected = [member.result(**one) for one in (fdg, *others)]
     # Both processes of the last stage say so.
     assert found == expected * 2
     assert expected[2]["params"] == expected[0]["params"]
