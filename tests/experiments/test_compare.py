@@ -16,7 +16,7 @@ from experiments import compare
 from experiments.common.errors import UsageError
 from experiments.comparing import paper
 from experiments.comparing.records import finished
-from experiments.training import settings
+from experiments.images import settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGFILES = sorted((pathlib.Path(compare.__file__).parent / "flags").glob("compare_*.cfg"))
