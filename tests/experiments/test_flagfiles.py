@@ -46,7 +46,3 @@ def test_study(path):
         assert run.settings.workdir.startswith("somewhere/")
     assert path.stem in path.read_text()
     assert len({row.folder for row in found.rows}) == len(found.rows)
-
-
-def test_every_setting_has_help():
-    assert set(settings.Settings.__dataclass_fields__) == set(settings.HELP)

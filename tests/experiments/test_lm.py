@@ -18,7 +18,7 @@ from absl import flags
 import fdg_jax as fdg
 from experiments.common.errors import UsageError
 from experiments.text import corpus
-from experiments.text.settings import HELP, Settings, define_flags, from_flags
+from experiments.text.settings import Settings, define_flags, from_flags
 from experiments.text.task import Text, optimizer
 from experiments.text.transformer import kernels, reversible_transformer, transformer
 from experiments.training import loop, methods, setup
@@ -283,4 +283,3 @@ def test_flagfile():
     from_flags(values).check()
     assert path.read_text().startswith("# ")
     assert "expected" in path.read_text()
-    assert set(Settings.__dataclass_fields__) == set(HELP)
