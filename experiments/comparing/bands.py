@@ -199,13 +199,11 @@ def write(
 def _row(record: Record, program: str) -> dict[str, Any]:
     """A run in results.json, its numbers by the names that they have in summary.json."""
     metric = record.metric
-    names = {
-        "value": metric,
-        "best": f"best_{metric}",
-        "speed": f"{TASKS[program].unit}_per_second",
-    }
+    names = {"best": f"best_{metric}", "speed": f"{TASKS[program].unit}_per_second"}
     found = {n: v for n, v in dataclasses.asdict(record).items() if n != "environment"}
-    found["curve"] = [{names.get(n, n): v for n, v in p.items()} for p in record.curve]
+    found["curve"] = [
+        {(metric if n == "value" else n): v for n, v in p.items()} for p in record.curve
+    ]
     return {names.get(name, name): value for name, value in found.items()}
 
 

@@ -21,8 +21,8 @@ from experiments.training.config import FREE, Config
 class Record:
     """A finished run: its numbers, its evaluations, and what it was run on.
 
-    ``metric`` says what ``value``, ``best`` and the values of the curve are: errors, or losses;
-    infinite where they were not finite. ``speed`` is in images or bytes a second.
+    ``metric`` says what ``value``, ``best`` and the values of the curve are: errors, or losses.
+    What was not finite is infinite. ``speed`` is in images or bytes a second.
     """
 
     folder: str
@@ -33,7 +33,8 @@ class Record:
     seed: int
     split: str
     metric: str
-    value: float
+    error: float
+    loss: float
     best: float
     seconds: float
     speed: float
@@ -66,7 +67,8 @@ class Record:
             config["seed"],
             split,
             metric,
-            _number(summary[f"{split}_{metric}"]),
+            _number(summary[f"{split}_error"]),
+            _number(summary[f"{split}_loss"]),
             _number(summary[f"best_{split}_{metric}"]),
             summary["train_seconds"],
             summary[f"{task.unit}_per_second"],
@@ -78,6 +80,11 @@ class Record:
             ],
             {name: config.get(name) for name in places},
         )
+
+    @property
+    def value(self) -> float:
+        """The result: the error, or the loss."""
+        return self.error if self.metric == "error" else self.loss
 
     @property
     def choosing(self) -> bool:

@@ -225,8 +225,8 @@ def test_a_loss_that_is_not_finite_is_compared_as_such(folder, tmp_path):
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     line = {"epoch": 1, "split": "validation", "loss": None, "error": 0.9, "seconds": 5}
     (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    numbers = {"validation_loss": None, "best_validation_loss": None, "train_seconds": 1.0}
-    numbers |= {"bytes_per_second": 9.0, "steps": 4, "params_sha256": "0"}
+    numbers = {"validation_loss": None, "best_validation_loss": None, "validation_error": 0.9}
+    numbers |= {"train_seconds": 1.0, "bytes_per_second": 9.0, "steps": 4, "params_sha256": "0"}
     (run / "summary.json").write_text(json.dumps(numbers))
     assert finished(config).value == np.inf
     assert compare.run(series(folder, *lists), lambda command: (1, "")) == 0
