@@ -36,8 +36,9 @@ from experiments.benchmarking.workload import ALLOWED, PIPED, Settings, Workload
 from experiments.common import command, fields, machine, workdir
 from experiments.common.errors import UsageError
 from experiments.common.screen import Screen
+from experiments.images.settings import DTYPES
 from experiments.training import setup
-from experiments.training.config import DTYPES, MESSAGE_DTYPES
+from experiments.training.config import MESSAGE_DTYPES
 
 FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
 # Settings that say where things are, not what is measured.

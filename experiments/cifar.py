@@ -13,15 +13,16 @@ that are not finite, end it with status 1.
 from __future__ import annotations
 
 from experiments.common import command
+from experiments.images.settings import define_flags, from_flags
+from experiments.images.task import Images
 from experiments.training import cluster, loop
-from experiments.training.settings import define_flags, from_flags
 
 
 def main() -> None:
     settings = from_flags()
     settings.check()
     cluster.join(settings)
-    loop.run(settings)
+    loop.run(settings, Images)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m experiments.compare --flagfile=experiments/flags/compare_quick.cfg --workdir=DIR
 
-Takes every flag of experiments.cifar, for all runs, and the lists below. It goes on when restarted.
+Takes every flag of experiments.cifar, for all runs, and the lists below; with --program=lm those of
+experiments.lm. It goes on when restarted.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from typing import Any
 
 from absl import flags
 
-import fdg_jax as fdg
-from experiments import data
 from experiments.common import command, workdir
 from experiments.common.errors import UsageError
 from experiments.comparing import bands, paper
 from experiments.comparing.records import Record, arguments, describe, finished, train
-from experiments.training import methods, remedies, settings
-from experiments.training.config import Config, blame
+from experiments.tasks import PROGRAMS, TASKS, program_flag
+from experiments.training import methods, remedies
+from experiments.training.config import Config
+from experiments.training.shown import number
 from fdg_jax.partition import units_of
 
 # Flags of a run that the lists below stand for.
@@ -45,7 +46,10 @@ LISTS: dict[str, tuple[list[str], str]] = {
     "remedies": (["none"], f"Of {', '.join(remedies.REMEDIES)}; where gradients are late."),
     "betas": (["1"], "Shrinking factors of the methods that shrink."),
     "seeds": (["0", "1", "2"], "The first of all combinations comes first, then the second."),
-    "reach": ([], "Errors in percent: table.md says after how many seconds each is reached."),
+    "reach": (
+        [],
+        "Errors in percent, or losses: table.md says after how many seconds each is reached.",
+    ),
     "choose_seeds": ([], "Seeds for --choose_beta; none stands for the first of --seeds."),
 }
 OPTIONS = ("choose_beta", "choose_validation_size", "limit_minutes", "report_only")
@@ -154,6 +158,7 @@ def run(series: Series, runner: Runner = train) -> int:
 
     def report() -> None:
         settings = json.loads(json.dumps(dataclasses.asdict(series)))
+        settings["program"] = series.common.PROGRAM
         bands.write(folder, settings, choice(), list(records.values()))
 
     def go(configs: list[Config], later: int) -> int:
@@ -179,7 +184,7 @@ def run(series: Series, runner: Runner = train) -> int:
             report()
             minutes = math.ceil(left * statistics.fmean(spent) / 60)
             print(
-                f"{head}{record.split} error {100 * record.error:.2f} %  "
+                f"{head}{record.split} {record.metric} {number(record.metric, record.value)}  "
                 f"{record.seconds:.0f} s training, {spent[-1]:.0f} s in all"
                 + (f"  about {minutes} min left" if left else ""),
                 flush=True,
@@ -212,6 +217,8 @@ def run(series: Series, runner: Runner = train) -> int:
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The lists, and what only a series has."""
+    text = "Whose runs are compared, experiments.PROGRAM; its flags are those of this program."
+    flags.DEFINE_enum("program", "cifar", list(TASKS), text, flag_values=values)
     for name, (default, text) in LISTS.items():
         flags.DEFINE_list(name, default, text, flag_values=values)
     text = (
@@ -253,7 +260,7 @@ def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Series:
         return values
 
     series = Series(
-        settings.from_flags(parsed),
+        PROGRAMS[str(parsed["program"].value)].from_flags(parsed),
         names,
         stages=numbers("stages", int, 1, math.inf),
         remedies=tuple(dict.fromkeys(given["remedies"])),
@@ -282,29 +289,20 @@ def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Series:
 def check(series: Series) -> Series:
     """``series`` checked against network, data and disk, the size of the validation split set."""
     common = series.common
-    with blame("model"):
-        units = len(units_of(fdg.models.create(common.model)))
+    if not series.report_only:
+        workdir.check(common.workdir, overwrite=True)
+    elif series.choose_validation_size or not series.choose_beta:
+        return series
+    # Loading also fills the cache of decoded images, before any clock runs.
+    task = TASKS[common.PROGRAM](common)
+    units = len(units_of(task.layers))
     cut = [methods.num_stages(c) for c in series.configs(series.betas, series.seeds)]
     if max(cut) > units:
         remedy = f"{common.model} has {units} layers that can be split, so choose 1 to {units}"
         raise UsageError(f"--stages={max(series.stages)}: {remedy}")
-    if not series.report_only:
-        workdir.check(common.workdir, overwrite=True)
-    held = series.choose_validation_size
-    if series.report_only and (held or not series.choose_beta):
+    if not series.choose_beta:
         return series
-    # Loading also fills the cache of decoded images, before any clock runs.
-    try:
-        dataset = data.load(common.dataset, common.data_dir)
-    except OSError as error:
-        raise UsageError(f"--dataset={common.dataset}: cannot be read ({error})") from error
-    count, size = len(dataset.train_labels), common.train_size
-    held = held or max(count // 10, 1)
-    if series.choose_beta and held + max(size, 1) > count:
-        raise UsageError(
-            f"--choose_validation_size={held}: with --train_size={size} these are more than the "
-            f"{count} train images; choose fewer"
-        )
+    held = task.held_for_choice(series.choose_validation_size)
     return dataclasses.replace(series, choose_validation_size=held)
 
 
@@ -315,6 +313,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    settings.define_flags()
+    PROGRAMS[program_flag(sys.argv[1:])].define_flags()
     define_flags()
     command.run(main)

@@ -28,6 +28,7 @@ from experiments.common import command, machine, workdir
 from experiments.common.errors import UsageError
 from experiments.common.screen import Screen
 from experiments.training import setup
+from experiments.training.task import loss_fn
 from fdg_jax.models.block import Head
 from fdg_jax.repeat import Repeat
 from fdg_jax.schedule.action import ACTIVATION, COTANGENT
@@ -77,7 +78,7 @@ def train(dataset: data.Dataset, rate: float, shown: Shown) -> list[float]:
     layers = network(FLAGS.blocks, dataset.num_classes, dataset.image_shape[-1])
     pipe = fdg.Pipeline(
         fdg.partition(layers, count, first[0]),
-        setup.loss_fn,
+        loss_fn,
         optax.sgd(rate, momentum=0.9),
         devices=jax.devices()[:count],  # may be fewer
         **fdg.methods.petra(count),

@@ -10,7 +10,6 @@ written as one, however it was cut. experiments.exporting.model_file.load reads 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -26,17 +25,18 @@ from experiments.common import command
 from experiments.common.errors import UsageError
 from experiments.common.workdir import local_path
 from experiments.exporting import model_file
-from experiments.training import family, methods, remedies, resume, setup
-from experiments.training.config import Config, check_experiment
+from experiments.tasks import settings_of, task_of
+from experiments.training import family, methods, remedies, resume
+from experiments.training.config import program_of
 from experiments.training.loop import params_sha256
 from fdg_jax.checkpoint import manifest, weights
 from fdg_jax.engine.rules import stage_rule
 from fdg_jax.layer import Layer
 from fdg_jax.partition.layerwise import separate
+from fdg_jax.tie import Tie
+from fdg_jax.tied_stage import emptied, tied_stages
 
 FLAGS = flags.FLAGS
-# What config.json says of the model, beside what makes the network.
-DESCRIBED = ("dataset", "num_classes", "class_names", "image_shape", "mean", "std")
 
 
 def define_flags() -> None:
@@ -61,13 +61,13 @@ def run_of(workdir: str) -> dict[str, Any]:
         found = json.loads((pathlib.Path(workdir).expanduser() / "config.json").read_text())
         if not isinstance(found, dict):
             raise ValueError("it is not that of a run")
-        check_experiment(found)
+        task = task_of(found)
     except (OSError, RuntimeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"--workdir={workdir}: its config.json cannot be read ({error}); name the folder of a "
             "run"
         ) from error
-    missing = [n for n in (*model_file.SETTINGS, *DESCRIBED, "cuts") if n not in found]
+    missing = [n for n in (*task.makes, *task.described, "cuts") if n not in found]
     if missing:
         raise UsageError(
             f"--workdir={workdir}: its config.json, of an older version, does not say "
@@ -164,7 +164,7 @@ def export(workdir: str, output: str, kind: str, checkpoint: str, overwrite: boo
     run = run_of(workdir)
     folder = choose(workdir, checkpoint)
     try:
-        stages, found = read(run, folder)
+        stages, found, tie = read(run, folder)
     except model_file.DAMAGE as error:
         raise UsageError(
             f"--checkpoint={checkpoint}: {folder} cannot be read ({error}); choose another"
@@ -172,10 +172,13 @@ def export(workdir: str, output: str, kind: str, checkpoint: str, overwrite: boo
     network = fdg.chain(stages)
     arrays = model_file.named(*(separate(network, tuple(trees)) for trees in found))
     step = int(folder.name.removeprefix("step-"))
-    about = {name: run[name] for name in (*DESCRIBED, *model_file.SETTINGS)}
+    task = task_of(run)
+    about = {name: run[name] for name in (*task.described, *task.makes)}
     about |= {
+        "experiment": program_of(run),
         "step": step,
-        "params_sha256": params_sha256(found.params),
+        # Of the run's own params, where a tied array stands once.
+        "params_sha256": params_sha256(emptied(tied_stages(stages, tie), found.params)),
         "fdg_jax": fdg.__version__,
     }
     try:
@@ -186,23 +189,25 @@ def export(workdir: str, output: str, kind: str, checkpoint: str, overwrite: boo
     return f"{run['model']} after step {step}, {count:,} parameters: {output}"
 
 
-def read(run: dict[str, Any], folder: pathlib.Path) -> tuple[Sequence[Layer], weights.Weights]:
-    """The stages of a run, and what a checkpoint has of them."""
+def read(
+    run: dict[str, Any], folder: pathlib.Path
+) -> tuple[Sequence[Layer], weights.Weights, Tie | None]:
+    """The stages of a run, what a checkpoint has of them, and which of the arrays are tied."""
+    task, config = task_of(run), settings_of(run)
     layers, example = model_file.layers(run), model_file.example(run, 1)
     stages = fdg.partition(layers, len(run["cuts"]) + 1, example, cost=run["cuts"])
-    known = {field.name for field in dataclasses.fields(Config)}
-    config = Config(**{name: value for name, value in run.items() if name in known})
-    schedule, classes = methods.schedule(config), run["num_classes"]
-    own = family.assemble(config, schedule, stages, setup.loss_fn, classes, images=True)
+    schedule, classes = methods.schedule(config), task.num_labels(run)
+    own = family.assemble(config, schedule, stages, task.loss_fn, classes, images=task.images)
+    tie = task.tied(run, layers)
     if not remedies.predicts(run.get("remedy", "none")):
-        return own.stages, weights.read(folder, own.stages, example)
+        return own.stages, weights.read(folder, own.stages, example, tie=tie), tie
     rate = optax.constant_schedule(config.learning_rate)
 
     def optimizer(k: int) -> fdg.StageOptimizer:
-        plain = fdg.StageOptimizer.of(setup.optimizer(config, rate, schedule, k))
+        plain = fdg.StageOptimizer.of(task.optimizer(config, rate, schedule, k))
         return stage_rule(methods.gradient(config), schedule, k).optimizer(plain)
 
-    return own.stages, weights.read(folder, own.stages, example, optimizer)
+    return own.stages, weights.read(folder, own.stages, example, optimizer, tie), tie
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
     python -m experiments.report runs/a runs/b --output=report.html
 
-Takes workdirs of experiments.cifar, of finished runs and of those that are still running or were
-stopped. The page needs no network and no other file. The first run is what the others are compared
-with. Utilisation and timeline are there for runs with --timeline.
+Takes workdirs of experiments.cifar, or of experiments.lm, of finished runs and of those that are
+still running or were stopped. The page needs no network and no other file. The first run is what
+the others are compared with. Utilisation and timeline are there for runs with --timeline.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from experiments.common.errors import UsageError
 from experiments.common.workdir import local_path
 from experiments.reporting import page, runs
 from experiments.reporting.runs import Run
+from experiments.training.shown import number
 
 FLAGS = flags.FLAGS
 # Of config.json what is no setting, and has its own place on the page.
 DERIVED = {"stages", "versions", "layer_costs", "devices", "device_kind", "machine", "cores"}
-DERIVED |= {"cuts", "cost_unit", "balance", "total_steps"}
+DERIVED |= {"experiment", "cuts", "cost_unit", "balance", "total_steps"}
 
 
 def define_flags() -> None:
@@ -34,19 +35,20 @@ def define_flags() -> None:
 
 def comparison(shown: Sequence[Run]) -> str:
     """The table over the runs; the swatches are the legend of the plots."""
-    heads = ["run", "method", "K", "error", "best", "time", "images/s", "x the first"]
+    task = shown[0].task
+    heads = ["run", "method", "K", task.metric, "best", "time", f"{task.unit}/s", "x the first"]
     heads += ["staleness", "stages busy", "all at once", "remedy", "beta", "seed", "state"]
-    first = shown[0].images_per_second
+    first = shown[0].speed
     rows = []
     for run in shown:
-        errors, speed, busy = run.errors, run.images_per_second, run.figures
+        results, speed, busy = run.results, run.speed, run.figures
         measured = busy["measured"] if busy else None
         rows.append(
             [
                 run.name,
                 run.config["method"],
                 f"{len(run.config['stages'])}",
-                *([f"{100 * error:.2f} %" for error in errors] if errors else ["-", "-"]),
+                *([number(task.metric, value) for value in results] if results else ["-", "-"]),
                 duration(run.seconds),
                 "-" if speed is None else f"{speed:,.0f}",
                 "-" if speed is None or not first else f"{speed / first:.2f}",
@@ -65,7 +67,9 @@ def comparison(shown: Sequence[Run]) -> str:
 
 
 def curves(shown: Sequence[Run]) -> str:
-    """Error against epochs and seconds, loss of training, speed."""
+    """Error or loss against epochs and seconds, loss of training, speed."""
+    task = shown[0].task
+    metric, factor, unit = task.metric, *((100, ", %") if task.metric == "error" else (1, ""))
 
     def lines(x: str, y: str, *, train: bool, factor: float = 1) -> list[tuple[list[float], Any]]:
         found = []
@@ -76,15 +80,17 @@ def curves(shown: Sequence[Run]) -> str:
 
     split = shown[0].lines(train=False)[:1]
     name = split[0]["split"] if split else "test"
-    by_epoch = lines("epoch", "error", train=False, factor=100)
-    by_second = lines("seconds", "error", train=False, factor=100)
+    by_epoch = lines("epoch", metric, train=False, factor=factor)
+    by_second = lines("seconds", metric, train=False, factor=factor)
     loss = lines("epoch", "loss", train=True)
-    speed = lines("seconds", "images_per_second", train=True)
+    speed = lines("seconds", runs.speed_name(task), train=True)
     plots = [
-        page.plot(f"{name} error, %", "epoch", by_epoch, points=True),
-        page.plot(f"{name} error against time, %", "training seconds", by_second, points=True),
+        page.plot(f"{name} {metric}{unit}", "epoch", by_epoch, points=True),
+        page.plot(
+            f"{name} {metric} against time{unit}", "training seconds", by_second, points=True
+        ),
         page.plot("train loss, mean since the line before", "epoch", loss),
-        page.plot("images per second since the line before", "training seconds", speed),
+        page.plot(f"{task.unit} per second since the line before", "training seconds", speed),
     ]
     return f'<div class="plots">{"".join(plots)}</div>'
 
@@ -194,10 +200,16 @@ def write(folders: Sequence[str], output: str) -> None:
     """
     path = local_path(output, "--output")
     if not folders:
-        raise UsageError("WORKDIR: is missing; name one or more workdirs of experiments.cifar")
+        raise UsageError("WORKDIR: is missing; name one or more folders of runs")
     if not output.endswith(".html"):
         raise UsageError(f"--output={output}: must end in .html; choose such a name")
     found = [runs.read(f, name) for f, name in zip(folders, names(folders), strict=True)]
+    if len({run.task for run in found}) > 1:
+        other = next(run for run in found if run.task is not found[0].task)
+        raise UsageError(
+            f"{other.name}: counts {other.task.unit}, {found[0].name} {found[0].task.unit}; give "
+            "runs of one program"
+        )
     title = found[0].name if len(found) == 1 else f"{len(found)} runs, compared with the first"
     body = [page.text("h1", title), comparison(found), "<br>", curves(found)]
     for run in found:

@@ -103,14 +103,12 @@ class Workers:
         return process.returncode, errors, time.monotonic() - began
 
     def _start(self, run: Run) -> subprocess.Popen[str]:
-        # A program without checkpoints begins again, also where it was interrupted before.
-        again = [] if hasattr(run.settings, "resume") else ["--overwrite"]
         with self._lock:
             if self._stopped:
                 raise concurrent.futures.CancelledError
             # A session of its own: Ctrl-C is for the study, which asks its runs to stop, once.
             process = subprocess.Popen(
-                [*run.command, *again],
+                run.command,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

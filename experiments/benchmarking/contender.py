@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import fdg_jax as fdg
 from experiments.benchmarking.workload import ONE_DEVICE, Workload, gradient
-from experiments.training.setup import loss_fn, message_dtype
+from experiments.training.setup import message_dtype
+from experiments.training.task import loss_fn
 from fdg_jax.checkpoint import Checkpointer
 from fdg_jax.engine.placement import BATCH_AXIS, stage_meshes
 from fdg_jax.layer import batch_key

@@ -18,9 +18,10 @@ import optax
 import fdg_jax as fdg
 from experiments.common.errors import UsageError
 from experiments.common.machine import cores
-from experiments.training.config import DTYPES, MESSAGE_DTYPES, blame
+from experiments.images.settings import DTYPES
+from experiments.images.task import compute
+from experiments.training.config import MESSAGE_DTYPES, blame
 from experiments.training.methods import METHODS, Method
-from experiments.training.setup import compute
 from fdg_jax.optim import Staleness, recipes
 from fdg_jax.partition import Cost, units_of
 from fdg_jax.schedule import Schedule

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments.comparing import paper
 from experiments.comparing.records import Record
+from experiments.tasks import TASKS
 from experiments.training import methods
 from experiments.training.remedies import REMEDIES
 
@@ -51,28 +53,29 @@ def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
         groups, key=lambda g: (g[0], order.index(g[1]), g[2], REMEDIES.index(g[3]), -g[4])
     ):
         group = sorted(groups[key], key=lambda r: r.seed)
-        errors = [r.error for r in group]
+        values, metric = [r.value for r in group], group[0].metric
         curve = []
         for points in zip(*(r.curve for r in group), strict=False):
-            values = [p["error"] for p in points]
+            found_there = [p["value"] for p in points]
             curve.append(
                 {
                     "epoch": points[0]["epoch"],
                     "seconds": statistics.fmean(p["seconds"] for p in points),
-                    "mean": statistics.fmean(values),
-                    "min": min(values),
-                    "max": max(values),
+                    "mean": statistics.fmean(found_there),
+                    "min": min(found_there),
+                    "max": max(found_there),
                 }
             )
         found.append(
             {
                 **dict(zip(("choosing", "method", "stages", "remedy", "beta"), key, strict=True)),
                 "split": group[0].split,
+                "metric": metric,
                 "seeds": [r.seed for r in group],
                 "n": len(group),
-                "mean_error": statistics.fmean(errors),
-                "sd_error": statistics.stdev(errors) if len(errors) > 1 else None,
-                "median_error": statistics.median(errors),
+                f"mean_{metric}": statistics.fmean(values),
+                f"sd_{metric}": spread(values),
+                f"median_{metric}": statistics.median(values),
                 "median_seconds": statistics.median(r.seconds for r in group),
                 "curve": curve,
             }
@@ -80,11 +83,20 @@ def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
     return found
 
 
-def draw(groups: Sequence[dict[str, Any]], x: str, title: str) -> bytes:
-    """A PNG of error against ``x`` ("epoch" or "seconds"), one panel for each K.
+def spread(values: Sequence[float]) -> float | None:
+    """The sample standard deviation; None of one value, or where one is not finite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    return statistics.stdev(values)
 
-    Backprop stands in every panel. Lines are means, bands the least and largest of the seeds.
+
+def draw(groups: Sequence[dict[str, Any]], x: str, title: str) -> bytes:
+    """A PNG of error or loss against ``x`` ("epoch" or "seconds"), one panel for each K.
+
+    Backprop stands in every panel. Lines are means, bands the least and largest of the seeds; what
+    is not finite has none.
     """
+    groups = [g for g in groups if all(math.isfinite(p["max"]) for p in g["curve"])]
     stages = sorted({g["stages"] for g in groups if g["method"] != "backprop"}) or [1]
     figure = Figure(figsize=(1 + 6.6 * len(stages), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -94,7 +106,8 @@ def draw(groups: Sequence[dict[str, Any]], x: str, title: str) -> bytes:
         shown = [g for g in groups if g["curve"] and g["stages"] in (k, 1)]
         for g in shown:
             at = [p[x] for p in g["curve"]]
-            low, mean, high = ([100 * p[n] for p in g["curve"]] for n in ("min", "mean", "max"))
+            factor = paper.factor(g["metric"])
+            low, mean, high = ([factor * p[n] for p in g["curve"]] for n in ("min", "mean", "max"))
             colour = COLOURS[g["method"]]
             panel.plot(
                 at,
@@ -113,7 +126,8 @@ def draw(groups: Sequence[dict[str, Any]], x: str, title: str) -> bytes:
         panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(f"{groups[0]['split']} error (%)")
+    for g in groups[:1]:
+        panels[0].set_ylabel(f"{g['split']} {paper.quantity(g['metric'], ' (%)')}")
     for panel, k in zip(panels, stages, strict=True):
         _label(panel, [g for g in groups if g["curve"] and g["stages"] in (k, 1)], x)
     figure.suptitle(title, fontsize=11)
@@ -128,16 +142,17 @@ def _label(panel: Any, groups: Sequence[dict[str, Any]], x: str) -> None:
     ends = sorted(groups, key=lambda g: g["curve"][-1]["mean"])
     heights: list[float] = []
     for g in ends:
-        height = (100 * g["curve"][-1]["mean"] - low) / (high - low)
+        height = (paper.factor(g["metric"]) * g["curve"][-1]["mean"] - low) / (high - low)
         heights.append(max([height, *(h + LABEL_GAP for h in heights[-1:])]))
     excess = max([0.0, *(h - 1 for h in heights[-1:])])
     for g, height in zip(ends, heights, strict=True):
         last, colour = g["curve"][-1], COLOURS[g["method"]]
+        value = paper.factor(g["metric"]) * last["mean"]
         beta = f", beta {g['beta']:g}" if methods.METHODS[g["method"]].shrinks else ""
         tie = {"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.6, "relpos": (0, 0.5)}
         panel.annotate(
-            f"{paper.label(g)}{beta}: {100 * last['mean']:.2f}",
-            (last[x], 100 * last["mean"]),
+            f"{paper.label(g)}{beta}: {value:.{paper.digits(g['metric'])}f}",
+            (last[x], value),
             xytext=(1.05, height - excess),
             textcoords="axes fraction",
             color=colour,
@@ -164,12 +179,10 @@ def write(
         "machines": machines,
         "beta_choice": choice,
         "aggregates": groups,
-        "runs": [
-            {n: v for n, v in dataclasses.asdict(r).items() if n != "environment"} for r in records
-        ],
+        "runs": [_row(record, settings["program"]) for record in records],
     }
     files = {
-        "results.json": (json.dumps(results, indent=2, allow_nan=False) + "\n").encode(),
+        "results.json": (json.dumps(_finite(results), indent=2, allow_nan=False) + "\n").encode(),
         "table.md": paper.table(settings, choice, groups).encode(),
     }
     final = [g for g in groups if not g["choosing"]]
@@ -181,3 +194,23 @@ def write(
         temporary = folder / f".{name}.tmp"
         temporary.write_bytes(content)
         os.replace(temporary, folder / name)
+
+
+def _row(record: Record, program: str) -> dict[str, Any]:
+    """A run in results.json, its numbers by the names that they have in summary.json."""
+    metric = record.metric
+    names = {"best": f"best_{metric}", "speed": f"{TASKS[program].unit}_per_second"}
+    found = {n: v for n, v in dataclasses.asdict(record).items() if n != "environment"}
+    found["curve"] = [
+        {(metric if n == "value" else n): v for n, v in p.items()} for p in record.curve
+    ]
+    return {names.get(name, name): value for name, value in found.items()}
+
+
+def _finite(value: Any) -> Any:
+    """The same for JSON, which has no number for what is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

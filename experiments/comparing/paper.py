@@ -59,6 +59,21 @@ def label(group: dict[str, Any]) -> str:
     return group["method"] + (f" + {group['remedy']}" if group["remedy"] != "none" else "")
 
 
+def factor(metric: str) -> float:
+    """Errors are shown in percent, losses as they are."""
+    return 100.0 if metric == "error" else 1.0
+
+
+def digits(metric: str) -> int:
+    """Of such a number, behind the point."""
+    return 2 if metric == "error" else 3
+
+
+def quantity(metric: str, percent: str) -> str:
+    """A metric's name, with its unit where it has one."""
+    return metric + (percent if metric == "error" else "")
+
+
 def choose(wanted: Sequence[Config], records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """For every method, K and remedy whose runs of choosing are complete: the best mean's beta."""
     found = {}
@@ -68,7 +83,7 @@ def choose(wanted: Sequence[Config], records: Sequence[Record]) -> dict[str, dic
         errors: dict[float, list[float]] = {c.beta: [] for c in configs}
         for record in records:
             if record.choosing and key(record.method, record.stages, record.remedy) == name:
-                errors[record.beta].append(record.error)
+                errors[record.beta].append(record.value)
         if sum(map(len, errors.values())) < len(configs):
             continue
         means = {beta: statistics.fmean(values) for beta, values in errors.items()}
@@ -105,18 +120,19 @@ def table(
     final = [g for g in groups if not g["choosing"]]
     chosen = {(key, entry["best"]) for key, entry in choice.items()}
     length = f"{common['steps']} steps" if common["steps"] else f"{common['epochs']} epochs"
-    size = f", {common['train_size']:,} train images" if common["train_size"] else ""
+    size = f", {common['train_size']:,} train images" if common.get("train_size") else ""
     text = [f"# {common['model']} on {common['dataset']}{size}, {length}", ""]
     if final:
-        split = final[0]["split"]
+        split, metric = final[0]["split"], final[0]["metric"]
         text += [
-            f"{split.capitalize()} error in percent after the last step, mean ± sample standard "
-            "deviation over n seeds; median of the training seconds (evaluation not counted).",
+            f"{split.capitalize()} {quantity(metric, ' in percent')} after the last step, mean ± "
+            "sample standard deviation over n seeds; median of the training seconds (evaluation "
+            "not counted).",
             "",
         ]
-        text += _grid(final, common, chosen, f"{split} error, %", with_paper=True)
+        text += _grid(final, common, chosen, f"{split} {quantity(metric, ', %')}", with_paper=True)
     if settings.get("reach") and final:
-        text += ["", "## Training seconds until the mean error is reached", ""]
+        text += ["", f"## Training seconds until the mean {final[0]['metric']} is reached", ""]
         text += _seconds(final, settings["reach"])
     if choice:
         text += ["", "\\* chosen on the validation split, for each method and K by itself."]
@@ -130,16 +146,17 @@ def table(
     return "\n".join(text) + "\n"
 
 
-def _seconds(groups: Sequence[dict[str, Any]], errors: Sequence[float]) -> list[str]:
+def _seconds(groups: Sequence[dict[str, Any]], values: Sequence[float]) -> list[str]:
     """One row a group; the seconds lie on straight lines between the evaluations."""
+    unit = " %" if groups[0]["metric"] == "error" else ""
     lines = [
-        "| method | K | beta | " + " | ".join(f"{error:g} %" for error in errors) + " |",
-        "| --- | ---: | ---: |" + " ---: |" * len(errors),
+        "| method | K | beta | " + " | ".join(f"{value:g}{unit}" for value in values) + " |",
+        "| --- | ---: | ---: |" + " ---: |" * len(values),
     ]
     for g in groups:
-        points = [(p["seconds"], 100 * p["mean"]) for p in g["curve"]]
+        points = [(p["seconds"], factor(g["metric"]) * p["mean"]) for p in g["curve"]]
         beta = f"{g['beta']:g}" if methods.METHODS[g["method"]].shrinks else ""
-        times = [steps_to(points, error) for error in errors]
+        times = [steps_to(points, value) for value in values]
         cells = [f"{t:.0f}" if math.isfinite(t) else "not reached" for t in times]
         lines.append(f"| {label(g)} | {g['stages']} | {beta} | {' | '.join(cells)} |")
     return lines
@@ -149,7 +166,7 @@ def _grid(
     groups: Sequence[dict[str, Any]],
     common: dict[str, Any],
     chosen: set[tuple[str, float]],
-    quantity: str,
+    measured: str,
     *,
     with_paper: bool,
 ) -> list[str]:
@@ -165,7 +182,7 @@ def _grid(
     )
     for k in stages:
         columns.append(
-            [f"{quantity}, K={k}", *(_error(row.get(k), chosen) for row in rows.values())]
+            [f"{measured}, K={k}", *(_number(row.get(k), chosen) for row in rows.values())]
         )
     for k in stages:
         times = [f"{row[k]['median_seconds']:.1f}" if k in row else "" for row in rows.values()]
@@ -181,10 +198,15 @@ def _grid(
     return [lines[0], "|" + " --- |" * 2 + " ---: |" * (len(columns) - 2), *lines[1:]]
 
 
-def _error(group: dict[str, Any] | None, chosen: set[tuple[str, float]]) -> str:
+def _number(group: dict[str, Any] | None, chosen: set[tuple[str, float]]) -> str:
     if group is None:
         return ""
-    spread = "" if group["sd_error"] is None else f" ± {100 * group['sd_error']:.2f}"
+    metric = group["metric"]
+    mean, sd = (group[f"{name}_{metric}"] for name in ("mean", "sd"))
+    if not math.isfinite(mean):
+        return "not finite"
+    times, behind = factor(metric), digits(metric)
+    spread = "" if sd is None else f" ± {times * sd:.{behind}f}"
     name = key(group["method"], group["stages"], group["remedy"])
     mark = " \\*" if (name, group["beta"]) in chosen else ""
-    return f"{100 * group['mean_error']:.2f}{spread} (n={group['n']}){mark}"
+    return f"{times * mean:.{behind}f}{spread} (n={group['n']}){mark}"

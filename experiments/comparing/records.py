@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -11,13 +12,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.common.errors import UsageError
+from experiments.tasks import TASKS
 from experiments.training import methods
 from experiments.training.config import FREE, Config
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A finished run: its numbers, its evaluations, and what it was run on."""
+    """A finished run: its numbers, its evaluations, and what it was run on.
+
+    ``metric`` says what ``value``, ``best`` and the values of the curve are: errors, or losses.
+    What was not finite is infinite. ``speed`` is in images or bytes a second.
+    """
 
     folder: str
     method: str
@@ -26,11 +32,12 @@ class Record:
     beta: float
     seed: int
     split: str
+    metric: str
     error: float
-    best_error: float
-    loss: float | None
+    loss: float
+    best: float
     seconds: float
-    images_per_second: float
+    speed: float
     steps: int
     params_sha256: str
     curve: list[dict[str, float]]
@@ -40,12 +47,15 @@ class Record:
     def read(
         cls,
         folder: str,
+        program: str,
         config: dict[str, Any],
         summary: dict[str, Any],
         metrics: Sequence[dict[str, Any]],
     ) -> Record:
         """From the contents of a run's files."""
-        split = "test" if "test_error" in summary else "validation"
+        task = TASKS[program]
+        metric = task.metric
+        split = "test" if f"test_{metric}" in summary else "validation"
         points = [m for m in metrics if m["split"] == split]
         places = ("versions", "device_kind", "machine", "cores", "devices")
         return cls(
@@ -56,21 +66,34 @@ class Record:
             config["beta"],
             config["seed"],
             split,
-            summary[f"{split}_error"],
-            summary[f"best_{split}_error"],
-            summary[f"{split}_loss"],
+            metric,
+            _number(summary[f"{split}_error"]),
+            _number(summary[f"{split}_loss"]),
+            _number(summary[f"best_{split}_{metric}"]),
             summary["train_seconds"],
-            summary["images_per_second"],
+            summary[f"{task.unit}_per_second"],
             summary["steps"],
             summary["params_sha256"],
-            [{name: m[name] for name in ("epoch", "seconds", "error")} for m in points],
+            [
+                {"epoch": m["epoch"], "seconds": m["seconds"], "value": _number(m[metric])}
+                for m in points
+            ],
             {name: config.get(name) for name in places},
         )
+
+    @property
+    def value(self) -> float:
+        """The result: the error, or the loss."""
+        return self.error if self.metric == "error" else self.loss
 
     @property
     def choosing(self) -> bool:
         """Whether the run served the choice of beta."""
         return self.folder.startswith("choose_")
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def finished(config: Config) -> Record | None:
@@ -88,7 +111,7 @@ def finished(config: Config) -> Record | None:
         return None
     except ValueError as error:
         raise UsageError(f"{folder}: cannot be read ({error}); delete it") from error
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
         # A run that is older than a setting had its default.
         other = there.get(name, json.loads(json.dumps(defaults[name], default=str)))
@@ -97,12 +120,13 @@ def finished(config: Config) -> Record | None:
                 f"{folder}: was run with --{name}={other}, not --{name}={value}; name another "
                 "--workdir, give the same settings, or run it anew with --overwrite"
             )
-    return Record.read(folder.name, there, summary, [json.loads(line) for line in lines])
+    metrics = [json.loads(line) for line in lines]
+    return Record.read(folder.name, config.PROGRAM, there, summary, metrics)
 
 
 def arguments(config: Config, *, overwrite: bool) -> list[str]:
     """The command that trains ``config`` in a process of its own: K decides on the devices."""
-    found = [sys.executable, "-m", "experiments.cifar"]
+    found = [sys.executable, "-m", f"experiments.{config.PROGRAM}"]
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, tuple):
             value = ",".join(repr(v) for v in value)

@@ -14,7 +14,7 @@ flags = ["--method=backprop", "--num_stages=1"]
 name = "FDG, AdamW"
 baseline = "backprop, AdamW"         # the row it is compared with; itself where there is none
 flags = ["--method=fdg", "--num_stages=4"]
-grid = [["--learning_rate=1e-3", "--learning_rate=2e-3"], ["--b1=0.5", "--b1=0.9"]]  # four rows
+grid = [["--learning_rate=1e-3", "--learning_rate=2e-3"], ["--beta=0.5", "--beta=1"]]    # four rows
 """
 
 from __future__ import annotations
@@ -31,12 +31,9 @@ from typing import Any
 from absl import flags
 
 from experiments.common.errors import UsageError
-from experiments.text import settings as lm
-from experiments.training import settings as cifar
+from experiments.tasks import PROGRAMS
 from experiments.training.config import FREE
 
-# How each program makes settings of flags.
-PROGRAMS: dict[str, Any] = {"cifar": cifar, "lm": lm}
 METRICS = ("loss", "error")
 _STUDY = {"title": str, "program": str, "metric": str, "seeds": list, "flags": list, "rows": list}
 _ROW = {"name": str, "baseline": str, "series": str, "flags": list, "grid": list}

@@ -87,9 +87,9 @@ class Loader:
 
 
 def evaluation_batches(
-    images: Images, labels: Labels, batch_size: int
-) -> Iterator[tuple[Images, Labels, int]]:
-    """Yields ``(images, labels, count)`` in order, each example once.
+    inputs: np.ndarray, labels: np.ndarray, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Yields ``(inputs, labels, count)`` in order, each example once.
 
     The last batch is filled up with zeros to `batch_size`, so that shapes never change and
     nothing is compiled twice; only its first `count` examples are real.
@@ -99,17 +99,17 @@ def evaluation_batches(
     """
     if batch_size < 1:
         raise UsageError(f"--batch_size={batch_size}: must be 1 or more; choose such a size")
-    return _evaluation_batches(images, labels, batch_size)
+    return _evaluation_batches(inputs, labels, batch_size)
 
 
 def _evaluation_batches(
-    images: Images, labels: Labels, batch_size: int
-) -> Iterator[tuple[Images, Labels, int]]:
-    for start in range(0, len(images), batch_size):
-        x, y = images[start : start + batch_size], labels[start : start + batch_size]
+    inputs: np.ndarray, labels: np.ndarray, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    for start in range(0, len(inputs), batch_size):
+        x, y = inputs[start : start + batch_size], labels[start : start + batch_size]
         count = len(x)
         if count < batch_size:
             missing = batch_size - count
             x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
-            y = np.concatenate([y, np.zeros(missing, y.dtype)])
+            y = np.concatenate([y, np.zeros((missing, *y.shape[1:]), y.dtype)])
         yield x, y, count

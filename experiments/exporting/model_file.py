@@ -4,8 +4,8 @@
     model_state/layer_003/norm/mean    what is not trained, such as batch statistics
 
 In an Orbax folder the same is a tree, ``{"params": {"layer_003": ...}, "model_state": ...}``, under
-``arrays``. The metadata, in a folder its manifest.json, name the network, its classes, and what
-makes an input of an image.
+``arrays``. The metadata, in a folder its manifest.json, name the network and what its inputs and
+outputs are: the classes and what makes an input of an image, or the bytes of a language model.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialised
 
 import fdg_jax as fdg
-from experiments.training import setup
-from experiments.training.config import Config
+from experiments.tasks import task_of
 from experiments.training.loop import params_sha256
 from fdg_jax.checkpoint import manifest
 from fdg_jax.checkpoint.restore import ARRAYS
@@ -36,8 +34,6 @@ from fdg_jax.typing import PyTree
 
 FORMATS = ("safetensors", "orbax")
 SECTIONS = ("params", "model_state")
-# Settings that say what a network computes.
-SETTINGS = ("model", "dropout", "unroll", "dtype", "fast_derivatives")
 # What reading damage can raise.
 DAMAGE = (
     OSError,
@@ -65,17 +61,14 @@ def layers(about: dict[str, Any]) -> list[Layer]:
       ValueError: they name none.
     """
     try:
-        config = Config("-", **{name: about[name] for name in SETTINGS})
-        config.check()
-        return setup.network(config, about["num_classes"], example(about, 1).shape[-1])
+        return task_of(about).network(about)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"metadata: name no network ({_line(error)})") from error
 
 
 def example(about: dict[str, Any], batch_size: int) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an input of the network that metadata name."""
-    height, width, channels = about["image_shape"]
-    return jax.ShapeDtypeStruct((batch_size, height, width, channels), jnp.float32)
+    return task_of(about).example(about, batch_size)
 
 
 def named(params: Sequence[PyTree], model_state: Sequence[PyTree]) -> dict[str, Any]:
@@ -154,6 +147,8 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, PyTree, dict[str, Any]]:
       ...                           train=False, key=None)
       >>> [about["class_names"][i] for i in logits.argmax(-1)]        # doctest: +SKIP
       ['cat', 'ship']
+
+      A language model's inputs and labels are places in ``about["vocabulary"]``, a list of bytes.
     """
     path = pathlib.Path(path).expanduser().absolute()
     about = metadata(path)

@@ -1,4 +1,4 @@
-"""Runs of experiments.cifar on disk, finished or not, as the report shows them."""
+"""Runs on disk, finished or not, as the report shows them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.common.errors import UsageError
+from experiments.tasks import settings_of, task_of
 from experiments.training import methods, timeline
-from experiments.training.config import Config, check_experiment
+from experiments.training.task import Task
 from fdg_jax.schedule import Schedule
 
 # What a report needs of each file, beside what it shows as it stands.
 CONFIG = ("method", "num_stages", "beta", "seed", "total_steps", "stages", "balance", "cost_unit")
-METRICS = ("step", "epoch", "split", "loss", "error", "images_per_second", "seconds")
-SUMMARY = ("split", "train_seconds", "images_per_second", "steps", "params_sha256")
+METRICS = ("step", "epoch", "split", "loss", "error", "seconds")
+SUMMARY = ("split", "train_seconds", "steps", "params_sha256")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -27,6 +28,7 @@ class Run:
     Attributes:
       name: what the report calls it.
       config: its config.json.
+      task: what it trains.
       schedule: that of its method.
       metrics: the lines of its metrics.jsonl.
       summary: its summary.json; None: it is not finished.
@@ -36,6 +38,7 @@ class Run:
 
     name: str
     config: dict[str, Any]
+    task: type[Task[Any]]
     schedule: Schedule
     metrics: list[dict[str, Any]]
     summary: dict[str, Any] | None
@@ -56,10 +59,12 @@ class Run:
         return f"unfinished: {done:,} of {total:,} steps seen"
 
     @property
-    def errors(self) -> tuple[float, float] | None:
-        """The last and the least error, or None before the first evaluation."""
-        found = [m["error"] for m in self.lines(train=False)]
-        return (found[-1], min(found)) if found else None
+    def results(self) -> tuple[float | None, float | None] | None:
+        """The last and the least error or loss, None where it is not finite; or None before the
+        first evaluation."""
+        found = [m[self.task.metric] for m in self.lines(train=False)]
+        least = min((value for value in found if value is not None), default=None)
+        return (found[-1], least) if found else None
 
     @property
     def seconds(self) -> float | None:
@@ -69,15 +74,15 @@ class Run:
         return max((m["seconds"] for m in self.metrics), default=None)
 
     @property
-    def images_per_second(self) -> float | None:
-        """Over the whole training so far, its compilation included."""
+    def speed(self) -> float | None:
+        """Images or bytes a second over the whole training so far, its compilation included."""
         if self.summary is not None:
-            return float(self.summary["images_per_second"])
+            return float(self.summary[speed_name(self.task)])
         train = self.lines(train=True)
         if not train or not train[-1]["seconds"]:
             return None
-        images: float = self.config["batch_size"] * train[-1]["step"] / train[-1]["seconds"]
-        return images
+        per_batch: float = self.task.per_batch(settings_of(self.config))
+        return per_batch * train[-1]["step"] / train[-1]["seconds"]
 
     @property
     def staleness(self) -> list[int]:
@@ -94,7 +99,8 @@ def read(folder: str, name: str) -> Run:
     path = pathlib.Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise UsageError(
-            f"{folder}: holds no run (there is no config.json); give workdirs of experiments.cifar"
+            f"{folder}: holds no run (there is no config.json); give workdirs of experiments.cifar "
+            "or experiments.lm"
         )
 
     def part(file: str, make: Callable[[bytes], Any]) -> Any:
@@ -108,16 +114,23 @@ def read(folder: str, name: str) -> Run:
                 f"{folder}: {file} cannot be read ({reason}); put it right, or leave the run out"
             ) from error
 
-    config, schedule = part("config.json", _config)
+    config, task, schedule = part("config.json", _config)
+    speed = speed_name(task)
     return Run(
         name,
         config,
+        task,
         schedule,
-        part("metrics.jsonl", _metrics) or [],
-        part("summary.json", lambda content: _checked(json.loads(content), SUMMARY)),
+        part("metrics.jsonl", lambda content: _metrics(content, (*METRICS, speed))) or [],
+        part("summary.json", lambda content: _checked(json.loads(content), (*SUMMARY, speed))),
         part("timeline.json", lambda content: timeline.read(content.decode())),
         part("timeline.png", _picture),
     )
+
+
+def speed_name(task: type[Task[Any]]) -> str:
+    """What a run's files call its speed."""
+    return f"{task.unit}_per_second"
 
 
 def _checked(value: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -129,24 +142,20 @@ def _checked(value: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return value
 
 
-def _config(content: bytes) -> tuple[dict[str, Any], Schedule]:
-    value = json.loads(content)
-    if isinstance(value, dict):
-        check_experiment(value)
-    _checked(value, CONFIG)
-    names = {field.name for field in dataclasses.fields(Config)}
-    settings = Config(**{name: value[name] for name in names & value.keys()})
+def _config(content: bytes) -> tuple[dict[str, Any], type[Task[Any]], Schedule]:
+    value = _checked(json.loads(content), CONFIG)
+    task, settings = task_of(value), settings_of(value)
     if settings.method not in methods.METHODS:
         raise ValueError(f"method {settings.method!r} is not known")
     for row in value["stages"]:
         _checked(row, ("stage", "devices", "layers", "parameters", "cost", "delay", "staleness"))
-    return value, methods.schedule(settings)
+    return value, task, methods.schedule(settings)
 
 
-def _metrics(content: bytes) -> list[dict[str, Any]]:
+def _metrics(content: bytes, names: tuple[str, ...]) -> list[dict[str, Any]]:
     # What follows the last line break is being written, or was when the run was killed.
     lines = content.split(b"\n")[:-1]
-    return [_checked(json.loads(line), METRICS) for line in lines]
+    return [_checked(json.loads(line), names) for line in lines]
 
 
 def _picture(content: bytes) -> bytes:

@@ -1,1 +1,1 @@
-"""A language model: its settings, its text, its network."""
+"""A language model: the settings, the task, its text, its network."""

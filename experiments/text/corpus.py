@@ -7,13 +7,15 @@ import hashlib
 import pathlib
 import sysconfig
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from experiments.common.errors import UsageError
 from experiments.common.memory import memory
 
+# The text that is everywhere.
+DOCUMENTATION = "python_docs"
 # Modules that every supported Python has in its standard library, in this order.
 MODULES = (
     *("argparse", "ast", "bdb", "calendar", "cmd", "code", "codecs", "configparser", "contextlib"),
@@ -30,7 +32,7 @@ class Text(NamedTuple):
     """A text, each byte as its place among those that occur.
 
     Attributes:
-      name: where it comes from.
+      name: what it was loaded as.
       vocabulary: the different bytes, in rising order; at most 256.
       train: uint8 [n].
       validation: uint8 [m], what follows in the text.
@@ -44,25 +46,36 @@ class Text(NamedTuple):
     sha256: str
 
 
-def load(path: str | None, validation_fraction: float, context: int) -> Text:
+def load(dataset: str, validation_size: int, context: int) -> Text:
     """The text of a file, or of the standard library's documentation.
 
     Args:
-      path: a file of any bytes; None takes `documentation`.
-      validation_fraction: share of the bytes, at the end, that is held out; in (0, 1).
+      dataset: "python_docs", which takes `documentation`, or "file:PATH" of any bytes.
+      validation_size: how many bytes, at the end, are held out; 0 takes a tenth.
       context: bytes that a sequence has; both parts are longer.
 
     Raises:
-      UsageError: the file cannot be read, or is too short.
+      UsageError: there is no such text, it cannot be read, or is too short.
     """
-    name = "the standard library's documentation" if path is None else path
-    content = documentation() if path is None else _read(path)
-    held = int(len(content) * validation_fraction)
+    kind, _, path = dataset.partition(":")
+    if dataset == DOCUMENTATION:
+        content = documentation()
+    elif kind == "file" and path:
+        content = _read(path)
+    else:
+        raise UsageError(
+            f"--dataset={dataset}: must be {DOCUMENTATION} or file:PATH; choose one of these"
+        )
+    held = validation_size or len(content) // 10
+    if held >= len(content):
+        raise UsageError(
+            f"--validation_size={held}: {dataset} has {len(content):,} bytes in all; choose fewer"
+        )
     if min(held, len(content) - held) <= context:
         raise UsageError(
-            f"--context={context}: {name} has {len(content) - held:,} bytes for training and "
+            f"--context={context}: {dataset} has {len(content) - held:,} bytes for training and "
             f"{held:,} held out, and both must be more than a sequence; choose less, or a longer "
-            "--text"
+            "text"
         )
     numbers = np.frombuffer(content, np.uint8)
     vocabulary = np.flatnonzero(np.bincount(numbers, minlength=256))
@@ -70,7 +83,7 @@ def load(path: str | None, validation_fraction: float, context: int) -> Text:
     places[vocabulary] = np.arange(len(vocabulary))
     train, validation = np.split(places[numbers], [len(content) - held])
     digest = hashlib.sha256(content).hexdigest()
-    return Text(name, bytes(vocabulary.tolist()), train, validation, digest)
+    return Text(dataset, bytes(vocabulary.tolist()), train, validation, digest)
 
 
 def documentation() -> bytes:
@@ -90,8 +103,8 @@ def documentation() -> bytes:
                 tree = ast.parse(path.read_bytes())
         except OSError as error:
             raise UsageError(
-                f"--text: is not given, and the source of {module}, whose documentation would be "
-                f"the text, cannot be read ({error.strerror}); name a file"
+                f"--dataset={DOCUMENTATION}: the source of {module} cannot be read "
+                f"({error.strerror}); give file:PATH"
             ) from error
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -99,22 +112,59 @@ def documentation() -> bytes:
     return "\n\n".join(part for part in parts if part).encode()
 
 
-def batch(
-    tokens: np.ndarray, context: int, batch_size: int, seed: int, step: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences from random places, and what follows each of their bytes.
+class Sequences:
+    """An endless iterator of mini-batches: sequences from random places, and what follows.
+
+    The places depend on the seed and the number of the mini-batch, and on nothing else.
 
     Args:
-      tokens: [n], n > context.
+      text: whose train part is taken.
       context: bytes of a sequence.
-      batch_size: sequences.
-      seed, step: what the places depend on, and nothing else.
+      batch_size: sequences of a mini-batch.
+      seed: of the places.
 
-    Returns:
-      Inputs and labels, int32 [batch_size, context] each.
+    Example:
+      >>> text = Text("alphabet", b"abc", np.arange(3, dtype=np.uint8), np.zeros(0, np.uint8), "")
+      >>> [x.tolist() for x in next(Sequences(text, context=2, batch_size=1, seed=0))]
+      [[[0, 1]], [[1, 2]]]
     """
-    starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - context, batch_size)
-    return _cut(tokens, starts, context)
+
+    def __init__(self, text: Text, context: int, batch_size: int, seed: int) -> None:
+        self._tokens, self._context = text.train, context
+        self._batch_size, self._seed = batch_size, seed
+        self._sha256, self._position = text.sha256, 0
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Mini-batches that have as many bytes as the text."""
+        return len(self._tokens) / (self._batch_size * self._context)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels, int32 [batch_size, context] each."""
+        random = np.random.default_rng((self._seed, self._position))
+        self._position += 1
+        starts = random.integers(0, len(self._tokens) - self._context, self._batch_size)
+        return _cut(self._tokens, starts, self._context)
+
+    def get_state(self) -> dict[str, Any]:
+        """What `set_state` needs to go on with the mini-batch that would come next."""
+        return {"position": self._position, "text_sha256": self._sha256}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where ``state`` was taken.
+
+        Raises:
+          UsageError: that was on another text.
+        """
+        if state.get("text_sha256") != self._sha256:
+            raise UsageError(
+                "--dataset: the text is not the one that the run was begun with; put that back, or "
+                "add --overwrite"
+            )
+        self._position = state["position"]
 
 
 def windows(tokens: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,16 +191,18 @@ def _read(path: str) -> bytes:
         file = file.expanduser()
         if not file.is_file():
             reason = "it is no file" if file.exists() else "there is no such file"
-            raise UsageError(f"--text={path}: {reason}; name a file of text")
+            raise UsageError(f"--dataset=file:{path}: {reason}; name a file of text")
         # Sequences are gathered from the text and from its numbers, both in memory.
         if (size := file.stat().st_size) > memory() // 4:
             raise UsageError(
-                f"--text={path}: has {size / 1e9:,.0f} GB, more than a quarter of this machine's "
-                "memory; give a part of it"
+                f"--dataset=file:{path}: has {size / 1e9:,.0f} GB, more than a quarter of this "
+                "machine's memory; give a part of it"
             )
         return file.read_bytes()
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"--text={path}: cannot be read ({reason}); name another") from error
+        raise UsageError(
+            f"--dataset=file:{path}: cannot be read ({reason}); name another"
+        ) from error

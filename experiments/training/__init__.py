@@ -1,1 +1,1 @@
-"""A run that trains an image classifier, from its settings to its files."""
+"""A run that trains, whatever its task, from its settings to its files."""

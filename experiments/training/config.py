@@ -1,4 +1,4 @@
-"""What a run is: every setting, checked before anything is done."""
+"""What a run is, whatever it trains: every setting, checked before anything is done."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import contextlib
 import dataclasses
 import math
 import unicodedata
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from experiments.common.errors import UsageError
 from experiments.training import family, methods, remedies, writers
 from fdg_jax.engine.rules import RULES
 
-LR_SCHEDULES = ("milestones", "cosine", "constant")
-OPTIMIZERS = ("sgd", "muon")
 ORDERS = ("forward_first", "backward_first")
 GRADIENTS = tuple(RULES)
 REDUCTIONS = ("mean", "sum")
-UNROLL = ("auto", "yes", "no")
-DTYPES = ("float32", "bfloat16")
 MESSAGE_DTYPES = ("float32", "bfloat16", "int8")
 ON_NONFINITE = ("stop", "skip")
 # Settings that a run may go on with changed: while all is well they move nothing but files.
@@ -40,20 +36,18 @@ FREE = (
 
 @dataclasses.dataclass(frozen=True)
 class Config(remedies.Remedies, family.Family):
-    """The settings of one training run; each field is the flag of that name."""
+    """The settings that all programs have; each field is the flag of that name.
+
+    A program's own class adds what only its task has, and may have other defaults.
+    """
+
+    PROGRAM: ClassVar[str]  # experiments.PROGRAM trains it
+    OPTIMIZERS: ClassVar[tuple[str, ...]]
 
     workdir: str
-    dataset: str = "fashion_mnist_small"
-    data_dir: str | None = None
+    dataset: str = ""
     validation_size: int = 0
-    train_size: int = 0
-    crop_padding: int = 4
-    flip: bool = True
-    model: str = "small_resnet"
-    dropout: float = 0.0
-    unroll: str = "auto"
-    dtype: str = "float32"
-    fast_derivatives: bool = True
+    model: str = ""
     num_stages: int = 2
     devices_per_stage: int = 1
     shard_optimizer: bool = False
@@ -66,18 +60,16 @@ class Config(remedies.Remedies, family.Family):
     microbatches: int = 4
     accumulate: int | None = None
     reduction: str = "mean"
-    optimizer: str = "sgd"
+    optimizer: str = ""
     learning_rate: float = 0.1
-    lr_schedule: str = "milestones"
-    lr_milestones: tuple[float, ...] = (150.0, 225.0, 275.0)
-    lr_decay: float = 0.1
     momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int = 128
-    epochs: int = 300
+    weight_decay: float = 0.0
+    batch_size: int = 1
+    epochs: int = 1
     steps: int = 0
     seed: int = 0
     eval_every_epochs: int = 1
+    eval_every_steps: int = 0
     log_every_steps: int = 20
     max_ahead: int = 4
     on_nonfinite: str = "stop"
@@ -103,26 +95,23 @@ class Config(remedies.Remedies, family.Family):
                         f"--{field.name}={number!a}: has characters that cannot be shown; give "
                         "plain text"
                     )
-        self._one_of("method", tuple(methods.METHODS))
-        self._one_of("order", ORDERS)
-        self._one_of("gradient", GRADIENTS)
-        self._one_of("reduction", REDUCTIONS)
-        self._one_of("lr_schedule", LR_SCHEDULES)
-        self._one_of("unroll", UNROLL)
-        self._one_of("dtype", DTYPES)
-        self._one_of("message_dtype", MESSAGE_DTYPES)
-        self._one_of("on_nonfinite", ON_NONFINITE)
+        self.one_of("method", tuple(methods.METHODS))
+        self.one_of("order", ORDERS)
+        self.one_of("gradient", GRADIENTS)
+        self.one_of("reduction", REDUCTIONS)
+        self.one_of("message_dtype", MESSAGE_DTYPES)
+        self.one_of("on_nonfinite", ON_NONFINITE)
         for name in ("num_stages", "batch_size", "epochs", "log_every_steps", "eval_every_epochs"):
-            self._bound(name, 1)
+            self.bound(name, 1)
         for name in ("max_ahead", "microbatches", "keep_checkpoints", "devices_per_stage"):
-            self._bound(name, 1)
+            self.bound(name, 1)
         if self.accumulate is not None:
-            self._bound("accumulate", 1)
-        for name in ("steps", "seed", "validation_size", "train_size", "crop_padding"):
-            self._bound(name, 0)
+            self.bound("accumulate", 1)
+        for name in ("steps", "seed", "validation_size", "eval_every_steps"):
+            self.bound(name, 0)
         for name in ("checkpoint_every_steps", "timeline", "profile"):
-            self._bound(name, 0)
-        remedies.check(self, OPTIMIZERS)
+            self.bound(name, 0)
+        remedies.check(self, self.OPTIMIZERS)
         family.check(self)
         writers.check(self.writers)
         if self.checkpoint_every_minutes < 0:
@@ -132,21 +121,18 @@ class Config(remedies.Remedies, family.Family):
             )
         if not 0 < self.beta <= 1:
             raise UsageError(f"--beta={self.beta}: must lie in (0, 1]; 1 does not shrink")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"--dropout={self.dropout}: must lie in [0, 1); 0 switches it off")
         if self.learning_rate <= 0:
-            raise UsageError(f"--learning_rate={self.learning_rate}: must be above 0; try 0.1")
+            raise UsageError(
+                f"--learning_rate={self.learning_rate}: must be above 0; try "
+                f"{type(self).learning_rate:g}"
+            )
         if not 0 <= self.momentum < 1:
             raise UsageError(f"--momentum={self.momentum}: must lie in [0, 1); try 0.9")
         if self.weight_decay < 0:
-            raise UsageError(f"--weight_decay={self.weight_decay}: must be 0 or more; try 0.0005")
-        if not 0 < self.lr_decay <= 1:
-            raise UsageError(f"--lr_decay={self.lr_decay}: must lie in (0, 1]; try 0.1")
-        if any(
-            a >= b for a, b in zip((0.0, *self.lr_milestones), self.lr_milestones, strict=False)
-        ):
-            values = ",".join(f"{m:g}" for m in self.lr_milestones)
-            raise UsageError(f"--lr_milestones={values}: must be epochs above 0 that rise")
+            raise UsageError(
+                f"--weight_decay={self.weight_decay}: must be 0 or more; try "
+                f"{type(self).weight_decay:g}"
+            )
         if not self.workdir:
             raise UsageError("--workdir: is missing; name the folder for the results")
         self.cuts()
@@ -177,12 +163,14 @@ class Config(remedies.Remedies, family.Family):
             )
         return cuts
 
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+    def one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        """Raises `UsageError` unless a setting is one of those that are allowed."""
         value = getattr(self, name)
         if value not in allowed:
             raise UsageError(f"--{name}={value}: no such choice; allowed are {', '.join(allowed)}")
 
-    def _bound(self, name: str, least: int) -> None:
+    def bound(self, name: str, least: int) -> None:
+        """Raises `UsageError` for a number below the least, or too large to count to."""
         value, most = getattr(self, name), 2**31 - 1
         if not least <= value <= most:
             raise UsageError(f"--{name}={value}: must lie in {least}..{most}; choose such a number")
@@ -193,10 +181,9 @@ def _plain(text: str) -> bool:
     return not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
 
 
-def check_experiment(described: dict[str, Any]) -> None:
-    """Raises `ValueError` where a run's config.json is that of another program."""
-    if (name := described.get("experiment", "cifar")) != "cifar":
-        raise ValueError(f"it is a run of experiments.{name}, and not of experiments.cifar")
+def program_of(described: Mapping[str, Any]) -> Any:
+    """The program whose run a config.json describes; one that does not say was of cifar."""
+    return described.get("experiment", "cifar")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Loss and error of a state on the held-out images."""
+"""Loss and error of a state on the data that are held out."""
 
 from __future__ import annotations
 
@@ -10,31 +10,36 @@ import numpy as np
 
 import fdg_jax as fdg
 from experiments import data
-from experiments.training import setup
 from experiments.training.setup import Setup
 from fdg_jax import distributed
 from fdg_jax.engine.placement import put
 
 
-class Evaluation:
-    """Loss and error over the test (or validation) split, in evaluation mode."""
+def every(run: Setup) -> int:
+    """Steps between evaluations."""
+    config = run.config
+    in_epochs = round(config.eval_every_epochs * run.task.loader.steps_per_epoch)
+    return config.eval_every_steps or max(1, in_epochs)
 
-    def __init__(self, run: Setup, mean: jax.Array, std: jax.Array) -> None:
+
+class Evaluation:
+    """Loss and error over a task's held-out data, in evaluation mode."""
+
+    def __init__(self, run: Setup) -> None:
         self.run = run
-        self.mean, self.std = mean, std
-        self.normalise = jax.jit(data.normalise)
+        self.inputs = run.task.evaluation_inputs(run.pipe.stages[0])
+        loss_fn = run.task.loss_fn
 
         @jax.jit
         def totals(outputs: jax.Array, labels: jax.Array, count: jax.Array) -> jax.Array:
             real = jnp.arange(len(labels)) < count
-            losses = jax.vmap(lambda y, t: setup.loss_fn(y[None], t[None])[0])(outputs, labels)
-            wrong = jnp.argmax(outputs, axis=-1) != labels
-            return jnp.stack([jnp.sum(losses * real), jnp.sum(wrong * real)])
+            losses, metrics = jax.vmap(loss_fn)(outputs, labels)
+            return jnp.stack([jnp.sum(losses * real), jnp.sum(metrics["error"] * real)])
 
         self.totals = totals
 
     def __call__(self, state: fdg.PipelineState) -> dict[str, float]:
-        pipe, dataset = self.run.pipe, self.run.dataset
+        pipe, config = self.run.pipe, self.run.config
         first, last = pipe.stages[0], pipe.stages[-1]
         sums, pending = np.zeros(2), collections.deque[tuple[jax.Array, jax.Array]]()
 
@@ -45,19 +50,17 @@ class Evaluation:
             if last.here:
                 np.add(sums, jax.device_get(there), out=sums)
 
-        for images, labels, count in data.evaluation_batches(
-            dataset.test_images, dataset.test_labels, self.run.config.batch_size
-        ):
-            x = self.normalise(put(images, first.sharded), self.mean, self.std)
-            outputs = pipe.predict(state, x)
+        examples = self.run.task.held_out
+        for x, labels, count in data.evaluation_batches(*examples, config.batch_size):
+            outputs = pipe.predict(state, self.inputs(x))
             targets, real = put((labels, np.int32(count)), (last.sharded, last.replicated))
             found = self.totals(outputs, targets, real)
             pending.append((found, jax.device_put(found, first.replicated)))
-            if len(pending) > self.run.config.max_ahead:
+            if len(pending) > config.max_ahead:
                 count_oldest()
         while pending:
             count_oldest()
         # All processes decide by it; exactly, and so in two halves of 32 bits.
         halves = distributed.gather(sums.view(np.uint32))[last.owner]
-        loss, error = (float(v) for v in halves.view(np.float64) / len(dataset.test_labels))
+        loss, error = (float(v) for v in halves.view(np.float64) / len(examples[1]))
         return {"loss": loss, "error": error}

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import fdg_jax as fdg
-from experiments import data
 from experiments.common import workdir
 from experiments.common.errors import Failed, Stopped
 from experiments.common.screen import Screen
@@ -31,17 +28,23 @@ from experiments.training import (
     writers,
 )
 from experiments.training.config import Config
-from experiments.training.shown import conclude, introduce
+from experiments.training.shown import conclude, evaluated_line, introduce
+from experiments.training.task import Loader, Task
 from fdg_jax import distributed
-from fdg_jax.engine.placement import put
 from fdg_jax.errors import NonFiniteError, StageError
 
+C = TypeVar("C", bound=Config)
 
-def run(config: Config) -> dict[str, Any]:
+
+def run(config: C, make: type[Task[C]]) -> dict[str, Any]:
     """Trains as ``config`` says and returns what stands in summary.json.
 
     A run that is in the workdir already and was stopped goes on where its newest good checkpoint
     was taken, and ends as if it had never stopped; a finished one stays as it is.
+
+    Args:
+      config: the settings.
+      make: what is trained: the class of the program's task.
 
     Raises:
       UsageError: something in ``config`` cannot be done; nothing has been written then.
@@ -57,20 +60,18 @@ def run(config: Config) -> dict[str, Any]:
     workdir.check(config.workdir, overwrite=config.overwrite or earlier is not None)
     cluster.agree_on_run(earlier)
     setup.prepare_jax(config.num_stages, config.devices_per_stage)
-    run = setup.make(config, None if earlier is None else earlier.config["cuts"])
-    pipe, loader = run.pipe, run.loader
+    task = make(config)
+    run = setup.make(task, None if earlier is None else earlier.config["cuts"])
+    pipe, loader, metric = run.pipe, task.loader, task.metric
     first, last = pipe.stages[0], pipe.stages[-1]
     writes = last.owner == jax.process_index()
     checkpoints = resume.Checkpoints(run)
 
-    root = jax.random.key(config.seed)
-    model_key = jax.random.fold_in(root, setup.MODEL_KEY)
-    height, width, channels = run.dataset.image_shape
-    example = jax.ShapeDtypeStruct((config.batch_size, height, width, channels), jnp.float32)
-    targets = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
     saved = checkpoints.restore() if earlier is not None else None
     if saved is None:
-        saved = (pipe.init(model_key, example, targets), resume.NOTHING)
+        model_key = jax.random.fold_in(jax.random.key(config.seed), setup.MODEL_KEY)
+        example = task.inputs(config.batch_size), task.targets(config.batch_size)
+        saved = (pipe.init(model_key, *example), resume.NOTHING)
     state, past = saved
 
     watch = timeline.Watch(run, past["step"])
@@ -96,12 +97,8 @@ def run(config: Config) -> dict[str, Any]:
         screen.line(f"goes on after step {past['step']}")
 
     # --- Programs beside the pipeline's own: augmentation before it, counting after it.
-    mean, std = put((run.dataset.mean, run.dataset.std), first.replicated)
-    augment_key = put(jax.random.fold_in(root, setup.AUGMENT_KEY), first.replicated)
-    augment = jax.jit(
-        functools.partial(data.augment, padding=config.crop_padding, flip=config.flip)
-    )
-    evaluate = evaluation.Evaluation(run, mean, std)
+    inputs = task.training_inputs(first)
+    evaluate = evaluation.Evaluation(run)
     wishes = cluster.Wishes(pipe, config.max_ahead)
 
     # --- Training. Nothing below waits for a device but the evaluations, and the log, which looks
@@ -109,7 +106,8 @@ def run(config: Config) -> dict[str, Any]:
     waiting: collections.deque[dict[str, Any]] = collections.deque(past["waiting"])
     best, evaluated = past["best"], past["evaluated"]
     train_seconds, logged_batch, logged_seconds = past["clocks"]
-    eval_steps = config.eval_every_epochs * loader.steps_per_epoch
+    eval_steps = evaluation.every(run)
+    speed_name, per_batch = f"{task.unit}_per_second", task.per_batch(config)
 
     def log(done: Sequence[dict[str, Any]], step: int, seconds: float) -> None:
         nonlocal logged_batch, logged_seconds
@@ -120,7 +118,7 @@ def run(config: Config) -> dict[str, Any]:
         # not finite was left out of the training as well.
         loss, error = (finite_mean([float(v[i]) for v in values]) for i in ("loss", "error"))
         seen = done[-1]["batch"] + 1
-        speed = config.batch_size * (seen - logged_batch) / max(seconds - logged_seconds, 1e-9)
+        speed = per_batch * (seen - logged_batch) / max(seconds - logged_seconds, 1e-9)
         logged_batch, logged_seconds = seen, seconds
         out.append_metrics(
             {
@@ -129,33 +127,30 @@ def run(config: Config) -> dict[str, Any]:
                 "split": "train",
                 "loss": loss,
                 "error": error,
-                "images_per_second": round(speed, 1),
+                speed_name: round(speed, 1),
                 "seconds": round(seconds, 3),
                 **family.stage_errors(values, finite_mean),
             }
         )
-        screen.advance(step, loss, error, speed)
+        screen.advance(step, loss, error, speed, task.unit)
 
     def assess(state: fdg.PipelineState, step: int) -> dict[str, float]:
         """Errors after ``step`` steps; the clock of the training stands still meanwhile."""
         begin = time.perf_counter()
         result = evaluate(state)
-        images = len(run.dataset.test_images)
+        speed = task.held_out[1].size / (time.perf_counter() - begin)
         epoch = step / loader.steps_per_epoch
         out.append_metrics(
             {
                 "step": step,
                 "epoch": epoch,
-                "split": run.split,
+                "split": task.split,
                 **result,
-                "images_per_second": round(images / (time.perf_counter() - begin), 1),
+                speed_name: round(speed, 1),
                 "seconds": round(train_seconds, 3),
             }
         )
-        screen.line(
-            f"epoch {epoch:6.2f}  step {step:6d}  {run.split} loss {result['loss']:.4f}  "
-            f"{run.split} error {100 * result['error']:5.2f} %  {train_seconds:7.1f} s"
-        )
+        screen.line(evaluated_line(task, epoch, step, result, train_seconds))
         if any(left_out := pipe.skipped(state)):
             screen.line(f"not finite and left out, per stage: {', '.join(map(str, left_out))}")
         return result
@@ -183,10 +178,8 @@ def run(config: Config) -> dict[str, Any]:
         clock = time.perf_counter()
         for step in range(past["step"], run.total_steps):
             watch.before(step)
-            images, labels = fetch(loader, step)
-            images, number = put((images, np.int32(step)), (first.sharded, first.replicated))
-            x = augment(augment_key, number, images, mean, std)
-            state, metrics = pipe.step(state, (x, labels))
+            examples, labels = fetch(loader, step)
+            state, metrics = pipe.step(state, (inputs(examples, step), labels))
             waiting.extend(family.lines_of(metrics, len(pipe.stages) - 1))
             if (step + 1) % config.log_every_steps == 0:
                 # The pipeline has waited for all but the last max_ahead ticks.
@@ -201,8 +194,8 @@ def run(config: Config) -> dict[str, Any]:
                 pipe.check()
                 jax.block_until_ready(state)
                 train_seconds += time.perf_counter() - clock
-                error = assess(state, step + 1)["error"]
-                score, best = (error, error) if error < best else (None, best)
+                value = assess(state, step + 1)[metric]
+                score, best = (value, value) if value < best else (None, best)
                 clock = time.perf_counter()
             stopping, late = wishes.heard(step + 1, stop.asked, checkpoints.late)
             if stopping or checkpoints.due(step + 1, best=score is not None, late=late):
@@ -221,9 +214,10 @@ def run(config: Config) -> dict[str, Any]:
             waiting.clear()
         if evaluated is None:  # else the run was stopped after its last evaluation
             evaluated = assess(state, run.total_steps)
-            best = min(best, evaluated["error"])
+            best = min(best, evaluated[metric])
             if checkpoints.on:
-                save(state, run.total_steps, train_seconds, evaluated["error"])
+                score = finite(evaluated[metric])
+                save(state, run.total_steps, train_seconds, score)
 
     # --- Results.
     left_out = pipe.skipped(state)
@@ -231,14 +225,15 @@ def run(config: Config) -> dict[str, Any]:
     if not writes:
         distributed.gather(np.int32(run.total_steps))  # until the results are written
         return workdir.read_json(config.workdir, "summary.json")
+    split = task.split
     summary = {
-        f"{run.split}_error": evaluated["error"],
-        f"best_{run.split}_error": best,
-        f"{run.split}_loss": evaluated["loss"] if math.isfinite(evaluated["loss"]) else None,
+        f"{split}_error": finite(evaluated["error"]),
+        f"{split}_loss": finite(evaluated["loss"]),
+        f"best_{split}_{metric}": finite(best),
         "train_seconds": round(train_seconds, 3),
-        "images_per_second": round(config.batch_size * run.total_steps / train_seconds, 1),
+        speed_name: round(per_batch * run.total_steps / train_seconds, 1),
         "steps": run.total_steps,
-        "split": run.split,
+        "split": split,
         "method": config.method,
         "stages": len(run.stages),
         "balance": described["balance"],
@@ -246,7 +241,7 @@ def run(config: Config) -> dict[str, Any]:
         "left_out": left_out,
         "params_sha256": params_sha256(params),
     }
-    title = f"{config.model} on {run.dataset.name}: {config.method}, K = {len(run.stages)}"
+    title = f"{config.model} on {task.name}: {config.method}, K = {len(run.stages)}"
     out.write_bytes("curves.png", curves.draw(out.metrics(), title))
     watch.write(out, screen)
     out.write_json("summary.json", summary)  # the last: a run that has it is finished
@@ -255,7 +250,7 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def fetch(loader: data.Loader, step: int) -> tuple[np.ndarray, np.ndarray]:
+def fetch(loader: Loader, step: int) -> tuple[np.ndarray, np.ndarray]:
     """The next mini-batch; whatever keeps a source from giving it ends the run."""
     try:
         return next(loader)
@@ -277,6 +272,11 @@ def failures(checkpoints: resume.Checkpoints) -> Iterator[None]:
         if isinstance(error, NonFiniteError):
             remedy = "; lower --learning_rate in a new run, or go on with --on_nonfinite=skip"
         raise Failed(f"{cluster.blame(error)}; {newest}{remedy}") from error
+
+
+def finite(value: float) -> float | None:
+    """The value as JSON has it: None where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def finite_mean(values: Sequence[float]) -> float:

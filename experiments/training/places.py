@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from experiments import data
 from experiments.common.errors import UsageError
 from experiments.training.config import Config
 from fdg_jax import distributed
@@ -66,16 +64,3 @@ def shared_cuts(
     found = np.array(find() if own else [0] * (num_stages - 1), np.int32)
     found = distributed.gather(found)[writer]
     return None if own else [int(cut) for cut in found]
-
-
-def without_images(dataset: data.Dataset) -> data.Dataset:
-    """The same, with images that take no memory, for a process without the first stage."""
-
-    def nothing(images: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(np.uint8(0), images.shape)
-
-    return dataclasses.replace(
-        dataset,
-        train_images=nothing(dataset.train_images),
-        test_images=nothing(dataset.test_images),
-    )

@@ -12,13 +12,11 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 import fdg_jax as fdg
 from experiments.common.errors import UsageError
-from experiments.training.config import FREE, Config
+from experiments.training.config import FREE, Config, program_of
 from experiments.training.setup import Setup
 from experiments.training.timeline import PROFILE
 from experiments.training.writers import WRITERS
@@ -71,12 +69,14 @@ def find(config: Config) -> Earlier | None:
         there = json.loads(path.read_text())
         if not isinstance(there, dict) or not {"cuts", "balance"} <= there.keys():
             raise ValueError("it is not that of a run")
+        if (program := program_of(there)) != config.PROGRAM:
+            raise ValueError(f"it is a run of experiments.{program}")
     except (OSError, RuntimeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"--workdir={config.workdir}: its config.json cannot be read ({error}); name another "
             "folder, or add --overwrite"
         ) from error
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
         # A flag that came after the run was begun had its default then.
         had = there.get(name, json.loads(json.dumps(defaults[name], default=str)))
@@ -125,11 +125,10 @@ class Checkpoints:
         Raises:
           UsageError: none is whole, or it does not fit the pipeline.
         """
-        config, image_shape = self._run.config, self._run.dataset.image_shape
-        images = jax.ShapeDtypeStruct((config.batch_size, *image_shape), jnp.float32)
-        labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+        config, task = self._run.config, self._run.task
+        example = task.inputs(config.batch_size), task.targets(config.batch_size)
         try:
-            state, extra = self.checkpointer.restore((images, labels))
+            state, extra = self.checkpointer.restore(example)
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -141,7 +140,7 @@ class Checkpoints:
                 f"--workdir={config.workdir}: the newest checkpoint does not say where the run "
                 "was; add --overwrite, which starts it anew"
             )
-        self._run.loader.set_state(extra["loader"])
+        task.loader.set_state(extra["loader"])
         self.checkpointer.tidy()
         return state, extra
 
@@ -169,7 +168,7 @@ class Checkpoints:
         score: float | None,
     ) -> None:
         """Begins to write a checkpoint; nothing waits for it."""
-        extra = {"step": step, "loader": self._run.loader.get_state(), **extra}
+        extra = {"step": step, "loader": self._run.task.loader.get_state(), **extra}
         self.checkpointer.save(state, step, extra, score)
         self._last = time.monotonic()
 

@@ -1,28 +1,25 @@
-"""From settings to what a run needs: data, stages, schedule, optimizer, pipeline."""
+"""From a task to what a run of it needs: stages, schedule, pipeline."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
 import fdg_jax as fdg
-from experiments import data
 from experiments.common import machine
 from experiments.common.errors import UsageError
 from experiments.common.memory import memory
-from experiments.training import family, measured, methods, remedies
+from experiments.data import cache
+from experiments.training import family, measured, methods
 from experiments.training.config import Config, blame
-from experiments.training.places import places, shared_cuts, without_images
+from experiments.training.places import places, shared_cuts
+from experiments.training.task import Task
 from fdg_jax.engine.allocator import keep_freed_memory
 from fdg_jax.engine.placement import stage_meshes
-from fdg_jax.layer import Layer
 from fdg_jax.partition import units_of
 
 # Which branch of the seed's key is whose.
@@ -30,23 +27,23 @@ MODEL_KEY, AUGMENT_KEY = 0, 1
 
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
-# Images held out and subsets of train are the same whatever the seed: seeds repeat the training.
-SPLIT_SEED = 0
-
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything that is made from a `Config` before the first step."""
+    """Everything that is made before the first step."""
 
-    config: Config
-    dataset: data.Dataset
-    loader: data.Loader
+    task: Task[Any]
     stages: fdg.Partition
     schedule: fdg.schedule.Schedule
     pipe: fdg.Pipeline
     total_steps: int
-    split: str  # the name of the split that errors are measured on
     times: measured.Times | None  # what the split into stages follows from, where it is time
+
+    @property
+    def config(self) -> Config:
+        """The settings."""
+        config: Config = self.task.config
+        return config
 
 
 def prepare_jax(num_stages: int, devices_per_stage: int = 1, *, keep_memory: bool = True) -> None:
@@ -58,7 +55,7 @@ def prepare_jax(num_stages: int, devices_per_stage: int = 1, *, keep_memory: boo
     if keep_memory:
         keep_freed_memory()
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(data.cache.directory() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache.directory() / "compiled"))
         # Initial weights are drawn by very many programs of a few milliseconds each.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     wanted = min(num_stages, machine.cores())
@@ -78,37 +75,17 @@ def one_thread(flags: str) -> str:
     return flags if _ONE_THREAD.split("=")[0] in flags else f"{flags} {_ONE_THREAD}".strip()
 
 
-def make(config: Config, cuts: list[int] | None = None) -> Setup:
-    """Loads the data and builds the pipeline; writes nothing.
+def make(task: Task[Any], cuts: list[int] | None = None) -> Setup:
+    """Cuts the network and builds the pipeline; writes nothing.
 
     Args:
-      config: the settings.
+      task: data and network.
       cuts: those of the run that goes on, whatever --partition would find today.
 
     Raises:
       UsageError: a setting does not fit the data or the network.
     """
-    try:
-        dataset = data.load(
-            config.dataset,
-            config.data_dir,
-            validation_size=config.validation_size,
-            train_size=config.train_size,
-            seed=SPLIT_SEED,
-        )
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"--dataset={config.dataset}: cannot be read ({error})") from error
-    loader = data.Loader(
-        dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed
-    )
-    height, width, channels = dataset.image_shape
-    if config.crop_padding > max(height, width):
-        raise UsageError(
-            f"--crop_padding={config.crop_padding}: must not exceed the image, {height}x{width}; "
-            "4 is usual"
-        )
-    with blame("model"):
-        layers = network(config, dataset.num_classes, channels)
+    config, layers = task.config, task.layers
     number = len(units_of(layers))
     num_stages = methods.num_stages(config)
     if num_stages > number:
@@ -116,13 +93,13 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
             f"--num_stages={config.num_stages}: {config.model} has {number} layers that can be "
             f"split, so choose 1 to {number}"
         )
-    if (needed := _bytes(layers, dataset)) > memory() and jax.default_backend() == "cpu":
+    if (needed := _bytes(task)) > memory() and jax.default_backend() == "cpu":
         raise UsageError(
-            f"--model={config.model}: its weights, gradients and momentum take "
-            f"{needed / 1e9:,.0f} GB, and this machine has {memory() / 1e9:,.0f} GB of memory; "
-            "choose a smaller one"
+            f"--{task.size}={getattr(config, task.size)}: the network's weights, gradients and "
+            f"optimizer take {needed / 1e9:,.0f} GB, and this machine has {memory() / 1e9:,.0f} GB "
+            "of memory; choose a smaller one"
         )
-    total = config.steps or config.epochs * loader.steps_per_epoch
+    total = config.steps or max(1, round(config.epochs * task.loader.steps_per_epoch))
     if total >= 2**31:
         raise UsageError(
             f"--epochs={config.epochs}: makes {total:,} steps, and no more than {2**31 - 1:,} are "
@@ -135,19 +112,16 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
         )
     devices = places(config, num_stages, schedule.microbatches)
     writer = stage_meshes(num_stages, devices)[-1].devices.flat[0].process_index
-    cuts = shared_cuts(
-        cuts,
-        num_stages,
-        writer,
-        lambda: split(config, layers, dataset, schedule.microbatches)[0].cuts,
+    cuts = shared_cuts(cuts, num_stages, writer, lambda: split(task, schedule.microbatches)[0].cuts)
+    stages, times = split(task, schedule.microbatches, cuts)
+    rate = task.rate(total, schedule.period)
+    own = family.assemble(
+        config, schedule, stages, task.loss_fn, task.num_classes, images=task.images
     )
-    stages, times = split(config, layers, dataset, schedule.microbatches, cuts)
-    rate = learning_rate(config, loader.steps_per_epoch / schedule.period, total / schedule.period)
-    own = family.assemble(config, schedule, stages, loss_fn, dataset.num_classes, images=True)
     pipe = fdg.Pipeline(
         own.stages,
         own.loss_fn,
-        lambda k: optimizer(config, rate, schedule, k),
+        lambda k: task.optimizer(config, rate, schedule, k),
         schedule,
         devices=devices,
         gradient=methods.gradient(config),
@@ -156,121 +130,51 @@ def make(config: Config, cuts: list[int] | None = None) -> Setup:
         shard_optimizer=config.shard_optimizer,
         synthesizers=own.synthesizers,
         message_dtype=message_dtype(config.message_dtype),
+        tie=task.tie,
     )
     if not pipe.stages[0].here:
-        dataset = without_images(dataset)
-        loader = data.Loader(
-            dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed
-        )
-    tested = "validation" if config.validation_size else "test"
-    return Setup(config, dataset, loader, stages, schedule, pipe, total, tested, times)
-
-
-def network(config: Config, num_classes: int, channels: int) -> list[Layer]:
-    """The network that the settings name, input first.
-
-    Raises:
-      ValueError: there is none such.
-    """
-    unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
-    how = compute(config.dtype, config.fast_derivatives)
-    return fdg.models.create(config.model, num_classes, channels, unroll, how, config.dropout)
+        task.leave_out_inputs()
+    return Setup(task, stages, schedule, pipe, total, times)
 
 
 def split(
-    config: Config,
-    layers: list[Layer],
-    dataset: data.Dataset,
-    microbatches: int,
-    cuts: list[int] | None = None,
+    task: Task[Any], microbatches: int, cuts: list[int] | None = None
 ) -> tuple[fdg.Partition, measured.Times | None]:
     """The network in stages as --partition says, and the layers' times if that takes them.
 
     Raises:
       UsageError: --partition does not fit the network.
     """
+    config, layers = task.config, task.layers
     num_stages = methods.num_stages(config)
     # One stage leaves nothing to balance, and so nothing to measure.
     cuts = [] if num_stages == 1 else config.cuts() if cuts is None else cuts
-    height, width, channels = dataset.image_shape
-
-    def images(count: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, height, width, channels), jnp.float32)
-
-    example = images(config.batch_size)
+    example = task.inputs(config.batch_size)
     with blame("partition"):
         if cuts is not None:
             return fdg.partition(layers, num_stages, example, cost=cuts), None
         if config.partition == "flops":
             return fdg.partition(layers, num_stages, example, cost="flops"), None
-        network = {
-            "model": config.model,
-            "num_classes": dataset.num_classes,
-            "channels": channels,
-            "dropout": config.dropout,
-            "unroll": config.unroll,
-            "dtype": config.dtype,
-            "fast_derivatives": config.fast_derivatives,
-        }
+        network = {name: getattr(config, name) for name in task.makes}
+        network["num_classes"] = task.num_classes
         # A device sees its part of a micro-batch.
         part = config.batch_size // microbatches // config.devices_per_stage
-        times = measured.times(layers, images(part), network)
+        times = measured.times(layers, task.inputs(part), network)
         stages = fdg.partition(layers, num_stages, example, cost=times.seconds)
         stages.unit = "seconds"
     return stages, times
 
 
-def _bytes(layers: list[Layer], dataset: data.Dataset) -> int:
-    """Of weights, gradients and momentum, in float32."""
-    image = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-    params, _ = jax.eval_shape(fdg.chain(layers).init, jax.random.key(0), image)
-    return 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def compute(dtype: str, fast_derivatives: bool) -> fdg.models.Compute:
-    """How the network is computed, from the flags."""
-    return fdg.models.Compute(None if dtype == "float32" else jnp.dtype(dtype), fast_derivatives)
+def _bytes(task: Task[Any]) -> int:
+    """Of weights, gradients and the optimizer's copies of them, in float32."""
+    params, _ = jax.eval_shape(fdg.chain(task.layers).init, jax.random.key(0), task.inputs(1))
+    copies = 4 if task.config.optimizer == "adamw" else 3
+    return copies * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def message_dtype(name: str) -> str | None:
     """--message_dtype as `fdg_jax.Pipeline` takes it."""
     return None if name == "float32" else name
-
-
-def loss_fn(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy, and the fraction of wrong answers."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
-    return loss, {"error": jnp.mean(jnp.argmax(outputs, axis=-1) != labels)}
-
-
-def learning_rate(config: Config, per_epoch: float, total: float) -> optax.Schedule:
-    """The rate of each update of a stage, from updates per epoch and in all."""
-    if config.lr_schedule == "cosine":
-        return optax.cosine_decay_schedule(config.learning_rate, math.ceil(total))
-    if config.lr_schedule == "constant":
-        return optax.constant_schedule(config.learning_rate)
-    boundaries: dict[int, float] = {}
-    for epoch in config.lr_milestones:
-        update = round(min(epoch * per_epoch, total))  # those beyond the end change nothing
-        boundaries[update] = boundaries.get(update, 1.0) * config.lr_decay
-    return optax.piecewise_constant_schedule(config.learning_rate, boundaries)
-
-
-def optimizer(
-    config: Config, rate: optax.Schedule, schedule: fdg.schedule.Schedule, stage: int
-) -> optax.GradientTransformation:
-    """A stage's optimizer: SGD or Muon, shrunk, as --remedy says."""
-    own = remedies.StageSettings(
-        rate,
-        (schedule, stage),
-        schedule.period,
-        config.momentum,
-        config.weight_decay,
-        methods.beta(config),
-        hops=schedule.num_stages - 1 - stage,
-        exclude="dense",  # the last layer
-    )
-    return remedies.optimizer(config, own)
 
 
 def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:
@@ -296,14 +200,11 @@ def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:
 
 def describe(setup: Setup, table: list[dict[str, Any]]) -> dict[str, Any]:
     """What stands in config.json: the settings, what follows from them, where it runs."""
-    dataset = setup.dataset
+    task = setup.task
     return {
-        **dataclasses.asdict(setup.config),
-        "num_classes": dataset.num_classes,
-        "class_names": list(dataset.class_names),
-        "image_shape": list(dataset.image_shape),
-        "mean": dataset.mean.tolist(),
-        "std": dataset.std.tolist(),
+        "experiment": task.config.PROGRAM,
+        **dataclasses.asdict(task.config),
+        **task.describe(),
         "total_steps": setup.total_steps,
         "cuts": list(setup.stages.cuts),
         "layer_costs": list(setup.stages.layer_costs),

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fdg_jax as fdg
 from experiments.common.screen import Screen
 from experiments.training.setup import Setup
+from experiments.training.task import Task
 from fdg_jax.schedule import LEGEND
 
 
 def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> None:
     """The schedule's grid and the stage table."""
-    config, dataset = run.config, run.dataset
+    config, task = run.config, run.task
     screen.line(
-        f"{config.method} of {config.model} on {dataset.name} "
-        f"({len(dataset.train_labels):,} train, {len(dataset.test_labels):,} {run.split} images), "
+        f"{config.method} of {config.model} on {task.name} ({task.sizes()}), "
         f"K = {len(run.stages)}, "
-        f"{run.total_steps:,} steps of {config.batch_size} images"
+        f"{run.total_steps:,} steps of {task.per_batch(config):,} {task.unit}"
     )
     screen.line()
     screen.line(f"{run.schedule}\n\n{LEGEND}\n")
     if run.times is not None:
         screen.line(f"partition: {run.times.note}")
     stage_table(screen, run.stages, table)
+
+
+def number(metric: str, value: float | None) -> str:
+    """A loss or an error in words.
+
+    Example:
+      >>> number("error", 0.125), number("loss", 2.5), number("loss", None)
+      ('12.50 %', '2.5000', 'not finite')
+    """
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{100 * value:.2f} %" if metric == "error" else f"{value:.4f}"
+
+
+def evaluated_line(
+    task: Task[Any], epoch: float, step: int, result: Mapping[str, float], seconds: float
+) -> str:
+    """What an evaluation found."""
+    split, loss, error = task.split, result["loss"], 100 * result["error"]
+    return (
+        f"epoch {epoch:6.2f}  step {step:6d}  {split} loss {loss:.4f}  "
+        f"{split} error {error:5.2f} %  {seconds:7.1f} s"
+    )
 
 
 def stage_table(screen: Screen, stages: fdg.Partition, table: Sequence[dict[str, Any]]) -> None:
@@ -54,13 +78,15 @@ def stage_table(screen: Screen, stages: fdg.Partition, table: Sequence[dict[str,
 
 def conclude(screen: Screen, run: Setup, summary: dict[str, Any]) -> None:
     """The closing table."""
-    split = run.split
-    left_out = summary["left_out"]
+    task, left_out = run.task, summary["left_out"]
+    result = f"{task.split}_{task.metric}"
     rows = [
-        (f"{split} error", f"{100 * summary[f'{split}_error']:.2f} %"),
-        (f"best {split} error", f"{100 * summary[f'best_{split}_error']:.2f} %"),
+        (name.replace("_", " "), number(task.metric, summary[name]))
+        for name in (result, f"best_{result}")
+    ]
+    rows += [
         ("training time", f"{summary['train_seconds']:.1f} s"),
-        ("images per second", f"{summary['images_per_second']:,.0f}"),
+        (f"{task.unit} per second", f"{summary[f'{task.unit}_per_second']:,.0f}"),
         ("staleness per stage", ", ".join(map(str, summary["staleness"]))),
         *([("left out per stage", ", ".join(map(str, left_out)))] if any(left_out) else []),
         ("params sha256", summary["params_sha256"][:16] + "..."),

@@ -1,4 +1,4 @@
-"""What really ran when in a run of experiments.cifar, as a trace and a picture."""
+"""What really ran when in a run, as a trace and a picture."""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@ from flax import linen, nnx
 import fdg_jax as fdg
 from experiments import data
 from experiments.common import workdir
+from experiments.images.settings import Settings
+from experiments.images.task import Images
 from experiments.training import setup
-from experiments.training.config import Config
 from experiments.training.loop import params_sha256
 from fdg_jax.checkpoint import Checkpointer
 
@@ -59,7 +60,7 @@ def begin(folder, **settings):
     """A run's folder with its config.json; the run and its first state."""
     options = {"dataset": "folder:images", "batch_size": 8, "num_stages": 3, **settings}
     options.setdefault("partition", "2,4")
-    run = setup.make(Config(str(folder), crop_padding=1, **options))
+    run = setup.make(Images(Settings(str(folder), crop_padding=1, **options)))
     state = run.pipe.init(jax.random.key(0), X)
     described = setup.describe(run, setup.stage_table(run, run.pipe.params(state)))
     workdir.Workdir(str(folder), overwrite=False).write_json("config.json", described)

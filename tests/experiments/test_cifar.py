@@ -13,7 +13,9 @@ from absl import flags
 from PIL import Image
 
 from experiments.common.errors import Stopped
-from experiments.training import loop, methods, settings, setup
+from experiments.images import settings
+from experiments.images.task import Images
+from experiments.training import loop, methods, setup
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -191,7 +193,7 @@ def test_every_method_trains(name, images, tmp_path, monkeypatch):
     values = flags.FlagValues()
     settings.define_flags(values)
     values(["cifar", *small(images, tmp_path / "run"), f"--method={name}", "--steps=12"])
-    summary = loop.run(settings.from_flags(values))
+    summary = loop.run(settings.from_flags(values), Images)
     # Twelve steps are too few for a synthesizer.
     assert summary["test_error"] <= (0.6 if name.startswith("dni") else 0.2)
     assert summary["staleness"] == STALENESS.get(name, [0, 0])
@@ -226,7 +228,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
         settings.define_flags(values)
         options = [*small(images, tmp_path / name), "--steps=9", "--log_every_steps=2"]
         values(["cifar", *options, *arguments])
-        loop.run(settings.from_flags(values))
+        loop.run(settings.from_flags(values), Images)
         return without_times(tmp_path / name)
 
     whole = train("whole")

@@ -16,7 +16,8 @@ from experiments import compare
 from experiments.common.errors import UsageError
 from experiments.comparing import paper
 from experiments.comparing.records import finished
-from experiments.training import settings
+from experiments.images import settings
+from experiments.tasks import PROGRAMS, program_flag
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGFILES = sorted((pathlib.Path(compare.__file__).parent / "flags").glob("compare_*.cfg"))
@@ -24,9 +25,9 @@ FLAGFILES = sorted((pathlib.Path(compare.__file__).parent / "flags").glob("compa
 
 def parse(*arguments: str) -> compare.Series:
     values = flags.FlagValues()
-    settings.define_flags(values)
+    PROGRAMS[program_flag(arguments)].define_flags(values)
     compare.define_flags(values)
-    assert values(["compare", *map(str, arguments)]) == ["compare"]
+    assert values(["compare", *arguments]) == ["compare"]
     return compare.from_flags(values)
 
 

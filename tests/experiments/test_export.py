@@ -93,6 +93,7 @@ def test_the_model_predicts_what_the_stages_predict(trained, tmp_path, kind):
         assert params_sha256(cut_again(tmp_path / kind)) == predicted[step][1]
         assert len(about.pop("sha256")) == 64
         assert about == {
+            "experiment": "cifar",
             "model": "tiny",
             "dataset": "folder:images",
             "num_classes": 3,

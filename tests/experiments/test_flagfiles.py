@@ -7,8 +7,7 @@ from absl import flags
 
 import fdg_jax as fdg
 from experiments.comparing import study
-from experiments.training import settings
-from experiments.training.config import Config
+from experiments.images import settings
 from fdg_jax.partition import units_of
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "flags"
@@ -47,7 +46,3 @@ def test_study(path):
         assert run.settings.workdir.startswith("somewhere/")
     assert path.stem in path.read_text()
     assert len({row.folder for row in found.rows}) == len(found.rows)
-
-
-def test_every_setting_has_help():
-    assert set(Config.__dataclass_fields__) == set(settings.HELP)

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from experiments.common import workdir
 from experiments.common.errors import UsageError
-from experiments.training import measured, resume, settings, setup
-from experiments.training.config import Config
+from experiments.images import settings
+from experiments.images.settings import Settings
+from experiments.images.task import Images
+from experiments.training import measured, resume, setup
 from tests.experiments.data.conftest import cache_dir, image_folder
 from tests.reliability.mutation import changed_bytes, changed_json, examples, one_line
 
@@ -60,7 +62,7 @@ def until_the_first_file(arguments: list[str], make: bool = True) -> str:
         resume.find(config)
         workdir.check(config.workdir, overwrite=config.overwrite)
         if make:
-            setup.make(config)
+            setup.make(Images(config))
     except UsageError as error:
         one_line(error)
         return "refused"
@@ -145,7 +147,7 @@ def test_flagfiles(base, tmp_path, content):
 @examples(0.5)
 @hypothesis.given(data=st.data())
 def test_settings_of_an_earlier_run(base, tmp_path, data):
-    config = Config(str(tmp_path / "earlier"))
+    config = Settings(str(tmp_path / "earlier"))
     there = {"workdir": "x", "cuts": [2], "balance": 1.0, "beta": 1.0, "lr_milestones": [150.0]}
     text = json.dumps(changed_json(data.draw, there))
     content = changed_bytes(data.draw, text.encode()) if data.draw(st.booleans()) else text.encode()

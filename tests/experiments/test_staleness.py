@@ -80,9 +80,8 @@ def test_rows_and_seeds_make_the_runs(path, tmp_path):
 
 
 def test_a_grid_makes_a_row_of_every_combination(path):
-    grid = (
-        'grid = [["--learning_rate=1 --b1=0.5", "--learning_rate=2"], ["--heads=1", "--heads=2"]]'
-    )
+    grid = 'grid = [["--learning_rate=1 --momentum=0.5", "--learning_rate=2"], '
+    grid += '["--heads=1", "--heads=2"]]'
     path.write_text(TEXT + grid)
     rows = study.read(str(path)).rows
     assert [row.name for row in rows[1:]] == [
@@ -91,7 +90,7 @@ def test_a_grid_makes_a_row_of_every_combination(path):
         "FDG, K = 2, learning_rate=2 heads=1",
         "FDG, K = 2, learning_rate=2 heads=2",
     ]
-    assert rows[2].flags[-3:] == ("--learning_rate=1", "--b1=0.5", "--heads=2")
+    assert rows[2].flags[-3:] == ("--learning_rate=1", "--momentum=0.5", "--heads=2")
     assert rows[2].flags[:-3] == rows[4].flags[:-2]
 
 
@@ -125,7 +124,7 @@ def test_what_is_missing_is_trained_and_goes_on_where_it_was_interrupted(path, t
     tiny = ["--steps=8", "--warmup_steps=1", "--width=8", "--heads=2", "--blocks=1", "--context=8"]
     source = tmp_path / "text"
     source.write_bytes(bytes(range(65, 90)) * 100)
-    tiny += ["--batch_size=2", "--eval_every_steps=4", f"--text={source}"]
+    tiny += ["--batch_size=2", "--eval_every_steps=4", f"--dataset=file:{source}"]
     found = study.with_flags(study.read(str(path)), tiny)
     folder = tmp_path / "out"
     runs = found.runs(str(folder))
@@ -145,7 +144,7 @@ def test_what_is_missing_is_trained_and_goes_on_where_it_was_interrupted(path, t
 def test_a_failed_run_is_told_and_the_others_go_on(path, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("too short")
-    found = study.with_flags(study.read(str(path)), [f"--text={text}"])
+    found = study.with_flags(study.read(str(path)), [f"--dataset=file:{text}"])
     assert staleness.run_study(found, tmp_path / "out", 2, 0.5, report_only=False) == 1
     captured = capsys.readouterr()
     assert captured.out.count("FAILED with status 2") == 4
@@ -205,7 +204,7 @@ def test_a_study_that_is_stopped_leaves_no_run_behind(path, tmp_path):
     source.write_bytes(bytes(range(65, 90)) * 400)
     path.write_text(path.read_text().replace("--steps=100", "--steps=100000"))
     command = [sys.executable, "-m", "experiments.staleness", f"--study={path}"]
-    command += [f"--workdir={tmp_path / 'out'}", f"--extra=--text={source}"]
+    command += [f"--workdir={tmp_path / 'out'}", f"--extra=--dataset=file:{source}"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -242,8 +241,8 @@ def test_a_study_that_is_stopped_leaves_no_run_behind(path, tmp_path):
         ('title = "A study"', "title = ", "cannot be read"),
         (
             'name = "backprop"',
-            'name = "backprop"\ngrid = ["--b1=0"]',
-            "grid of row 'backprop': '--b1=",
+            'name = "backprop"\ngrid = ["--momentum=0"]',
+            "grid of row 'backprop': '--momentum=",
         ),
     ],
 )

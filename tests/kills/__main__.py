@@ -1,11 +1,12 @@
-"""Kills experiments.cifar again and again, and sees whether every run ends as if it never was.
+"""Kills trainings again and again, and sees whether every run ends as if it never was.
 
     python -m tests.kills --kills=192 --output=runs/kills
 
-Trains each of `SETTINGS` once undisturbed and once killed with SIGKILL at its share of the moments:
-aimed ones, at which the program kills itself (watched.py), and ones at a random time, from outside.
-After each kill the same command is started again. In the end summary.json with the SHA-256 of the
-parameters, and metrics.jsonl, must be those of the undisturbed run, but for times.
+Trains each of `SETTINGS`, of experiments.cifar or experiments.lm, once undisturbed and once killed
+with SIGKILL at its share of the moments: aimed ones, at which the program kills itself
+(watched.py), and ones at a random time, from outside. After each kill the same command is started
+again. In the end summary.json with the SHA-256 of the parameters, and metrics.jsonl, must be those
+of the undisturbed run, but for times.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from absl import flags
 from experiments.common import command
 from experiments.common.errors import UsageError
 from tests.kills.plan import SETTINGS, Setting, plan
-from tests.kills.run import make_images, torment
+from tests.kills.run import make_data, torment
 
 FLAGS = flags.FLAGS
 SETTING = [field.name for field in dataclasses.fields(Setting)]
@@ -73,10 +74,10 @@ def main() -> None:
     except ValueError:
         raise UsageError(f"--settings={FLAGS.settings}: give first:last, such as 0:4") from None
     output = pathlib.Path(FLAGS.output)
-    images = output / "images"
+    data = output / "data"
     try:
-        shutil.rmtree(images, ignore_errors=True)
-        make_images(images)
+        shutil.rmtree(data, ignore_errors=True)
+        make_data(data)
     except OSError as error:
         raise UsageError(f"--output={output}: cannot be written ({error}); name another") from error
     share = -(-FLAGS.kills // len(SETTINGS))
@@ -86,7 +87,7 @@ def main() -> None:
         folder.mkdir()
         # A seed of its own for each, so that one alone is killed as it is among all.
         orders = plan(setting, share, random.Random(f"{FLAGS.seed} {setting.name}"))
-        result = torment(setting, orders, images, folder)
+        result = torment(setting, orders, data, folder)
         (folder / "kills.json").write_text(json.dumps(result, indent=2) + "\n")
     done = [output / setting.name / "kills.json" for setting in SETTINGS]
     results = [json.loads(path.read_text()) for path in done if path.exists()]

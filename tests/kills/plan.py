@@ -49,6 +49,7 @@ class Setting:
     remedy: str = "none"
     model: str = MODEL
     message_dtype: str = "float32"
+    program: str = "cifar"
 
     @property
     def extras(self) -> list[str]:
@@ -75,6 +76,10 @@ class Setting:
     @property
     def flags(self) -> list[str]:
         """30 steps of a small network; a checkpoint falls into the fill of K = 3 and 4."""
+        return [*self._common, *(self._images if self.program == "cifar" else self._text)]
+
+    @property
+    def _images(self) -> list[str]:
         k = self.num_stages
         # Of five layers; the reversible ones have more, and no dropout.
         usual = self.model == MODEL
@@ -84,14 +89,37 @@ class Setting:
             f"--dropout={0.2 if usual else 0}",
             "--crop_padding=1",
             "--flip",
-            "--momentum=0.9",
             "--learning_rate=0.05",
             "--lr_milestones=2,4",
+            f"--partition={partition}",
+            "--eval_every_epochs=2",
+        ]
+
+    @property
+    def _text(self) -> list[str]:
+        """Of four layers that can be cut; three evaluations."""
+        return [
+            f"--model={self.model}",
+            "--width=8",
+            "--blocks=2",
+            "--heads=2",
+            "--context=8",
+            "--tie_embedding",
+            "--learning_rate=0.01",
+            "--warmup_steps=5",
+            "--partition=flops",
+            "--eval_every_steps=10",
+        ]
+
+    @property
+    def _common(self) -> list[str]:
+        k = self.num_stages
+        return [
+            "--momentum=0.9",
             "--beta=0.7",
             f"--method={self.method}",
             f"--gradient={self.gradient}",
             f"--num_stages={k}",
-            f"--partition={partition}",
             f"--message_dtype={self.message_dtype}",
             "--synthesizer_width=8",
             # Turns of four mini-batches, so that checkpoints every 3 come to all places of one.
@@ -104,7 +132,6 @@ class Setting:
             "--microbatches=2",
             "--batch_size=8",
             "--steps=30",
-            "--eval_every_epochs=2",
             "--log_every_steps=3",
             f"--checkpoint_every_steps={3 if k == 3 else 5}",
         ]
@@ -134,6 +161,10 @@ SETTINGS += [
     Setting("dni_late", "stale", 3),
     Setting("fdg", "reconstruct", 3),
     Setting("fdg", "stale", 3, message_dtype="int8"),
+]
+# A language model with a tied array.
+SETTINGS += [
+    Setting("fdg", "stale", 3, "adamw", "recipe", model="transformer", program="lm"),
 ]
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from tests.kills.plan import Order, Setting
 
 ROOT = pathlib.Path(__file__).parents[2]
-TIMES = ("images_per_second", "seconds", "train_seconds")
+TIMES = ("images_per_second", "bytes_per_second", "seconds", "train_seconds")
 # Seconds of one process, which takes 7 on two idle cores and has taken 240 on busy ones.
 DEADLINE = 1200
 # Of a process that was killed before it could say where it is.
@@ -29,19 +29,24 @@ BEFORE = {"moment": "", "main": "start", "save": "none", "step": 0}
 ATTEMPTS = 3
 
 
-def make_images(folder: pathlib.Path) -> None:
-    """A data set of 8x8 images in two classes: five steps of 8 an epoch, two evaluation batches."""
+def make_data(folder: pathlib.Path) -> None:
+    """A data set of 8x8 images in two classes: five steps of 8 an epoch, two evaluation batches.
+
+    Beside it a text, whose tenth is two evaluation batches as well.
+    """
     rng = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 6)):
         for label in ("a", "b"):
-            (folder / split / label).mkdir(parents=True)
+            there = folder / "images" / split / label
+            there.mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 255, (8, 8, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / split / label / f"{i}.png")
+                Image.fromarray(pixels).save(there / f"{i}.png")
+    (folder / "text").write_bytes(rng.choice(list(b"abcdefgh"), 1000).astype(np.uint8).tobytes())
 
 
 def start(
-    setting: Setting, images: pathlib.Path, workdir: pathlib.Path, program: str, **more: str
+    setting: Setting, data: pathlib.Path, workdir: pathlib.Path, program: str, **more: str
 ) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
@@ -49,7 +54,8 @@ def start(
         "FDG_CACHE_DIR": str(ROOT / ".cache" / "experiments"),
         **more,
     }
-    line = [f"--dataset=folder:{images}", f"--workdir={workdir}", *setting.flags]
+    dataset = f"folder:{data / 'images'}" if setting.program == "cifar" else f"file:{data / 'text'}"
+    line = [f"--dataset={dataset}", f"--workdir={workdir}", *setting.flags]
     return subprocess.Popen(
         [sys.executable, "-m", program, *line],
         cwd=ROOT,
@@ -72,14 +78,20 @@ def end(process: subprocess.Popen[str]) -> int:
 
 
 def attempt(
-    setting: Setting, images: pathlib.Path, workdir: pathlib.Path, order: Order | None
+    setting: Setting, data: pathlib.Path, workdir: pathlib.Path, order: Order | None
 ) -> dict[str, Any] | None:
     """Starts the run, or goes on with it, until it is killed: where it was then. None: it ended."""
     log = workdir.with_suffix(".log")
     log.unlink(missing_ok=True)
     kill = order.moment if order else ""
     process = start(
-        setting, images, workdir, "tests.kills.watched", WATCH_LOG=str(log), WATCH_KILL=kill
+        setting,
+        data,
+        workdir,
+        "tests.kills.watched",
+        WATCH_PROGRAM=setting.program,
+        WATCH_LOG=str(log),
+        WATCH_KILL=kill,
     )
 
     def lines() -> list[str]:
@@ -124,7 +136,7 @@ def differences(run: pathlib.Path, whole: pathlib.Path) -> list[str]:
 
 
 def torment(
-    setting: Setting, orders: Sequence[Order], images: pathlib.Path, folder: pathlib.Path
+    setting: Setting, orders: Sequence[Order], data: pathlib.Path, folder: pathlib.Path
 ) -> dict[str, Any]:
     """Trains undisturbed, then killed at ``orders``; in another run those that the first did not
     come to, because it was at its end before.
@@ -134,14 +146,14 @@ def torment(
       disturbed run what differs from the undisturbed one; the orders that no run came to.
     """
     whole = folder / "whole"
-    if end(start(setting, images, whole, "experiments.cifar")) != 0:
+    if end(start(setting, data, whole, f"experiments.{setting.program}")) != 0:
         raise AssertionError(f"{setting.name} was killed by somebody else")
     left, kills, outcomes = collections.deque(orders), [], []
     for number in range(ATTEMPTS):
         run, missed = folder / str(number), []
         while True:
             order = left.popleft() if left else None
-            where = attempt(setting, images, run, order)
+            where = attempt(setting, data, run, order)
             if where is None:
                 missed += [order] if order else []
                 break

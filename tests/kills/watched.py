@@ -1,6 +1,7 @@
-"""experiments.cifar with a log of where it is, and a moment at which it kills itself.
+"""A program that trains, a log of where it is, and a moment at which it kills itself.
 
-    WATCH_LOG=where.jsonl WATCH_KILL="arrays written:2" python -m tests.kills.watched --workdir=...
+    WATCH_PROGRAM=cifar WATCH_LOG=where.jsonl WATCH_KILL="arrays written:2" \
+        python -m tests.kills.watched --workdir=...
 
 The program has no hooks for tests. Its functions are wrapped here before it starts, so that each of
 the moments below is a line in the log before the program goes on; at its n-th pass of the moment
@@ -237,7 +238,9 @@ def main() -> None:
     watch = Watch(os.environ["WATCH_LOG"], os.environ.get("WATCH_KILL", ""))
     watch_main(watch)
     watch_saves(watch)
-    runpy.run_module("experiments.cifar", run_name="__main__", alter_sys=True)
+    runpy.run_module(
+        f"experiments.{os.environ['WATCH_PROGRAM']}", run_name="__main__", alter_sys=True
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs that are killed and started again: `python -m tests.kills`, cut to two settings.
+"""Runs that are killed and started again: `python -m tests.kills`, cut to three settings.
 
 The long version, and what came out of it, are in RELIABILITY.md.
 """
@@ -9,12 +9,13 @@ import pytest
 from absl import flags
 
 import fdg_jax as fdg
-from experiments.training import methods, settings
+from experiments.tasks import PROGRAMS
+from experiments.training import methods
 from experiments.training.remedies import REMEDIES
 from fdg_jax.engine.rules import RULES
 from tests.kills import run
 from tests.kills.plan import GRADIENTS, METHODS, SETTINGS, Order, Setting, plan
-from tests.kills.run import make_images, torment
+from tests.kills.run import make_data, torment
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,12 @@ from tests.kills.run import make_images, torment
             [{"newest": 3, "save": "none"}, {"save": "arrays"}],
         ),
         (
+            SETTINGS[-1],
+            # In the fill; while it trains, from outside; after the last save.
+            [Order("saved:1"), Order(lines=40, seconds=0.02), Order("write summary.json:1")],
+            [{"newest": 3}, {"how": "outside"}, {"how": "aimed", "main": "end"}],
+        ),
+        (
             Setting("adl", "recompute", 2),
             # From outside, while it trains; after half of the drain.
             [Order(lines=30, seconds=0.02), Order("drain tick:2")],
@@ -36,8 +43,8 @@ from tests.kills.run import make_images, torment
     ids=lambda value: value.name if isinstance(value, Setting) else "",
 )
 def test_a_run_that_is_killed_ends_as_an_undisturbed_one(setting, orders, expected, tmp_path):
-    make_images(tmp_path / "images")
-    found = torment(setting, orders, tmp_path / "images", tmp_path)
+    make_data(tmp_path / "data")
+    found = torment(setting, orders, tmp_path / "data", tmp_path)
     assert found["differences"] == [[]]
     assert found["missed"] == []
     assert len(found["kills"]) == len(expected)
@@ -49,7 +56,7 @@ def test_a_run_that_is_killed_ends_as_an_undisturbed_one(setting, orders, expect
 def test_a_moment_that_a_run_does_not_come_to_is_tried_after_another_kill(tmp_path, monkeypatch):
     tried = []
 
-    def attempt(setting, images, workdir, order):
+    def attempt(setting, data, workdir, order):
         if order is None:
             return None
         tried.append(order.moment)
@@ -76,12 +83,11 @@ def test_the_settings_are_a_spread():
     assert {(s.method, s.gradient) for s in plain} == {(m, g) for m in METHODS for g in GRADIENTS}
     assert {s.remedy for s in SETTINGS} == set(REMEDIES)
     assert len({s.name for s in SETTINGS}) == len(SETTINGS)
-    values = flags.FlagValues()
-    settings.define_flags(values)
     for s in SETTINGS:
-        values.unparse_flags()
-        values(["cifar", "--workdir=run", *s.flags])
-        config = settings.from_flags(values)
+        values = flags.FlagValues()
+        PROGRAMS[s.program].define_flags(values)
+        values([s.program, "--workdir=run", *s.flags])
+        config = PROGRAMS[s.program].from_flags(values)
         config.check()
         schedule = methods.schedule(config)
         assert s.fill == schedule.delay(0)

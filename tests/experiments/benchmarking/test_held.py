@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import lm
 from experiments.benchmarking import contender, held
 from experiments.benchmarking.workload import Workload
 from experiments.text.settings import Settings
+from experiments.text.task import Text
+from experiments.training import setup
 from fdg_jax.engine.state import StageWork
 from tests.experiments.tiny import made
 
@@ -85,7 +86,7 @@ def test_so_do_stages_of_the_reversible_transformer():
     held_by = {}
     for method in ("petra", "dsp"):
         settings = Settings(
-            workdir="",
+            "",
             method=method,
             num_stages=4,
             blocks=4,
@@ -93,10 +94,10 @@ def test_so_do_stages_of_the_reversible_transformer():
             heads=2,
             context=8,
             batch_size=2,
-            reversible=True,
+            model="reversible_transformer",
             order="forward_first",
         )
-        pipe, _ = lm.make(settings, vocabulary=32)
+        pipe = setup.make(Text(settings)).pipe
         x = np.zeros((2, 8), np.int32)
         state = pipe.init(jax.random.key(0), x, x)
         for _ in range(10):

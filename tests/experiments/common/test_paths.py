@@ -9,7 +9,7 @@ from experiments.common import workdir
 from experiments.common.errors import UsageError
 from experiments.comparing import records
 from experiments.data import cache
-from experiments.training.config import Config
+from experiments.images.settings import Settings
 
 REMOTE = ["gs://bucket/run", "s3://bucket", "hdfs://host/run", "file:///tmp/run", "~nobody-here/x"]
 
@@ -38,5 +38,5 @@ def test_home_is_expanded_everywhere(tmp_path, monkeypatch):
     assert workdir.local_path("~/run", "--output") == tmp_path / "run"
     (tmp_path / "run" / "config.json").write_text("no JSON")
     with pytest.raises(UsageError, match="cannot be read"):
-        records.finished(Config(workdir="~/run"))
+        records.finished(Settings(workdir="~/run"))
     assert not pathlib.Path("~").exists()

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import fdg_jax as fdg
-from experiments import data
+from experiments.images.settings import Settings
+from experiments.images.task import Images
 from experiments.training import measured, setup
-from experiments.training.config import Config
 
 ROOT = pathlib.Path(__file__).parents[3]
 LAYERS = fdg.models.create("small_resnet")
@@ -139,31 +139,25 @@ def test_the_key_is_of_everything_that_the_times_depend_on(monkeypatch):
     assert len({measured.file(key) for key in keys}) == len(keys) == 12
 
 
-def config(**values) -> Config:
-    return Config(**{"workdir": "nowhere", "batch_size": 16, **values})
+def task(**values) -> Images:
+    """On 20 of the images that come with the package."""
+    return Images(Settings("nowhere", batch_size=16, train_size=20, **values))
 
 
-@pytest.fixture(scope="module")
-def dataset():
-    return data.load("fashion_mnist_small", None, train_size=20)
-
-
-def test_cuts_follow_from_the_times_and_repeat(taken, dataset):
-    layers = fdg.models.create("small_resnet", channels=1)
-    stages, times = setup.split(config(num_stages=3), layers, dataset, 1)
+def test_cuts_follow_from_the_times_and_repeat(taken):
+    stages, times = setup.split(task(num_stages=3), 1)
     assert stages.layer_costs == tuple(times.seconds)
     assert stages.unit == "seconds"
-    again, _ = setup.split(config(num_stages=3), layers, dataset, 1)
+    again, _ = setup.split(task(num_stages=3), 1)
     assert (again.cuts, again.layer_costs) == (stages.cuts, stages.layer_costs)
     # Another number of stages is another sum of the same times.
-    two, _ = setup.split(config(num_stages=2), layers, dataset, 1)
+    two, _ = setup.split(task(num_stages=2), 1)
     assert two.layer_costs == stages.layer_costs
     assert taken == [(16, 28, 28, 1)]
 
 
-def test_a_micro_batch_is_what_is_measured(taken, dataset):
-    layers = fdg.models.create("small_resnet", channels=1)
-    setup.split(config(method="gpipe"), layers, dataset, 4)
+def test_a_micro_batch_is_what_is_measured(taken):
+    setup.split(task(method="gpipe"), 4)
     assert taken == [(4, 28, 28, 1)]
 
 
@@ -176,9 +170,8 @@ def test_a_micro_batch_is_what_is_measured(taken, dataset):
         {"partition": "2"},
     ],
 )
-def test_what_needs_no_times_measures_none(values, taken, dataset):
-    layers = fdg.models.create("small_resnet", channels=1)
-    stages, times = setup.split(config(**values), layers, dataset, 1)
+def test_what_needs_no_times_measures_none(values, taken):
+    stages, times = setup.split(task(**values), 1)
     assert times is None
     assert stages.unit == "FLOPs"
     assert not taken

@@ -10,11 +10,11 @@ import pytest
 
 import fdg_jax as fdg
 from experiments.common.errors import UsageError
+from experiments.images import settings as cifar
+from experiments.images.settings import Settings
+from experiments.images.task import optimizer as optimizer_of
 from experiments.text import settings as lm
-from experiments.text.settings import Settings
-from experiments.training import remedies, setup
-from experiments.training import settings as cifar
-from experiments.training.config import Config
+from experiments.training import remedies
 from tests.optim.recursion import trained
 
 RULE = fdg.schedule.fdg(4, "backward_first")  # stage 0 is 5 updates late
@@ -22,7 +22,7 @@ RATE = optax.cosine_decay_schedule(0.1, 100)
 
 
 def of(config, stage=0):
-    return trained(setup.optimizer(config, RATE, RULE, stage))
+    return trained(optimizer_of(config, RATE, RULE, stage))
 
 
 DECAY = optax.add_decayed_weights(5e-4)
@@ -41,7 +41,7 @@ SGD = {
 
 @pytest.mark.parametrize("remedy", remedies.REMEDIES)
 def test_sgd_with_every_remedy(remedy):
-    found = of(Config("-", method="fdg", num_stages=4, order="backward_first", remedy=remedy))
+    found = of(Settings("-", method="fdg", num_stages=4, order="backward_first", remedy=remedy))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12),
         found,
@@ -51,10 +51,10 @@ def test_sgd_with_every_remedy(remedy):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "muon"])
 def test_the_last_stage_of_every_remedy_is_the_plain_optimizer(optimizer):
-    plain = of(Config("-", num_stages=4, optimizer=optimizer), stage=3)
+    plain = of(Settings("-", num_stages=4, optimizer=optimizer), stage=3)
     allowed = [r for r in remedies.REMEDIES if optimizer == "sgd" or r != "spike"]
     for remedy in allowed:
-        config = Config(
+        config = Settings(
             "-",
             num_stages=4,
             optimizer=optimizer,
@@ -72,7 +72,7 @@ def test_the_last_stage_of_every_remedy_is_the_plain_optimizer(optimizer):
     ids=str,
 )
 def test_every_flag_changes_what_it_is_about(remedy, change):
-    config = Config("-", num_stages=4, order="backward_first", remedy=remedy)
+    config = Settings("-", num_stages=4, order="backward_first", remedy=remedy)
     before, after = of(config), of(dataclasses.replace(config, **change))
     unused = remedy == "none" or ("prediction_horizon" in change and remedy == "spike")
     assert np.array_equal(before["bias"], after["bias"]) == unused
@@ -80,10 +80,10 @@ def test_every_flag_changes_what_it_is_about(remedy, change):
 
 @pytest.mark.parametrize("remedy", ["none", "prediction", "error_feedback", "recipe"])
 def test_the_true_weights_of_shrunk_muon_move_as_those_of_shrunk_updates(remedy):
-    config = Config(
+    config = Settings(
         "-", num_stages=4, order="backward_first", optimizer="muon", remedy=remedy, beta=0.5
     )
-    optimizer = setup.optimizer(config, RATE, RULE, 0)
+    optimizer = optimizer_of(config, RATE, RULE, 0)
     params = {"kernel": jnp.eye(3), "bias": jnp.ones(3)}
     state = optimizer.init(params)
     for _ in range(5):
@@ -98,17 +98,17 @@ def test_the_true_weights_of_shrunk_muon_move_as_those_of_shrunk_updates(remedy)
 def test_shrinking_comes_before_sgd_and_after_muon():
     common = {"num_stages": 4, "order": "backward_first", "remedy": "recipe"}
     for optimizer in ("sgd", "muon"):
-        full = Config("-", optimizer=optimizer, momentum=0.0, weight_decay=0.0, **common)
+        full = Settings("-", optimizer=optimizer, momentum=0.0, weight_decay=0.0, **common)
         half = dataclasses.replace(full, beta=0.5)
         start = trained(optax.identity(), 0)
         one, other = (
-            trained(setup.optimizer(config, RATE, RULE, 0), 1)["bias"] for config in (full, half)
+            trained(optimizer_of(config, RATE, RULE, 0), 1)["bias"] for config in (full, half)
         )
         np.testing.assert_allclose(other - start["bias"], (one - start["bias"]) * 0.5**3, rtol=1e-9)
 
 
 def test_adam_beside_muon_has_a_rate_of_its_own():
-    config = Config("-", num_stages=1, method="backprop", optimizer="muon", weight_decay=0.0)
+    config = Settings("-", num_stages=1, method="backprop", optimizer="muon", weight_decay=0.0)
     slow = dataclasses.replace(config, adam_learning_rate=0.01)
     start, one, other = trained(optax.identity(), 0), of(config, 3), of(slow, 3)
     np.testing.assert_array_equal(one["kernel"], other["kernel"])
@@ -119,7 +119,7 @@ def test_adam_beside_muon_has_a_rate_of_its_own():
 
 def test_both_programs_have_the_same_flags():
     names = {field.name for field in dataclasses.fields(remedies.Remedies)} | {"optimizer"}
-    for program, settings in ((cifar, Config), (lm, Settings)):
+    for program, settings in ((cifar, cifar.Settings), (lm, lm.Settings)):
         assert names <= {field.name for field in dataclasses.fields(settings)}
         assert names <= set(program.HELP)
         assert "{" not in program.HELP["optimizer"]
@@ -139,4 +139,4 @@ def test_both_programs_have_the_same_flags():
 )
 def test_bad_input_is_named(change, message):
     with pytest.raises(UsageError, match=f"^{message}"):
-        Config("-", **change).check()
+        Settings("-", **change).check()

@@ -15,8 +15,8 @@ from PIL import Image
 
 from experiments.common import workdir
 from experiments.common.errors import UsageError
+from experiments.images.settings import Settings
 from experiments.training import resume
-from experiments.training.config import Config
 
 ROOT = pathlib.Path(__file__).parents[3]
 TIMES = ("images_per_second", "seconds")
@@ -157,7 +157,7 @@ def test_a_run_that_was_killed_and_stopped_ends_as_an_undisturbed_one(images, tm
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path):
-    config = Config(str(tmp_path))
+    config = Settings(str(tmp_path))
     assert resume.find(config) is None
     settings = {"workdir": "elsewhere", "cuts": [2], "balance": 1.0}
     (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -166,8 +166,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
     assert not earlier.finished
     (tmp_path / "summary.json").write_text("{}")
     assert resume.find(config).finished
-    assert resume.find(Config(str(tmp_path), resume=False)) is None
-    assert resume.find(Config(str(tmp_path), overwrite=True)) is None
+    assert resume.find(Settings(str(tmp_path), resume=False)) is None
+    assert resume.find(Settings(str(tmp_path), overwrite=True)) is None
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
 def test_what_is_there_and_does_not_fit_is_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UsageError, match=message) as caught:
-        resume.find(Config(str(tmp_path)))
+        resume.find(Settings(str(tmp_path)))
     assert "\n" not in str(caught.value)
     assert "--overwrite" in str(caught.value)
 
@@ -195,7 +195,7 @@ def test_checkpoints_without_settings_are_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     for going_on in (True, False):
         with pytest.raises(UsageError, match="missing, but there are checkpoints"):
-            resume.find(Config(str(tmp_path), resume=going_on))
+            resume.find(Settings(str(tmp_path), resume=going_on))
     (tmp_path / "checkpoints" / "step-000000001").mkdir()
     workdir.Workdir(str(tmp_path), overwrite=True, folders=[resume.FOLDER])
     assert list(tmp_path.iterdir()) == []

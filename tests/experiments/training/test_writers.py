@@ -12,7 +12,8 @@ import pytest
 
 from experiments.common.errors import UsageError
 from experiments.common.workdir import Workdir
-from experiments.training import config, resume, writers
+from experiments.images.settings import Settings
+from experiments.training import resume, writers
 
 ROOT = pathlib.Path(__file__).parents[3]
 needs_tensorboard = pytest.mark.skipif(
@@ -99,7 +100,7 @@ def test_folders_go_with_a_run_that_is_replaced_only(tmp_path):
     for begun, overwrite in ((False, False), (False, True), (True, False), (True, True)):
         if begun:
             (tmp_path / "config.json").touch()
-        folders = resume.folders(config.Config(workdir, overwrite=overwrite))
+        folders = resume.folders(Settings(workdir, overwrite=overwrite))
         assert folders == (every if begun and overwrite else every[:1])
 
 
@@ -131,7 +132,7 @@ def test_what_is_refused(monkeypatch):
         writers.check("tensorboard,mlflow")
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"tensorboardX is not installed; pip install .*tensorb"):
-        config.Config("runs/a", writers="tensorboard").check()
+        Settings("runs/a", writers="tensorboard").check()
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(UsageError, match="WANDB_MODE=sometimes is not known; allowed are offline"):

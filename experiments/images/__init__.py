@@ -1,0 +1,1 @@
+"""Image classifiers: the settings, the task."""
