@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments.benchmarking import contender, held, tables
+from experiments.benchmarking import contender, tables
 from experiments.benchmarking.workload import Settings, Workload
 from experiments.common import command, machine
 from experiments.common.errors import UsageError
@@ -30,6 +30,7 @@ from experiments.data import cache
 from experiments.training import setup
 from experiments.training.config import MESSAGE_DTYPES
 from fdg_jax import distributed
+from fdg_jax.analysis.stage_bytes import nbytes
 from fdg_jax.schedule.action import ACTIVATION, COTANGENT
 
 FLAGS = flags.FLAGS
@@ -94,7 +95,7 @@ def sent(one: contender.Piped) -> int:
         *(own.inbox[COTANGENT].values for own in stages[:-1]),
     ]
     # FDG uses what is sent in a tick in the next: a place for each, and all are taken.
-    return held.nbytes(messages)
+    return nbytes(messages)
 
 
 def measure(case: str) -> dict[str, Any]:

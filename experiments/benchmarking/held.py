@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,9 +26,9 @@ import jax.numpy as jnp
 from experiments.benchmarking.contender import Contender, Piped, Plain
 from fdg_jax.analysis.costs import Costs
 from fdg_jax.analysis.simulate import simulate
+from fdg_jax.analysis.stage_bytes import is_plain, stage_bytes
 from fdg_jax.engine.dispatch import Tick
 from fdg_jax.engine.fusion import fuse
-from fdg_jax.engine.reversible import kept_by
 from fdg_jax.engine.state import StageWork
 from fdg_jax.schedule.ledger import LABEL, METRIC
 from fdg_jax.typing import PyTree
@@ -107,42 +106,27 @@ def count(groups: Sequence[Sequence[PyTree]]) -> dict[str, int]:
 
 def predict(contender: Piped) -> list[float]:
     """What the simulator says of the peak of each stage, from shapes alone."""
-    pipe, state, schedule = contender.pipe, contender.state, contender.schedule
-    parts, last = schedule.microbatches, contender.stages - 1
-
-    def part(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((leaf.shape[0] // parts, *leaf.shape[1:]), leaf.dtype)
-
-    x, labels = jax.tree.map(part, contender.batch)
-    inputs, residuals, kept = [], [], []
-    for k, (stage, own) in enumerate(zip(pipe.stages, state.stages, strict=True)):
-        wanted = labels if k == last else None
-        made = jax.eval_shape(
-            stage.forward, own.params, own.model_state, x, wanted, own.key, own.number, own.record
-        )
-        inputs.append(parts * nbytes(x))
-        kept.append(parts * nbytes(kept_by(stage.layer, own.params, own.model_state, x)))
-        residuals.append(parts * nbytes(made.residuals))
-        x = made.output
+    pipe, schedule, last = contender.pipe, contender.schedule, contender.stages - 1
+    sizes = stage_bytes(pipe, contender.batch)
+    inputs, residuals = list(sizes.inputs), list(sizes.residuals)
     steady = 8 * contender.stages * schedule.period
     groups = [fuse(schedule.tick(steady + t), schedule) for t in range(schedule.period)]
     if all(len(g) == 3 for g in itertools.chain(*groups) if g[0].stage == last):
         inputs[last] = residuals[last] = 0
-    parameters = [nbytes(own.params) for own in state.stages]
     costs = Costs(
         forward=[1] * contender.stages,
         backward=[2] * contender.stages,
         input_bytes=inputs,
-        kept_bytes=kept,
+        kept_bytes=sizes.kept,
         residual_bytes=residuals,
-        parameter_bytes=parameters,
+        parameter_bytes=sizes.parameters,
     )
     run = simulate(schedule, costs, gradient=contender.gradient)
     # Added here: the simulator takes one multiple of the weights for all stages. Of what is in an
     # optimizer's state it has an average of the weight changes already.
     optimizers = [
-        nbytes(own.opt_state) - size * stage.rule.estimates_weights
-        for stage, own, size in zip(pipe.stages, state.stages, parameters, strict=True)
+        size - own * stage.rule.estimates_weights
+        for stage, size, own in zip(pipe.stages, sizes.optimizer, sizes.parameters, strict=True)
     ]
     return [run.peak_bytes(k) + optimizers[k] for k in range(contender.stages)]
 
@@ -154,12 +138,6 @@ def live() -> dict[str, int]:
     for device, size in _new_bytes(jax.live_arrays(), set()).items():
         found[device] = size
     return found
-
-
-def nbytes(tree: PyTree) -> int:
-    """Bytes of a tree's arrays or shapes; keys count nothing."""
-    plain = (leaf for leaf in jax.tree.leaves(tree) if _is_plain(leaf))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plain)
 
 
 def predicted_part(kinds: dict[str, int]) -> int:
@@ -181,7 +159,7 @@ def _new_bytes(leaves: Iterable[Any], seen: set[tuple[int, int]]) -> dict[str, i
     """Bytes by device of the buffers that are not in ``seen``, and adds them to it."""
     found: dict[str, int] = {}
     for leaf in leaves:
-        if not isinstance(leaf, jax.Array) or not _is_plain(leaf) or leaf.is_deleted():
+        if not isinstance(leaf, jax.Array) or not is_plain(leaf) or leaf.is_deleted():
             continue
         for shard in leaf.addressable_shards:
             name = (shard.device.id, shard.data.unsafe_buffer_pointer())
@@ -190,8 +168,3 @@ def _new_bytes(leaves: Iterable[Any], seen: set[tuple[int, int]]) -> dict[str, i
                 device = str(shard.device)
                 found[device] = found.get(device, 0) + shard.data.nbytes
     return found
-
-
-def _is_plain(leaf: Any) -> bool:
-    """Whether a leaf is an array of numbers, and no key: keys do not show their buffer."""
-    return hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

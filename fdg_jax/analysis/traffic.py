@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
 
+from fdg_jax.analysis.stage_bytes import nbytes
 from fdg_jax.engine.pipeline import Pipeline
 from fdg_jax.engine.residuals import split_inexact
 from fdg_jax.engine.template import part_of
@@ -56,13 +56,9 @@ def message_bytes(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> MessageByte
     inputs, cotangents = [], []
     for k, stage in enumerate(pipe.stages):
         params, model_state, _ = stage.shapes(x)
-        inputs.append(parts * _nbytes(stage.sent(x) if k else x))
+        inputs.append(parts * nbytes(stage.sent(x) if k else x))
         moving = jax.eval_shape(lambda v: split_inexact(v)[0], x)
         down = stage.sent(jax.eval_shape(stage.rule.message, x, moving)) if stage.sends else ()
-        cotangents.append(parts * _nbytes(down))
+        cotangents.append(parts * nbytes(down))
         x = output_of(stage.layer, params, model_state, x)
     return MessageBytes(tuple(inputs), tuple(cotangents))
-
-
-def _nbytes(tree: PyTree) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,186 @@
+"""How much faster a network would train on these devices, and at what price."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fdg_jax.active_mesh import no_active_mesh
+from fdg_jax.analysis.advice import Advice
+from fdg_jax.analysis.layer_bench import part
+from fdg_jax.analysis.layer_times import Setting, layer_times
+from fdg_jax.analysis.prediction import Measured
+from fdg_jax.analysis.stage_bytes import stage_bytes
+from fdg_jax.engine.arguments import Optimizer
+from fdg_jax.engine.pipeline import Pipeline
+from fdg_jax.engine.placement import Placed, put, stage_meshes
+from fdg_jax.layer import Layer, output_of
+from fdg_jax.layer_check import check_layers
+from fdg_jax.partition import optimal_cuts, partition, units_of
+from fdg_jax.schedule import backprop
+from fdg_jax.shared import plain
+from fdg_jax.typing import LossFn, PyTree
+
+# Of a message; the median counts.
+MESSAGES = 21
+
+
+@no_active_mesh()
+def advise(
+    layers: Sequence[Layer],
+    example: tuple[PyTree, PyTree],
+    devices: Sequence[jax.Device] | None = None,
+    loss_fn: LossFn | None = None,
+    optimizer: Optimizer | None = None,
+    microbatches: int = 4,
+    seconds: float = 20.0,
+) -> Advice:
+    """What each method would reach with this network on 1 to D devices, and what it would cost.
+
+    Layers and messages are measured; the simulator makes of them the speed of back-propagation,
+    data parallelism, 1F1B, DDG and FDG. CPU devices share the cores of their machine, so that for
+    K stages a layer is measured on K of them at once; other devices are measured one by one.
+
+    Args:
+      layers: the network, input first.
+      example: a mini-batch ``(inputs, labels)``: arrays, or ``jax.ShapeDtypeStruct``, for which
+        random numbers and integers 0 are taken.
+      devices: D; None: all of ``jax.devices()``.
+      loss_fn: as in `fdg_jax.Pipeline`; None: the mean square of the outputs, without labels.
+      optimizer: one optax transformation for all stages; None: SGD with momentum.
+      microbatches: of 1F1B.
+      seconds: of measuring layers, once everything is compiled; longer where 3 rounds take longer.
+
+    Returns:
+      The advice; ``print`` it.
+
+    Raises:
+      ValueError: arguments that are not allowed, or layers that do not fit together.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import fdg_jax as fdg
+      >>> layers = [fdg.from_fn(jnp.tanh)] * 2
+      >>> advice = advise(layers, (jnp.ones((4, 3)), None), jax.devices()[:2], seconds=0)
+      >>> [(row.method, row.devices, row.staleness) for row in advice.rows]
+      ... # doctest: +NORMALIZE_WHITESPACE
+      [('backprop', 1, (0,)), ('backprop', 2, (0, 0)), ('data_parallel', 2, (0,)),
+       ('one_f_one_b', 2, (0, 0)), ('ddg', 2, (1, 0)), ('fdg', 2, (2, 0))]
+      >>> advice.recommendation.startswith(("Take", "Stay"))
+      True
+    """
+    layers = check_layers(layers)
+    if not layers:
+        raise ValueError("layers=[]: there is nothing to advise on; give a list of layers")
+    if not isinstance(example, tuple) or len(example) != 2:
+        raise ValueError("example: must be (inputs, labels); labels may be None without a loss")
+    if microbatches < 1:
+        raise ValueError(f"microbatches={microbatches}: must be 1 or more; 4 is usual")
+    chosen = list(jax.devices() if devices is None else devices)
+    stage_meshes(1, chosen)  # refuses what is no list of devices
+    loss_fn = loss_fn or mean_square
+    optimizer = optimizer or optax.sgd(1e-3, momentum=0.9)
+    units = units_of(layers)
+    batch = jax.tree.map(_array, example)
+    size = max((leaf.shape[0] for leaf in jax.tree.leaves(plain(batch[0])) if leaf.ndim), default=1)
+
+    # --- What is measured, and what cannot be.
+    notes = []
+    stages = range(2, min(len(chosen), len(units)) + 1)
+    if len(chosen) > len(units):
+        notes.append(f"K above {len(units)}: the network has {len(units)} layers to cut between")
+    sharing = [n for n in range(2, len(chosen) + 1) if size % n == 0]
+    notes += [
+        f"data_parallel on {n} devices: they do not divide a mini-batch of {size}"
+        for n in range(2, len(chosen) + 1)
+        if n not in sharing
+    ]
+    divided = size % microbatches == 0
+    if stages and not divided:
+        notes.append(f"one_f_one_b: {microbatches} parts do not divide a mini-batch of {size}")
+    at_once = chosen[0].platform == "cpu"
+    settings = [Setting()]
+    for k in stages:
+        own = k if at_once else 1
+        settings += [Setting(pipelines=own)]
+        settings += [Setting(pipelines=own, parts=microbatches)] * divided
+    settings = list(dict.fromkeys(settings + [Setting(shared_by=n) for n in sharing]))
+    times = layer_times(units, batch, loss_fn, optimizer, chosen, settings, seconds)
+
+    # --- The stages that follow from it, and what passes between them.
+    cuts, hops, sizes, shared = {}, {}, {}, {}
+    for k in (1, *stages):
+        its = times[Setting(pipelines=k if at_once else 1)]
+        costs = [f + b for f, b in zip(its.forward, its.backward, strict=True)]
+        own_cuts = optimal_cuts(costs, k)
+        made = partition(layers, k, plain(batch[0]), cost=own_cuts)
+        pipe = Pipeline(made, loss_fn, optimizer, backprop(k), devices=chosen[:k])
+        sizes[k] = stage_bytes(pipe, batch)
+        if k > 1:
+            cuts[k], hops[k] = tuple(own_cuts), _hops(pipe, plain(batch[0]))
+    whole = Pipeline(
+        [*partition(layers, 1, plain(batch[0]), cost=[])],
+        loss_fn,
+        optimizer,
+        backprop(1),
+        chosen[:1],
+    )
+    for n in sharing:
+        shared[n] = stage_bytes(whole, part(batch, n))
+    latency = message_seconds(np.zeros(1, np.float32), *chosen[:2]) if stages else 0.0
+    measured = Measured(times, cuts, hops, latency, sizes, shared, microbatches)
+    return Advice.of(measured, notes)
+
+
+def message_seconds(message: PyTree, source: jax.Device, target: jax.Device) -> float:
+    """What a message takes from one device to another, from its start until it is there.
+
+    Args:
+      message: arrays.
+      source, target: the devices.
+
+    Returns:
+      The median of 21 messages.
+    """
+    there, here = (Placed(mesh, False) for mesh in stage_meshes(2, [target, source]))
+    sent = jax.block_until_ready(put(message, here.places(message)))
+    places, found = there.places(message), []
+    for _ in range(MESSAGES + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(put(sent, places))
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[1:])  # the first is not like the others
+
+
+def _hops(pipe: Pipeline, x: PyTree) -> tuple[float, ...]:
+    """Seconds of a stage's output on its way to the next, for each hop."""
+    found = []
+    devices = [stage.mesh.devices.flat[0] for stage in pipe.stages]
+    for k, stage in enumerate(pipe.stages[:-1]):
+        params, model_state, _ = stage.shapes(x)
+        x = output_of(stage.layer, params, model_state, x)
+        message = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), x)
+        found.append(message_seconds(message, devices[k], devices[k + 1]))
+    return tuple(found)
+
+
+def _array(leaf: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> jax.Array | np.ndarray:
+    """Something to measure with, where there is only a shape."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
+    return jnp.zeros(leaf.shape, leaf.dtype)
+
+
+def mean_square(outputs: PyTree, labels: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss where none is given: every output has a gradient."""
+    del labels
+    leaves = [v for v in jax.tree.leaves(outputs) if jnp.issubdtype(v.dtype, jnp.inexact)]
+    return sum((jnp.mean(jnp.square(v)) for v in leaves), start=jnp.zeros(())), {}
