@@ -15,7 +15,7 @@ import fdg_jax as fdg
 from experiments.common.errors import UsageError
 from experiments.text.transformer import transformer
 from experiments.training.config import blame
-from experiments.training.setup import loss_fn
+from experiments.training.task import loss_fn
 from fdg_jax.layer import Layer
 from fdg_jax.layer_check import check_layers
 from fdg_jax.typing import LossFn, PyTree
