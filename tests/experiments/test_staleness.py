@@ -85,8 +85,8 @@ def test_a_grid_makes_a_row_of_every_combination(path):
     path.write_text(TEXT + grid)
     rows = study.read(str(path)).rows
     assert [row.name for row in rows[1:]] == [
-        "FDG, K = 2, learning_rate=1 b1=0.5 heads=1",
-        "FDG, K = 2, learning_rate=1 b1=0.5 heads=2",
+        "FDG, K = 2, learning_rate=1 momentum=0.5 heads=1",
+        "FDG, K = 2, learning_rate=1 momentum=0.5 heads=2",
         "FDG, K = 2, learning_rate=2 heads=1",
         "FDG, K = 2, learning_rate=2 heads=2",
     ]
