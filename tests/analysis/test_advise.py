@@ -197,7 +197,7 @@ def test_a_network_is_measured():
     assert advice.rows[0].speedup == 1
     assert row.staleness == (2, 0)
     assert len(advice.measured.hops[2]) == 1
-    assert 0 < advice.measured.latency < 1
+    assert 0 < advice.measured.latency <= advice.measured.hops[2][0]
     # What the stages hold is what a pipeline of them holds.
     stages = fdg.partition(layers, 2, x, cost=row.cuts)
     pipe = fdg.Pipeline(stages, networks.loss_fn, optax.adam(0.1), fdg.schedule.fdg(2))
