@@ -68,9 +68,10 @@ class Advice:
     @property
     def choice(self) -> Row:
         """Of the rows that are as fast as the fastest, within 5 %, the least stale; of these the
-        one with the fewest devices, then with the fewest bytes on the fullest device."""
-        most = max(row.throughput for row in self.rows)
-        near = [row for row in self.rows if row.throughput >= (1 - TOLERANCE) * most]
+        one with the fewest devices, then with the fewest bytes on the fullest device. Stages that
+        only take turns are no candidates: they gain nothing but room."""
+        most = max(row.throughput for row in self._candidates)
+        near = [row for row in self._candidates if row.throughput >= (1 - TOLERANCE) * most]
         return min(near, key=lambda row: (max(row.staleness), row.devices, max(row.bytes)))
 
     @property
@@ -87,6 +88,10 @@ class Advice:
         if costs is None or not hops:
             return 0.0
         return max(hops) / max(f + b for f, b in zip(costs.forward, costs.backward, strict=True))
+
+    @property
+    def _candidates(self) -> list[Row]:
+        return [row for row in self.rows if row.method != "backprop" or row.devices == 1]
 
     @property
     def _pipeline(self) -> int:
@@ -116,7 +121,7 @@ class Advice:
 
     def _of_staleness(self) -> list[str]:
         choice = self.choice
-        exact = [row for row in self.rows if not max(row.staleness)]
+        exact = [row for row in self._candidates if not max(row.staleness)]
         best = max(exact, key=lambda row: row.throughput)
         if not max(choice.staleness):
             return ["Its gradients are not stale."] if choice is not self.rows[0] else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -133,7 +134,11 @@ def advise(
     )
     for n in sharing:
         shared[n] = stage_bytes(whole, part(batch, n))
-    latency = message_seconds(np.zeros(1, np.float32), *chosen[:2]) if stages else 0.0
+    latency = 0.0
+    if stages:
+        smallest = message_seconds(np.zeros(1, np.float32), *chosen[:2])
+        # No message is faster than the smallest, whatever the machine did at that moment.
+        latency = min(smallest, *itertools.chain(*hops.values()))
     measured = Measured(times, cuts, hops, latency, sizes, shared, microbatches)
     return Advice.of(measured, notes)
 

@@ -41,7 +41,7 @@ def stage_bytes(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> StageBytes:
       example: a batch ``(inputs, labels)``; only shapes and dtypes are looked at.
 
     Returns:
-      Bytes by stage, `Costs` asks for most of them.
+      Bytes by stage; `Costs` asks for most of them.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -51,8 +51,8 @@ def stage_bytes(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> StageBytes:
       ...                     optax.sgd(0.1), fdg.schedule.fdg(2))
       >>> batch = jnp.ones((8, 3), jnp.float32), jnp.zeros((8, 3), jnp.float32)
       >>> found = stage_bytes(pipe, batch)
-      >>> found.inputs, found.parameters, found.residuals[0]
-      ((96, 96), (0, 0), 96)
+      >>> found.inputs, found.parameters, found.residuals[0]  # which has nothing to learn
+      ((96, 96), (0, 0), 0)
     """
     parts = pipe.schedule.microbatches
     x, labels = part_of(example, parts)
