@@ -1,4 +1,4 @@
-"""A mesh of the program's own (``jax.set_mesh``), under which stages keep theirs."""
+"""Runs the programs of stages independently of the program's own mesh (``jax.set_mesh``)."""
 
 from __future__ import annotations
 

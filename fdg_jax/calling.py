@@ -1,4 +1,4 @@
-"""How a module or a function is called in training, and how in evaluation.
+"""The keywords with which a module or function is called in training and in evaluation.
 
 __call__(self, x, mask=None, training=False)      train=True:   call(x, None, True)
                                                   train=False:  call(x, None, False)

@@ -1,4 +1,4 @@
-"""What ends a training: a stage that fails, a number that is not finite."""
+"""Errors that end training: a failed stage, a non-finite value, a consumed state."""
 
 
 class StageError(RuntimeError):

@@ -1,4 +1,4 @@
-"""A stage with a head of its own, for a loss in every stage."""
+"""Stages with their own head, for schedules with a loss in every stage."""
 
 from __future__ import annotations
 

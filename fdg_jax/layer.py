@@ -1,4 +1,4 @@
-"""What a network is made of: layers and chains of layers."""
+"""Layers and chains of layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong with layers, in one line: which one, what it got, what to do."""
+"""Checks of layers; errors name the layer, its input and the remedy."""
 
 from __future__ import annotations
 

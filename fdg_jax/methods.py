@@ -1,4 +1,4 @@
-"""Training methods by name: each is a schedule and a gradient rule of one engine.
+"""Training methods by name; each combines a schedule and a gradient rule.
 
 Stages of dgl have heads and losses of their own (`fdg_jax.with_head`), those of dni and dni_late
 synthesizers (`fdg_jax.Synthesizer`).

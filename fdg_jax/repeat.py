@@ -1,4 +1,4 @@
-"""Equal layers one after the other, which compile as one."""
+"""Repetitions of one layer, which compile once."""
 
 from __future__ import annotations
 

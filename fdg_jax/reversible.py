@@ -1,4 +1,4 @@
-"""Layers that can be inverted, so that a backward needs no stored activations."""
+"""Invertible layers, whose backward needs no stored activations."""
 
 from __future__ import annotations
 

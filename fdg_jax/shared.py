@@ -1,4 +1,4 @@
-"""Arrays of a batch that have no batch axis: class weights, a mask [T, T], the edges of a graph.
+"""Arrays of a batch without a batch axis, such as class weights or a mask [T, T].
 
 (images, (labels, shared(class_weights)))         images, labels   [B, ...]   divided
                                                   class_weights    [C]        whole, to each part

@@ -1,4 +1,4 @@
-"""Tied weights: an array that lives in one layer and is used in another, of any stage."""
+"""Tied weights: an array owned by one layer and used by another, possibly in another stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages that have to do with tied weights."""
+"""Stages that own or use tied weights."""
 
 from __future__ import annotations
 

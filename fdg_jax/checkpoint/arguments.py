@@ -1,4 +1,4 @@
-"""The arguments of a save, out of every form that they may have."""
+"""Validation of the arguments of a save."""
 
 from __future__ import annotations
 

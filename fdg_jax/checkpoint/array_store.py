@@ -1,4 +1,4 @@
-"""The arrays of a stage on disk: one zarr3 array each, in one OCDBT store a stage.
+"""The arrays of a stage on disk: one zarr3 array each, in one OCDBT store per stage.
 
 The process that has a stage's first device writes the stage's store; it appears under its name when
 it is whole. Reading compares dtype and shape before it takes memory.

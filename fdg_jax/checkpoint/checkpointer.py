@@ -1,4 +1,4 @@
-"""Checkpoints: a training state to disk and back, to the bit, while training goes on.
+"""Checkpoints: saves training states in the background and restores them bitwise.
 
     directory/step-000000500/
       manifest.json     configuration, counts, and the SHA-256 of every other file; written last

@@ -1,4 +1,4 @@
-"""What a run keeps in a checkpoint beside its state, such as the position of a data iterator."""
+"""User data in a checkpoint, such as the position of a data iterator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saves that are under way when a program ends."""
+"""Waits for saves in progress when a program ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what made it, what it holds, and whether it is whole."""
+"""The manifest of a checkpoint: configuration, contents and checksums."""
 
 from __future__ import annotations
 

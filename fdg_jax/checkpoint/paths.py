@@ -1,4 +1,4 @@
-"""Folders that a user names."""
+"""Validation of directories given by a user."""
 
 from __future__ import annotations
 

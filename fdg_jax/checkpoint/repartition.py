@@ -1,4 +1,4 @@
-"""A state made with K stages as one for another K.
+"""Converts a state from K stages to another K.
 
     source, K = 3    (A, B) │ (C, stacked(D, E)) │ (F,)    params, and all that mirrors them:
                        A, B, C, D, E, F                    model state, momentum ...

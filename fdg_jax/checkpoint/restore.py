@@ -1,4 +1,4 @@
-"""A checkpoint on disk to a state: checked against the pipeline first, then read.
+"""Restores a checkpoint: checked against the pipeline first, then read.
 
 Whoever made it may be a stranger. Sizes are those that the pipeline has, and are compared before
 memory is taken; nothing in a checkpoint names a file, a class or a program that would be used.

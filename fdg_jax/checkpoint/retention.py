@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay."""
+"""Removal of old checkpoints."""
 
 from __future__ import annotations
 

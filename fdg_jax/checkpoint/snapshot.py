@@ -1,4 +1,4 @@
-"""What is kept of a state, so that all of it can be made again.
+"""The part of a state that is stored, from which the rest is rebuilt.
 
 Residuals are not kept: they follow from what a forward met (the stage's input, a version of the
 weights, a model state, the labels, the root key and a number), and the stage's own forward program

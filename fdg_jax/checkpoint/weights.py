@@ -1,4 +1,4 @@
-"""The weights in a checkpoint, without the pipeline that made it."""
+"""Reads the weights of a checkpoint without the pipeline that made it."""
 
 from __future__ import annotations
 

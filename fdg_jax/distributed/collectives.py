@@ -1,4 +1,4 @@
-"""What processes tell one another: values that all must agree on, and copies of arrays."""
+"""Collectives between processes: agreement on values and copies of arrays."""
 
 from __future__ import annotations
 

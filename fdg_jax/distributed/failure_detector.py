@@ -1,4 +1,4 @@
-"""Which processes of a run live: each holds a connection to process 0, and its end breaks it.
+"""Failure detection: each process holds a connection to process 0, which breaks when it ends.
 
 The kernel tells at once: it closes what the dead had open. Of a machine that is lost whole, it
 tells when nothing answers its probes. JAX's service (0.10.2) tells of a lost process when its

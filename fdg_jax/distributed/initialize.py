@@ -1,4 +1,4 @@
-"""One run in several processes: how they find one another, and what they tell one another.
+"""Start of a run in several processes.
 
 Every process runs the same program and dispatches the same actions in the same order. JAX runs, in
 each, the programs of the devices that are its own; of arrays elsewhere it has the shape alone. So

@@ -1,4 +1,4 @@
-"""How the processes of a run find one another: all come to process 0, which says who is missing.
+"""Rendezvous: all processes connect to process 0, which reports the missing ones.
 
 It listens at the coordinator's address alone, and not on the machine's other networks. What
 travels, a line each: "challenge NONCE" from process 0, "hello OWN COUNT PROOF" to it, and "here"

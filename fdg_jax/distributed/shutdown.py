@@ -1,4 +1,4 @@
-"""How a process of a run ends: with the others, or alone."""
+"""Shutdown of a process, together with the others or alone."""
 
 from __future__ import annotations
 

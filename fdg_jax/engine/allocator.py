@@ -1,4 +1,4 @@
-"""The C library's allocator: memory kept from step to step."""
+"""Retains memory in the C library's allocator between steps."""
 
 from __future__ import annotations
 

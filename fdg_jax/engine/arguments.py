@@ -1,4 +1,4 @@
-"""The arguments of a pipeline, out of every form that they may have."""
+"""Normalisation and validation of the arguments of a pipeline."""
 
 from __future__ import annotations
 

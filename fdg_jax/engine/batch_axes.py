@@ -1,4 +1,4 @@
-"""Whether the arrays of a batch divide into micro-batches, and over the devices of a stage."""
+"""Checks that the arrays of a batch divide into micro-batches and over a stage's devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a batch fits the network, the loss and the optimizer, found out by tracing alone."""
+"""Checks by tracing that a batch fits the network, the loss and the optimizer."""
 
 from __future__ import annotations
 

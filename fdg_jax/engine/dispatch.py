@@ -1,4 +1,4 @@
-"""What a tick does: actions become programs on devices, and messages between them.
+"""Executes a tick: dispatches actions as programs and sends messages between stages.
 
     F n@k    takes activation n of stage k  ──► output is activation n of stage k+1
     B n@k    takes cotangent n of stage k   ──► input's cotangent is cotangent n of stage k-1

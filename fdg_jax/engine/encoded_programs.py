@@ -1,4 +1,4 @@
-"""A stage's functions where messages travel in fewer bits: decoded first, encoded last.
+"""A stage's functions for low-precision messages: decode first, encode last.
 
     inputs ──► decode ──► forward ──► encode ──► output
     message ──► decode ──► backward ──► encode ──► message

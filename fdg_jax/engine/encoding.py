@@ -1,4 +1,4 @@
-"""Messages between stages in fewer bits: what is sent, and what arrives.
+"""Low-precision encoding of messages between stages.
 
     sender's program                                 receiver's program
     ... ──► output ──► encode ──► Encoded ~~ sent ~~► decode ──► input ──► ...

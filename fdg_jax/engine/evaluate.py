@@ -1,4 +1,4 @@
-"""The outputs of a network in evaluation mode, from stage to stage."""
+"""Evaluation of a network, stage by stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which actions of a stage are one program."""
+"""Groups the actions of a stage that run as one program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights a backward uses, and what is kept between a forward and its backward.
+"""Gradient rules: the weights of a backward, and what is stored for it.
 
     rule              kept for a batch in flight              weights of the backward
     stale             input, residuals, weights of forward    those of the forward

@@ -1,4 +1,4 @@
-"""How a state is born: fresh parameters, and slots that are empty."""
+"""Creates a state with fresh parameters and empty slots."""
 
 from __future__ import annotations
 

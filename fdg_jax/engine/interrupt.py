@@ -1,4 +1,4 @@
-"""Ctrl-C arrives between steps, when a state is whole.
+"""Defers Ctrl-C until a step has finished and the state is consistent.
 
 Python runs a signal's handler between two instructions of the main thread. Raised inside of a step,
 or before the caller has stored what it returns, an exception would take the state with it: its

@@ -1,4 +1,4 @@
-"""The loss of a mini-batch from those of its parts: a mean, or sums over weights.
+"""The loss of a mini-batch from those of its micro-batches: a mean, or a weighted sum.
 
 loss_fn returns              loss of a mini-batch of M parts      its gradient
 mean, metrics                1/M sum_m mean_m                     1/M sum_m grad mean_m

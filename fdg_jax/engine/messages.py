@@ -1,4 +1,4 @@
-"""What passes between stages, and what a pipeline says of its programs."""
+"""Messages between stages, and the metrics and events that a pipeline reports."""
 
 from __future__ import annotations
 

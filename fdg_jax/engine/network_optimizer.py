@@ -1,4 +1,4 @@
-"""A stage's optimizer that sees the stage as a part of the whole network."""
+"""A stage's optimizer that sees the stage's parameters at their place in the network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong inside a stage: numbers that are not finite, and programs that fail.
+"""Detection of non-finite values and failed programs inside a stage.
 
 A guarded stage keeps a small record on its own devices, an int32 array that every one of its
 programs takes and returns. The record is also the token by which the host sees that a program has

@@ -1,4 +1,4 @@
-"""The host-side asynchronous scheduler: one thread, state in, state out.
+"""The training loop: one thread that dispatches asynchronously; state in, state out.
 
 JAX dispatch is asynchronous: a call returns at once, and a device runs its own queue. So one loop
 that dispatches a tick's actions keeps all devices busy; it waits only to be ``max_ahead`` ahead.

@@ -1,4 +1,4 @@
-"""Which devices a stage lives on, in this process or in another."""
+"""The devices of a stage, in this process or another."""
 
 from __future__ import annotations
 

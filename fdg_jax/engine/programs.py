@@ -1,4 +1,4 @@
-"""What a stage computes, as pure functions: forward, backward, and both with the update.
+"""The computations of a stage as pure functions: forward, backward, and update.
 
     inputs ──► forward ──► output            params, model_state, opt_state
                   │                          live on this stage's devices and never leave

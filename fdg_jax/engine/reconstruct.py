@@ -1,4 +1,4 @@
-"""The gradient rule of PipeMare and LayerPipe2: old weights from an average of their changes."""
+"""The gradient rule of PipeMare and LayerPipe2: estimates old weights from average changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs of a stage whose devices are other processes': here they have outputs without contents.
+"""Stand-ins for the programs of stages on devices of other processes.
 
 JAX would take such a call too, and compile the program, which every process would then do for
 every stage. What the others need of it are shapes and places.

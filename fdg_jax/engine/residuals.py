@@ -1,4 +1,4 @@
-"""What a forward leaves behind for its backward."""
+"""The residuals of a forward, stored for its backward."""
 
 from __future__ import annotations
 

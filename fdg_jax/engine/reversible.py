@@ -1,4 +1,4 @@
-"""The gradient rule of PETRA: a stage keeps nothing that it can compute again from its output.
+"""The gradient rule of PETRA: a stage recomputes its input from its output.
 
     forward     x ──► layer ──► y           kept: the input of layers that have no inverse
     backward    (y~, cotangent) ──► (x~, cotangent of x), gradient, all at the newest weights

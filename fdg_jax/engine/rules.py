@@ -1,4 +1,4 @@
-"""The gradient rules by name."""
+"""Gradient rules by name."""
 
 from __future__ import annotations
 

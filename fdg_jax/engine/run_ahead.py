@@ -1,4 +1,4 @@
-"""How far the host is ahead of the devices: what was dispatched and may not have ended."""
+"""Limits how far the host runs ahead of the devices."""
 
 from __future__ import annotations
 

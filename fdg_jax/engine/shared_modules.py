@@ -1,4 +1,4 @@
-"""One module in two layers: each has parameters of its own, which drift apart."""
+"""Warns of one module in two layers, whose parameters would drift apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One stage: its devices, its programs, and how its state is born.
+"""One stage: its devices, its jitted programs, and its initial state.
 
 The pure functions of programs.py become jitted programs over the stage's own mesh. An update that
 follows its backward at once is compiled with it, and in the last stage forward, loss, backward and

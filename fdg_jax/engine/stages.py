@@ -1,4 +1,4 @@
-"""The stages of a pipeline, out of its arguments."""
+"""Builds the stages of a pipeline from its arguments."""
 
 from __future__ import annotations
 

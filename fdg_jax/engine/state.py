@@ -1,4 +1,4 @@
-"""The state of a pipeline: what every stage has, what is in flight, what is on its way.
+"""The state of a pipeline: stages, mini-batches in flight, pending messages.
 
 A state is an ordinary pytree. Its structure, shapes and dtypes are the same from `Pipeline.init` to
 the end of `Pipeline.drain`: what is numbered lies in slots, and empty slots hold zeros.

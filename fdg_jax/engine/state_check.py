@@ -1,4 +1,4 @@
-"""Whether a state is one of this pipeline, and still whole."""
+"""Checks that a state belongs to this pipeline and has not been consumed."""
 
 from __future__ import annotations
 

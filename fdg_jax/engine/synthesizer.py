@@ -1,4 +1,4 @@
-"""What predicts the cotangent of a stage's output, and how it learns to."""
+"""Synthesizers: predict the cotangent of a stage's output, and their training."""
 
 from __future__ import annotations
 

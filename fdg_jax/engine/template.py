@@ -1,4 +1,4 @@
-"""The shapes, dtypes and places of a state, found by tracing alone."""
+"""The shapes, dtypes and placement of a state, determined by tracing."""
 
 from __future__ import annotations
 

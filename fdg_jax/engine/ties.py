@@ -1,4 +1,4 @@
-"""Tied weights in a pipeline: what goes beside activations and cotangents.
+"""Tied weights in a pipeline: the messages that carry them.
 
     forward of the owner    ──► tied n ──►            input of the user's forward
     backward of the owner   ◄── tied gradient n ◄──   message of the user's backward

@@ -1,4 +1,4 @@
-"""Whether updates can be made as a stage makes them, found out by tracing alone."""
+"""Checks an optimizer's update by tracing."""
 
 from __future__ import annotations
 

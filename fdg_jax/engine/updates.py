@@ -1,4 +1,4 @@
-"""What a stage does with its gradients: corrections, updates, the weights behind predictions."""
+"""Gradient corrections, updates, and the weights behind predictions."""
 
 from __future__ import annotations
 

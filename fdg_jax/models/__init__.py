@@ -1,4 +1,4 @@
-"""The networks of the papers, each as a list of layers that `partition` cuts into stages."""
+"""The networks of the papers, each as a list of layers."""
 
 from __future__ import annotations
 

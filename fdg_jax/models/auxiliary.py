@@ -1,4 +1,4 @@
-"""A classifier beside a stage, which gives it a loss of its own (decoupled greedy learning)."""
+"""Auxiliary classifiers that give a stage its own loss (decoupled greedy learning)."""
 
 from __future__ import annotations
 

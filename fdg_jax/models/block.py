@@ -1,4 +1,4 @@
-"""The blocks that residual networks are built from, in nnx."""
+"""Blocks of residual networks, in nnx."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a network is computed, apart from what it computes."""
+"""Numerical settings of the models: dtype and derivatives."""
 
 from __future__ import annotations
 

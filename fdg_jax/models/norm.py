@@ -1,4 +1,4 @@
-"""Batch normalisation and ReLU that keep no more for their backward than they need."""
+"""Batch normalisation with ReLU that stores only what its backward needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What small networks beside a stage read: an array, or streams along its last axis."""
+"""Inputs of auxiliary networks: an array, or streams joined along the last axis."""
 
 from __future__ import annotations
 

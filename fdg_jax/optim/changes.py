@@ -1,4 +1,4 @@
-"""Weights of earlier, reconstructed from an average of the weight changes; none are kept."""
+"""Estimates earlier weights from an average of weight changes."""
 
 from __future__ import annotations
 

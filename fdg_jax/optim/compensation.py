@@ -1,4 +1,4 @@
-"""Corrections of a gradient that was taken at older weights.
+"""Corrections of gradients that were computed at older weights.
 
 They read the weights of the gradient's own forward, which `fdg_jax.Pipeline` hands to an
 optimizer's ``update`` as ``stale_params``. With accumulation they are due for each gradient:

@@ -1,4 +1,4 @@
-"""Displacements: how far an optimizer's state foretells that the weights will have moved."""
+"""Displacements: the predicted movement of the weights, from an optimizer's state."""
 
 from __future__ import annotations
 

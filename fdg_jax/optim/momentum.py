@@ -1,4 +1,4 @@
-"""SGD whose momentum suits a late gradient: stretched, spike-compensated, predicted."""
+"""SGD with momentum adapted to stale gradients: stretched, compensated, predicted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which arrays Muon takes, and as which matrices."""
+"""Selects the arrays that Muon optimizes, and their shapes as matrices."""
 
 from __future__ import annotations
 

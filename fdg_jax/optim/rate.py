@@ -1,4 +1,4 @@
-"""Learning rates of stages whose gradients are late."""
+"""Learning rates for stages with stale gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer of a stage, tuned for late gradients: one call each for SGD, AdamW and Muon.
+"""Optimizers tuned for stale gradients: one call each for SGD, AdamW and Muon.
 
 For ``Pipeline(stages, loss_fn, lambda k: recipes.sgd(0.1, (rule, k)), rule)``, best with
 ``rule = schedule.fdg(K, order="backward_first")``, which has one update less of staleness for

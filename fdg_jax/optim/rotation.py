@@ -1,4 +1,4 @@
-"""Adam in a rotated basis, where the curvature of a matrix is nearly diagonal."""
+"""Adam in the eigenbasis of the gradient's second moment."""
 
 from __future__ import annotations
 

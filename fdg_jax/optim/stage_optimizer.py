@@ -1,4 +1,4 @@
-"""The optimizer of a stage: what is due for each gradient, and what is due for each update."""
+"""The optimizer of a stage: a part per gradient and a part per update."""
 
 from __future__ import annotations
 

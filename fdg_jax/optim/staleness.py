@@ -1,4 +1,4 @@
-"""How many updates late a stage's gradient is: a number, or counted from its schedule."""
+"""The staleness of a stage: a number of updates, or counted from a schedule."""
 
 from __future__ import annotations
 

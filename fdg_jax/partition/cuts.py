@@ -1,4 +1,4 @@
-"""Layers into stages of equal cost: the optimal contiguous split."""
+"""The optimal contiguous partition of layers into stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLOPs of a function as XLA counts them, with every iteration of a loop."""
+"""FLOPs of a function as counted by XLA, with every iteration of a loop."""
 
 from __future__ import annotations
 

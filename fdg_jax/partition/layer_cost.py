@@ -1,4 +1,4 @@
-"""What a layer costs: its FLOPs, or its seconds on a device."""
+"""The cost of a layer: FLOPs, or seconds on a device."""
 
 from __future__ import annotations
 

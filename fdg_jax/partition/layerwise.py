@@ -1,4 +1,4 @@
-"""How a network's arrays are laid out, and layer by layer without any layout.
+"""Parameters layer by layer, independent of cuts and stacking.
 
     chain([a, repeat(b, 2), c])     a network of four layers
     (A, B, C)                       its params: B has those of two layers, stacked

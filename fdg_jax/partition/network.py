@@ -1,4 +1,4 @@
-"""A stage's params as a part of the whole network's.
+"""A stage's parameters as part of the network's.
 
     stage 0: (A, B)    stage 1: (C, stack of D and E)    network: layers 0 to 4
     (A, B, None, None, None)    (None, None, C, stack, InStack())

@@ -1,4 +1,4 @@
-"""Labels by the layer's number or by name in the whole network, for `optax.partition`."""
+"""Labels by layer number or name in the network, for `optax.partition`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averages of weight changes, for rules whose backwards use estimated weights."""
+"""Averages of weight changes, for rules with estimated weights."""
 
 from __future__ import annotations
 

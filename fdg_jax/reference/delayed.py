@@ -1,4 +1,4 @@
-"""The oracle of delayed gradients: the whole network at weights of mixed age."""
+"""Reference of delayed gradients: the whole network at weights of mixed age."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracle of stages that learn from losses of their own."""
+"""Reference of stages with their own losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracle of stages that learn from predicted cotangents."""
+"""Reference of stages with predicted cotangents."""
 
 from __future__ import annotations
 

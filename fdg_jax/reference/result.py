@@ -1,4 +1,4 @@
-"""What a reference run gives, and what every one of them needs."""
+"""The result of a reference run, and shared helpers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracle of stages that reconstruct their inputs."""
+"""Reference of stages that reconstruct their inputs."""
 
 from __future__ import annotations
 

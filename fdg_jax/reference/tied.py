@@ -1,4 +1,4 @@
-"""The oracle's tied weights: one array in two places."""
+"""Reference of tied weights: one array used in two layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one stage does, and what each kind of action takes, gives and keeps.
+"""Actions, and what each kind of action consumes, produces and stores.
 
     kind   takes                  gives                        in flight   gradient
     F      activation of hop 0    activation to hop +1         opens

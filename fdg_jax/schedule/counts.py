@@ -1,4 +1,4 @@
-"""What is counted from a schedule's stream: delay, staleness, what is in flight, what is kept."""
+"""Counts derived from a schedule: delay, staleness, mini-batches in flight, slots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules with delayed gradients: no stage waits for the whole network."""
+"""Schedules with delayed gradients."""
 
 from __future__ import annotations
 

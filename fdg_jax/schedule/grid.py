@@ -1,4 +1,4 @@
-"""A schedule as a grid: ticks down, stages across; printed, and read back."""
+"""Schedules as printed grids, with ticks down and stages across; writing and parsing."""
 
 from __future__ import annotations
 

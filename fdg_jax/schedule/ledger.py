@@ -1,4 +1,4 @@
-"""What every stage holds, kept up to date action by action.
+"""Bookkeeping of what every stage holds, action by action.
 
 The bookkeeping is written once, here, and follows from the kinds of action alone. The engine runs
 it with arrays, checkpoints with names, the simulator with bytes, and counting with nothing.

@@ -1,4 +1,4 @@
-"""Which messages an action of a stage gives and takes."""
+"""The messages that an action sends and consumes."""
 
 from __future__ import annotations
 

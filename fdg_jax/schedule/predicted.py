@@ -1,4 +1,4 @@
-"""Schedules with predicted cotangents: a stage learns before its gradient is there."""
+"""Schedules with predicted cotangents."""
 
 from __future__ import annotations
 

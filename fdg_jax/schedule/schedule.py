@@ -1,4 +1,4 @@
-"""A schedule: a rule from ticks to actions, and what is counted from it."""
+"""Schedules: a rule from ticks to actions, and the counts derived from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One schedule after another in a run."""
+"""Sequences of two schedules in one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules without staleness: every update waits for its own mini-batch."""
+"""Synchronous schedules: every update waits for its own mini-batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A schedule whose stages also send each other an array that two of them use."""
+"""Schedules that also send a tied array between two stages."""
 
 from __future__ import annotations
 
