@@ -90,7 +90,7 @@ def convention(
     eval_kwargs: Values | None = None,
     fixed: Collection[str] = (),
 ) -> Convention:
-    """What a callable gets after its input.
+    """How a callable is called beyond its input.
 
     Arguments go by position where they can: a transformation with ``static_argnums`` knows no
     keywords.
@@ -167,7 +167,7 @@ def convention(
 
 
 def check_sequence(layers: Iterable[Any], name: str, module: type[Any]) -> None:
-    """Refuses a ``Sequential`` with flags in its layers: it hands none of them on.
+    """Rejects a ``Sequential`` whose layers have flags, since it does not forward them.
 
     Args:
       layers: modules and functions.
@@ -190,7 +190,7 @@ def check_sequence(layers: Iterable[Any], name: str, module: type[Any]) -> None:
 
 
 def is_library(call: Callable[..., Any]) -> bool:
-    """Whether a callable is of a library whose flags are known: flax, jax ..."""
+    """Whether a callable belongs to a library with known flags: flax, jax ..."""
     module = getattr(call, "__module__", None)
     return module is None or module.split(".")[0] in _LIBRARIES
 
@@ -205,7 +205,7 @@ def _says_bool(p: inspect.Parameter) -> bool:
 
 
 def _may_be_flag(p: inspect.Parameter) -> bool:
-    """Whether a parameter with a common name can be what its name says."""
+    """Whether a parameter with a common name can be that flag."""
     plain = p.default is p.empty or p.default is None or isinstance(p.default, bool)
     return plain and (p.annotation is p.empty or _says_bool(p) or _annotation(p) == "Any")
 

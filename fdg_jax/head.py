@@ -15,7 +15,7 @@ _HEAD = 0x68656164
 
 @dataclass(frozen=True)
 class Headed(Layer):
-    """A layer beside which a head computes what a loss needs; made by `with_head`."""
+    """A layer with a head that feeds a loss; made by `with_head`."""
 
     body: Layer | None = None
     head: Layer | None = None

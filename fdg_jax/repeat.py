@@ -15,7 +15,7 @@ from fdg_jax.typing import Key, PyTree
 
 @dataclass(frozen=True)
 class Repeat(Layer):
-    """Equal layers one after the other; made by `repeat`."""
+    """A repetition of one layer; made by `repeat`."""
 
     layer: Layer | None = None
     times: int = 1
@@ -30,7 +30,7 @@ class Repeat(Layer):
         return self.of(self.times, first=index)
 
     def of(self, times: int, *, first: int | jax.Array = 0) -> Layer:
-        """The same layer another number of times."""
+        """The same layer, repeated another number of times."""
         assert self.layer is not None
         return repeat(self.layer, times, unroll=self.unroll, first=first)
 
@@ -38,7 +38,7 @@ class Repeat(Layer):
 def repeat(
     layer: Layer, n: int, *, unroll: bool | None = None, first: int | jax.Array = 0
 ) -> Layer:
-    """The same layer n times, each with its own parameters; `partition` may cut between any two.
+    """Repeats a layer n times with separate parameters; `partition` may cut between any two.
 
     Args:
       layer: a layer whose output has the shapes and dtypes of its input.
@@ -126,7 +126,7 @@ def repeat(
         return x, gradient, cotangent
 
     def backwards(body: Any, carry: PyTree, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        """A scan from the last layer to the first, written out where `apply` is."""
+        """Scans from the last layer to the first; unrolled if `apply` is."""
         if not _unrolls(unroll):
             return jax.lax.scan(body, carry, (params, state, jnp.arange(n)), reverse=True)
         made = []

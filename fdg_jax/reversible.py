@@ -10,7 +10,7 @@ from fdg_jax.typing import Key, PyTree
 
 
 def coupling(branch: Layer) -> Layer:
-    """A residual branch on two streams, which is invertible whatever the branch computes.
+    """A residual branch on two streams, invertible for any branch.
 
     .. math::
         (x, t) \\mapsto (t + F(x), \\; x), \\qquad

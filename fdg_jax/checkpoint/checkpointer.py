@@ -40,7 +40,7 @@ _GRACE = 5.0  # seconds
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run.
+    """Saves and restores the checkpoints of one run.
 
     In a run of several processes each makes one, and calls the same methods in the same order.
 
@@ -101,7 +101,7 @@ class Checkpointer:
     def save(
         self, state: PipelineState, step: int, extra: Any = None, score: float | None = None
     ) -> None:
-        """Begins to write a checkpoint, and returns before it is written.
+        """Starts saving a checkpoint in the background and returns.
 
         The devices copy what is saved, in their own queues, so later steps may donate all of
         ``state``. A thread fetches the copies and writes them. This waits only for the save before.
@@ -156,7 +156,7 @@ class Checkpointer:
         finish_at_exit(self)
 
     def restore(self, example: tuple[PyTree, PyTree]) -> tuple[PipelineState, Any]:
-        """The state of the newest checkpoint that is whole, every array on its stage's devices.
+        """Restores the newest intact checkpoint, every array on its stage's devices.
 
         Each one that is damaged or incomplete is named in a warning. So is a machine, or a JAX,
         other than the one that saved: the run goes on, but its last bits may differ.
@@ -189,11 +189,11 @@ class Checkpointer:
         )
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint on disk, or None; not looked into, nor waited for."""
+        """The step of the newest checkpoint on disk, or None; not validated."""
         return max(manifest.steps(self.directory), default=None)
 
     def wait(self) -> None:
-        """Returns when the last save is on disk, and warns if it failed."""
+        """Waits until the last save is on disk, and warns if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -202,7 +202,7 @@ class Checkpointer:
             warnings.warn(failure, stacklevel=3)
 
     def tidy(self) -> None:
-        """Removes what a save that was killed has left, as every `save` does."""
+        """Removes the remains of interrupted saves, as every `save` does."""
         self.wait()
         try:
             self._tidy()
@@ -210,7 +210,7 @@ class Checkpointer:
             warnings.warn(f"{self.directory}: what is left stays ({error})", stacklevel=2)
 
     def close(self) -> None:
-        """Waits for the last save, at the end of a run."""
+        """Waits for the last save and ends saving."""
         self.wait()
 
     def __enter__(self) -> Self:
@@ -220,7 +220,7 @@ class Checkpointer:
         self.leave(failed=kind is not None)
 
     def leave(self, failed: bool) -> None:
-        """Waits for the last save, whatever ends the block or the program, but a second Ctrl-C.
+        """Waits for the last save after an error or at exit; a second Ctrl-C aborts the wait.
 
         Args:
           failed: whether an error may be the reason.
@@ -233,7 +233,7 @@ class Checkpointer:
         self.wait()
 
     def _check_dtypes(self, arrays: list[jax.Array]) -> None:
-        """Refuses dtypes that the store does not have; each is looked at once."""
+        """Rejects dtypes that the store does not support; checks each dtype once."""
         dtypes = {array.dtype for array in arrays} - self._stored
         array_store.check(d for d in dtypes if not jnp.issubdtype(d, jax.dtypes.prng_key))
         self._stored |= dtypes
@@ -306,7 +306,7 @@ class Checkpointer:
         self._tidy()
 
     def _write_arrays(self, folder: pathlib.Path, arrays: dict[int, dict[str, np.ndarray]]) -> None:
-        """This process's stages; the writer of the manifest waits for those of the others."""
+        """Writes this process's stages; the manifest's writer waits for the other processes."""
         self.directory.mkdir(parents=True, exist_ok=True)
         sizes = [array.nbytes for own in arrays.values() for array in own.values()]
         array_store.check_room(self.directory, sizes)

@@ -21,7 +21,7 @@ from fdg_jax.typing import PyTree
 
 
 class Weights(NamedTuple):
-    """What a network needs to predict.
+    """The arrays a network needs for prediction.
 
     Attributes:
       params, model_state: one pytree a stage, of numpy arrays.
@@ -38,7 +38,7 @@ def read(
     optimizer: Optimizers | None = None,
     tie: Tie | None = None,
 ) -> Weights:
-    """The weights in a checkpoint, as they are: what is in flight is left out, not applied.
+    """Reads the weights of a checkpoint; gradients in flight are not applied.
 
     Args:
       folder: one checkpoint, such as ``checkpoints/step-000000500``.

@@ -32,7 +32,7 @@ class EncodedFunctions(Functions):
     message_dtype: np.dtype | None = None
 
     def sent(self, tree: PyTree) -> PyTree:
-        """Shapes, dtypes and places of a message on its way to this stage.
+        """Shapes, dtypes and placement of a message to this stage.
 
         Args:
           tree: shapes and dtypes of what is in it.

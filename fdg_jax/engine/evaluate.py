@@ -12,7 +12,7 @@ from fdg_jax.typing import PyTree
 
 
 def evaluate(stages: Sequence[Stage], states: Sequence[StageState], x: PyTree) -> PyTree:
-    """Outputs at the true weights.
+    """The network's outputs at the true weights.
 
     Args:
       stages: input first.

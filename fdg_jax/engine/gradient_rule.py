@@ -25,7 +25,7 @@ from fdg_jax.typing import Key, PyTree
 
 
 class Stage(Protocol):
-    """What a rule asks of a stage; see `fdg_jax.engine.programs.Functions`."""
+    """The interface of a stage to a rule; see `fdg_jax.engine.programs.Functions`."""
 
     layer: Layer
     sends: bool
@@ -37,7 +37,7 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class GradientRule:
-    """Which weights a backward uses, and what is kept for it.
+    """Selects the weights of a backward and what is stored for it.
 
     A rule of one's own is a frozen dataclass that extends this one; it is an argument of
     `fdg_jax.Pipeline` like the names above. Its methods are traced by JAX, but for `of_stage`,
@@ -75,7 +75,7 @@ class GradientRule:
         return self
 
     def optimizer(self, optimizer: StageOptimizer) -> StageOptimizer:
-        """The optimizer of a stage, with what `past_params` reads in its state.
+        """The optimizer of a stage, extended by the state that `past_params` reads.
 
         Args:
           optimizer: as it was given.
@@ -85,7 +85,7 @@ class GradientRule:
     def past_params(
         self, params: PyTree, opt_state: optax.OptState, updates_ago: jax.Array
     ) -> PyTree:
-        """An estimate of earlier weights; asked for where the rule estimates weights.
+        """An estimate of earlier weights; called if the rule estimates weights.
 
         Args:
           params: the newest weights, as the optimizer sees them.
@@ -130,7 +130,7 @@ class GradientRule:
         return stage.pull_back(params, stash, key, message)
 
     def backward_params(self, then: PyTree, now: PyTree) -> PyTree:
-        """The weights that a backward uses.
+        """The weights used by a backward.
 
         Args:
           then: of the batch's forward, kept or estimated; None where they are neither.
@@ -139,7 +139,7 @@ class GradientRule:
         return then if self.keeps_weights or self.estimates_weights else now
 
     def message(self, inputs: PyTree, cotangent: PyTree) -> PyTree:
-        """What a backward sends to the stage before.
+        """The message of a backward to the previous stage.
 
         Args:
           inputs: of this stage, for the micro-batch.
@@ -152,7 +152,7 @@ class GradientRule:
         return cotangent
 
     def cotangent(self, message: PyTree) -> PyTree:
-        """The cotangent of a stage's outputs in what the next stage sent.
+        """The cotangent of a stage's outputs from the next stage's message.
 
         Args:
           message: of the next stage's `message`.

@@ -12,7 +12,7 @@ from fdg_jax.typing import PyTree
 
 
 class NetworkOptimizer(StageOptimizer):
-    """A `StageOptimizer` that takes and gives trees of its stage, and works with the network's.
+    """A `StageOptimizer` on trees of its stage that works with trees of the network.
 
     Its state holds trees as `fdg_jax.partition.network.Place.whole` makes them.
 

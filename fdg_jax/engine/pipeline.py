@@ -51,7 +51,7 @@ protect(__file__)
 
 
 class Pipeline(Views):
-    """Trains a network cut into K stages, each on its own devices, by a schedule.
+    """Trains a network cut into K stages, each on its own devices, with a schedule.
 
     Args:
       stages: K layers, input first; `partition` makes them.
@@ -150,7 +150,7 @@ class Pipeline(Views):
 
     @no_active_mesh()
     def template(self, example: tuple[PyTree, PyTree]) -> PipelineState:
-        """The structure, shapes, dtypes and places of a state; nothing is computed.
+        """The structure, shapes, dtypes and placement of a state; computes nothing.
 
         Args:
           example: a batch ``(inputs, labels)``; only shapes and dtypes are looked at.
@@ -168,7 +168,7 @@ class Pipeline(Views):
     def init(
         self, key: Key, example_inputs: PyTree, example_labels: PyTree = None
     ) -> PipelineState:
-        """A state with fresh parameters, each on its own stage's devices.
+        """Initialises a state with fresh parameters, each on its stage's devices.
 
         Args:
           key: root of every random number of the run.
@@ -193,7 +193,7 @@ class Pipeline(Views):
     def step(
         self, state: PipelineState, batch: tuple[PyTree, PyTree]
     ) -> tuple[PipelineState, MetricsList]:
-        """One tick: one mini-batch enters. Returns at once, before the devices are done.
+        """Runs one tick with one new mini-batch. Asynchronous: returns before the devices finish.
 
         Args:
           state: consumed; its buffers may be donated.
@@ -223,7 +223,7 @@ class Pipeline(Views):
             return tick.state(tick.batch + 1, tick.origin), tick.metrics
 
     def drain(self, state: PipelineState) -> tuple[PipelineState, MetricsList]:
-        """Applies every gradient still in flight; no new batch enters.
+        """Applies all gradients in flight; no new mini-batch enters.
 
         What is left of an accumulation is applied as the mean of what it holds. `step` after it
         fills the pipeline again.
@@ -254,14 +254,14 @@ class Pipeline(Views):
             return tick.state(tick.batch, tick.batch), tick.metrics
 
     def check(self) -> None:
-        """Waits for all that has been dispatched; raises as `step` does."""
+        """Waits for all dispatched programs; raises as `step` does."""
         self._ahead.wait(0)
 
     @property
     def idle(self) -> bool:
-        """Whether it is known that nothing of what was dispatched still runs."""
+        """Whether all dispatched programs are known to have finished."""
         return self._ahead.idle
 
     def record(self) -> np.ndarray | None:
-        """A stage's record in which nothing has gone wrong, or None where it is not checked."""
+        """A stage's record without failures, or None if non-finite values are ignored."""
         return None if self.on_nonfinite == "ignore" else nonfinite.fresh()

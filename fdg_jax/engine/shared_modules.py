@@ -13,7 +13,7 @@ from fdg_jax.tie import Tie
 
 
 def warn_of_shared(stages: Sequence[Layer], tie: Tie | None) -> None:
-    """Warns of layers that are made of one module, and not tied.
+    """Warns of untied layers made from the same module.
 
     Args:
       stages: of the network.

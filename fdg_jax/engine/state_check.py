@@ -16,7 +16,7 @@ READ = ("params", "model_state", "opt_state")
 
 
 def check_state(state: Any, num_stages: int, parts: Sequence[str] = TAKEN) -> None:
-    """Refuses what is no state, and a state that was used before, while nothing is dispatched yet.
+    """Rejects invalid and consumed states before anything is dispatched.
 
     Args:
       state: given in the place of one.

@@ -18,7 +18,7 @@ _SYNTHESIZER = 0x73796E74
 
 
 class SynthesizerState(NamedTuple):
-    """What a synthesizer has, on its stage's devices."""
+    """The state of a synthesizer, on its stage's devices."""
 
     params: PyTree
     model_state: PyTree
@@ -26,7 +26,7 @@ class SynthesizerState(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a synthesizer predicts from: a stage's output.
+    """The input of a synthesizer: a stage's output.
 
     Attributes:
       output: of the forward of one micro-batch.
@@ -69,7 +69,7 @@ class Synthesizer:
     optimizer: optax.GradientTransformation
 
     def init(self, key: Key, own: Output) -> SynthesizerState:
-        """Fresh parameters.
+        """Initialises the parameters.
 
         Args:
           key: the root key.
@@ -112,7 +112,7 @@ class Synthesizer:
     def teach(
         self, state: SynthesizerState, own: Output, cotangent: list[jax.Array], key: Key
     ) -> SynthesizerState:
-        """One update towards a cotangent.
+        """One update towards a target cotangent.
 
         Args:
           state: before it.

@@ -33,7 +33,7 @@ def sgd(
     anneal_steps: float | None = None,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """SGD for late gradients: `delayed_sgd`, and an optional warm-up from 1 / d.
+    """SGD for stale gradients: `delayed_sgd` and an optional warm-up from 1 / d.
 
     The chain of a stage: clipping by its own norm, if any; linear prediction, momentum stretched
     by 2, spike compensation, L2 decay at the true weights; the rate of `staleness_rate`. Shrinking
@@ -89,7 +89,7 @@ def adamw(
     clip_norm: float | None = None,
     scale: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW for late gradients: predicted weights, and an optional warm-up from 1 / d.
+    """AdamW for stale gradients: weight prediction and an optional warm-up from 1 / d.
 
     The chain of a stage: clipping by its own norm, if any; AdamW; ``scale``; around all, prediction
     by the last update, ``horizon`` times the staleness ahead.
@@ -144,7 +144,7 @@ def muon(
     clip_norm: float | None = None,
     scale: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Muon for late gradients: predicted weights, and an optional warm-up from 1 / sqrt(d).
+    """Muon for stale gradients: weight prediction and an optional warm-up from 1 / sqrt(d).
 
     The chain of a stage: clipping by its own norm, if any; ``optax.contrib.muon`` for kernels
     (`muon_dimension_numbers`) and ``optax.nadamw`` for the rest, both with a stretched momentum;

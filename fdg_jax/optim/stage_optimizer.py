@@ -8,7 +8,7 @@ import optax
 
 
 class StageOptimizer(NamedTuple):
-    """An optimizer in two parts, for schedules that accumulate gradients.
+    """An optimizer in two parts, for schedules with gradient accumulation.
 
     A correction that depends on the weights of a gradient's own forward is due before gradients are
     summed. Where nothing is accumulated, ``optax.chain(per_gradient, per_update)`` is the same.
@@ -34,7 +34,7 @@ class StageOptimizer(NamedTuple):
 
     @staticmethod
     def of(optimizer: Any) -> StageOptimizer:
-        """An optimizer in two parts from one of either form, that takes extra arguments.
+        """Converts either form of an optimizer to two parts with extra arguments.
 
         Raises:
           ValueError: it is no optimizer.
@@ -57,12 +57,12 @@ class StageOptimizer(NamedTuple):
         )
 
     def init(self, params: Any) -> Any:
-        """The state: that of ``per_update``, or a pair of both."""
+        """Initialises the state: that of ``per_update``, or a pair of both."""
         state = self.per_update.init(params)
         return state if self.per_gradient is None else (self.per_gradient.init(params), state)
 
     def update(self, gradient: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
-        """One update from a gradient that has been corrected.
+        """One update from a corrected gradient.
 
         Args:
           gradient: the sum or mean.

@@ -22,7 +22,7 @@ Cost = Literal["flops", "time"] | Sequence[float]
 
 
 class Partition(list[Layer]):
-    """K stages, and what the split is worth; an ordinary list of layers besides.
+    """A list of K stages with its cuts, costs and balance.
 
     Attributes:
       cuts: K-1 numbers; stage k+1 begins with layer ``cuts[k]`` (equal layers of a `repeat` counted
@@ -48,7 +48,7 @@ class Partition(list[Layer]):
 
     @functools.cached_property
     def layer_costs(self) -> tuple[float, ...]:
-        """The cost of every layer; where the cuts were given, counted when first asked for."""
+        """The cost of every layer; computed on demand if the cuts were given."""
         return tuple(self._count_costs())
 
     @property
@@ -59,7 +59,7 @@ class Partition(list[Layer]):
 
     @property
     def balance(self) -> float:
-        """Mean over largest stage cost: 1 where all are equal, 1/K where one has all of it."""
+        """Mean over largest stage cost: 1 if all are equal, 1/K if one stage has all of it."""
         largest = max(self.costs)
         return statistics.fmean(self.costs) / largest if largest else 1.0
 
@@ -83,7 +83,7 @@ def partition(
     example: PyTree,
     cost: Cost = "flops",
 ) -> Partition:
-    r"""Splits layers into contiguous stages such that the slowest stage is as fast as can be.
+    r"""Partitions layers into K contiguous stages, minimising the cost of the slowest stage.
 
     .. math::
         \min_{0 < c_1 < \dots < c_{K-1} < n} \; \max_k \sum_{i=c_k}^{c_{k+1}-1} w_i
@@ -167,7 +167,7 @@ def partition(
 
 
 def optimal_cuts(costs: Sequence[float], num_stages: int) -> list[int]:
-    """The cuts of the contiguous split with the smallest largest sum, then smallest squares.
+    """The contiguous partition with the smallest maximum, then the smallest sum of squares.
 
     Args:
       costs: n numbers >= 0.
@@ -198,7 +198,7 @@ def _best(
     join: Callable[[np.ndarray, np.ndarray], np.ndarray],
     score: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[float, list[int]]:
-    """The smallest join of the stages' scores, and the cuts that give it: dynamic programming."""
+    """The smallest joint score of the stages, and its cuts: dynamic programming."""
     n = len(prefix) - 1
     best = np.array(score(prefix))  # of the first j layers in one stage
     best[0] = np.inf

@@ -48,7 +48,7 @@ NAMED: dict[str, Callable[..., Schedule]] = {
 
 
 def create(name: str, num_stages: int, **options: Any) -> Schedule:
-    """A schedule by its name.
+    """Creates a schedule by name.
 
     Args:
       name: one of `NAMED`.

@@ -47,7 +47,7 @@ class Locked:
 
 @dataclass(frozen=True)
 class Local:
-    """Tick t of local learning: stage k forwards batch t-k, and learns from it at once."""
+    """Tick t of local learning: stage k forwards batch t-k and trains on it immediately."""
 
     num_stages: int
 
@@ -57,7 +57,7 @@ class Local:
 
 
 def fdg(num_stages: int, order: Order = "forward_first") -> Schedule:
-    """Fully decoupled learning with delayed gradients: no lock is left.
+    """Fully decoupled learning with delayed gradients: no locks.
 
     In tick t stage k forwards batch t-k, back-propagates batch t-2(K-1)+k and updates. What a stage
     sends in a tick is used by its neighbour in the next. The last stage does forward, backward and
@@ -96,7 +96,7 @@ def adl(
     reduction: Reduction = "mean",
     order: Order = "forward_first",
 ) -> Schedule:
-    """Accumulated decoupled learning: FDG that updates after every M-th backward only.
+    """Accumulated decoupled learning: FDG with one update per M backwards.
 
     The weights then change M times less often, and the mean staleness of stage k falls from
     2(K-1-k) to about 2(K-1-k)/M.
@@ -132,7 +132,7 @@ def adl(
 
 
 def ddg(num_stages: int) -> Schedule:
-    """Decoupled backward: delayed gradients, half as late as FDG's.
+    """Decoupled backward: delayed gradients with half of FDG's staleness.
 
     In tick t every stage forwards batch t, one stage after the other; then stage k back-propagates
     batch t-(K-1-k) with the error gradient that the next stage made in the tick before. The paper's
@@ -164,7 +164,7 @@ def ddg(num_stages: int) -> Schedule:
 
 
 def pipedream(num_stages: int) -> Schedule:
-    """PipeDream: one forward, one backward, no flush, the weights of a forward stashed.
+    """PipeDream: alternating forwards and backwards without a flush, with weight stashing.
 
     Stage k forwards K-k batches and then back-propagates and forwards in turn, updating after every
     backward: the same stream of actions per stage as `ddg`, found independently. They differ in
@@ -195,7 +195,7 @@ def pipedream(num_stages: int) -> Schedule:
 
 
 def pipedream_2bw(num_stages: int, accumulate: int | None = None) -> Schedule:
-    """PipeDream-2BW: two weight versions, and every gradient is one update late in every stage.
+    """PipeDream-2BW: two weight versions; every gradient is one update old in every stage.
 
     The stream is `pipedream`'s, with an update after every m-th backward. All m batches of a group
     use the same weights in all stages, those before the last update: ``F5v1`` forwards batch 5 with
@@ -236,7 +236,7 @@ def pipedream_2bw(num_stages: int, accumulate: int | None = None) -> Schedule:
 
 
 def local(num_stages: int) -> Schedule:
-    """Decoupled greedy learning: every stage learns from a loss of its own, at once.
+    """Decoupled greedy learning: every stage trains on its own loss.
 
     Messages go up only. The pipeline needs a loss for every stage.
 

@@ -10,7 +10,7 @@ from fdg_jax.schedule.schedule import Schedule
 
 @dataclass(frozen=True)
 class Predicted:
-    """Tick t of DNI: stage k forwards batch t-k and learns; it is taught by batch t-k-2."""
+    """Tick t of DNI: stage k forwards and trains on batch t-k; the target is of batch t-k-2."""
 
     num_stages: int
 
@@ -25,7 +25,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Late:
-    """Tick t of DNI with a late teacher: stage k is taught by batch t-2(K-1)+k, as in FDG."""
+    """Tick t of DNI with late targets: those of stage k are of batch t-2(K-1)+k, as in FDG."""
 
     num_stages: int
     predicted: int
@@ -47,12 +47,12 @@ class Late:
         return actions
 
     def predicts(self, batch: int) -> bool:
-        """Whether the stages learn from the predicted cotangent of a batch."""
+        """Whether the stages use the predicted cotangent for a mini-batch."""
         return batch % (self.predicted + self.true) < self.predicted
 
 
 def dni(num_stages: int) -> Schedule:
-    """Decoupled neural interfaces: a stage learns at once from a predicted cotangent.
+    """Decoupled neural interfaces: a stage trains immediately on a predicted cotangent.
 
     A synthesizer in every stage but the last predicts the cotangent of the stage's output. Its
     teacher is the cotangent that the next stage computes, itself from a prediction,
@@ -92,7 +92,7 @@ def dni(num_stages: int) -> Schedule:
 
 
 def dni_late(num_stages: int, predicted: int = 1, true: int = 0) -> Schedule:
-    """DNI whose teacher is the true cotangent, which FDG delivers 2(K-1-k) ticks later.
+    """DNI with the true cotangent as target, which FDG delivers 2(K-1-k) ticks later.
 
     The true cotangent passes down as in `fdg`, through the stages at the weights of the batch's
     forward, and teaches every synthesizer on its way. In predicted batches the stages learn at once
