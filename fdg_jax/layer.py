@@ -64,15 +64,14 @@ class Layer:
 
     Args:
       init: ``init(key, x) -> (params, state)``; ``x`` is an example input of the right shapes and
-        dtypes. ``state`` is what changes at the forward and is not trained (batch statistics); use
-        ``()`` where there is none.
+        dtypes. ``state`` is updated by the forward but not trained (batch statistics); ``()`` if
+        there is none.
       apply: ``apply(params, state, x, *, train, key) -> (y, state)``; ``x`` and ``y`` are arrays or
-        pytrees of arrays, batch axis first. ``key`` is None in evaluation. Between two layers ``y``
-        has the same shapes in training and evaluation.
-      inverse: ``inverse(params, state, y, *, train, key) -> x``, of a layer that can be inverted;
-        None of others.
+        pytrees of arrays, batch axis first. ``key`` is None in evaluation. The shapes of ``y`` must
+        not depend on ``train``.
+      inverse: ``inverse(params, state, y, *, train, key) -> x`` for invertible layers, else None.
       reverse: ``reverse(params, state, y, cotangent, *, key) -> (x, gradient, cotangent of x)``:
-        `inverse` and the derivative of `apply` in one, in training. None: made of the two.
+        `inverse` and the derivative of `apply` combined, in training. None: derived from both.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -197,13 +196,13 @@ def chain(layers: Sequence[Layer], *, first: int | jax.Array = 0) -> Layer:
 
     Args:
       layers: at least one layer.
-      first: the number of the first of them in the whole network.
+      first: the number of the first layer in the whole network.
 
     Returns:
       A layer whose params and state are tuples in the order of the layers.
 
     Raises:
-      ValueError: there is no layer, or one is of another kind.
+      ValueError: no layers, or an element that is not a layer.
 
     Example:
       >>> import jax, jax.numpy as jnp

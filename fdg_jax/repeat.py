@@ -42,15 +42,15 @@ def repeat(
 
     Args:
       layer: a layer whose output has the shapes and dtypes of its input.
-      n: how many, >= 1.
-      unroll: True writes the n layers out, False compiles one of them inside ``lax.scan``. None
-        unrolls on CPU, where XLA runs convolutions inside a loop 6 to 16 times slower, and scans
-        on GPU and TPU, where compile time grows with what is written out.
-      first: the number of the first of them in the whole network.
+      n: the number of repetitions, >= 1.
+      unroll: True unrolls the n layers, False compiles one layer inside ``lax.scan``. None unrolls
+        on CPU, where XLA runs convolutions inside a loop 6 to 16 times slower, and scans on GPU and
+        TPU to limit compile time.
+      first: the number of the first repetition in the whole network.
 
     Returns:
       A layer whose params and state are those of ``layer`` with a new leading axis of length n,
-      whichever way it compiles.
+      independent of ``unroll``.
 
     Raises:
       ValueError: n < 1, no layer, or (from ``init``) the layer changes the shape of its input.

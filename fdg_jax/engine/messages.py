@@ -18,13 +18,14 @@ from fdg_jax.typing import PyTree
 class Metrics(NamedTuple):
     """The loss and metrics of one mini-batch.
 
-    ``metrics["error"]`` is ``metrics.aux["error"]``; "batch", "loss" and "stage" are names, too.
+    ``metrics["error"]`` is ``metrics.aux["error"]``; "batch", "loss" and "stage" are valid names as
+    well.
 
     Attributes:
-      batch: its number.
-      loss: a scalar, perhaps not computed yet.
-      aux: the dictionary that the loss function returned.
-      stage: whose loss it is; the last one's unless stages have losses of their own.
+      batch: the number of the mini-batch.
+      loss: a scalar, computed asynchronously.
+      aux: the dictionary returned by the loss function.
+      stage: the stage of the loss; the last one unless several stages have a loss.
     """
 
     batch: int

@@ -105,8 +105,8 @@ class PipelineState(NamedTuple):
     """The state of a pipeline, a pytree. ``jax.tree.map(jnp.copy, state)`` copies it.
 
     Attributes:
-      tick: mini-batches that have entered so far, which is the number of the next one; int32.
-      origin: the number of the first that entered after the last drain; int32.
+      tick: the number of mini-batches that have entered, int32.
+      origin: the number of the first mini-batch after the last drain, int32.
       key: the root key.
       stages: one `StageState` per stage.
     """

@@ -48,9 +48,9 @@ class Synthesizer:
         \\min_S \\tfrac{1}{|h|} \\lVert S(h, \\text{labels}) - \\delta \\rVert^2
 
     Args:
-      layer: S, such as `fdg_jax.models.synthesizer`: from the pair of an output and the labels of
-        its batch to a pytree of the output's structure, shapes and dtypes.
-      optimizer: of its parameters, such as ``optax.adam(1e-4)``.
+      layer: S, such as `fdg_jax.models.synthesizer`: maps a pair of output and labels to a pytree
+        with the output's structure, shapes and dtypes.
+      optimizer: the optimizer of its parameters, such as ``optax.adam(1e-4)``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

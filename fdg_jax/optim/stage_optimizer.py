@@ -10,16 +10,16 @@ import optax
 class StageOptimizer(NamedTuple):
     """An optimizer in two parts, for schedules with gradient accumulation.
 
-    A correction that depends on the weights of a gradient's own forward is due before gradients are
-    summed. Where nothing is accumulated, ``optax.chain(per_gradient, per_update)`` is the same.
+    Corrections that depend on the weights of a gradient's forward must be applied before gradients
+    are summed. Without accumulation this equals ``optax.chain(per_gradient, per_update)``.
 
-    Both are called with the extra arguments ``stale_params``, the weights at which the gradient was
-    taken, and ``staleness``, the updates since then, float32; ``per_update`` only where an update
-    has one gradient.
+    Both receive the extra arguments ``stale_params``, the weights at which the gradient was
+    computed, and ``staleness``, the number of updates since then, float32; ``per_update`` receives
+    them only if an update has one gradient.
 
     Args:
-      per_update: from the reduced gradient to the update.
-      per_gradient: from one gradient to a corrected one; None: as it is.
+      per_update: maps the reduced gradient to the update.
+      per_gradient: maps one gradient to a corrected one; None: no correction.
 
     Example:
       >>> import optax

@@ -25,11 +25,10 @@ class Partition(list[Layer]):
     """A list of K stages with its cuts, costs and balance.
 
     Attributes:
-      cuts: K-1 numbers; stage k+1 begins with layer ``cuts[k]`` (equal layers of a `repeat` counted
-        one by one).
-      unit: of the costs: "FLOPs" (also where the cuts were given), "seconds", or "" where the
-        caller gave the costs.
-      layers: how many layers there are to cut between.
+      cuts: K-1 numbers; stage k+1 begins with layer ``cuts[k]`` (the layers of a `repeat` are
+        counted individually).
+      unit: the unit of the costs: "FLOPs" (also for given cuts), "seconds", or "" for given costs.
+      layers: the number of layers between which cuts are possible.
     """
 
     def __init__(
@@ -88,21 +87,19 @@ def partition(
     .. math::
         \min_{0 < c_1 < \dots < c_{K-1} < n} \; \max_k \sum_{i=c_k}^{c_{k+1}-1} w_i
 
-    Found exactly, by dynamic programming; among the optimal splits the one with the smallest sum of
-    squares is taken.
+    Solved exactly by dynamic programming; ties are broken by the smallest sum of squares.
 
     Args:
       layers: the network, input first.
       num_stages: K, at most the number of layers.
-      example: an input with its batch axis: arrays or ``jax.ShapeDtypeStruct``. FLOPs and time are
-        taken at these shapes.
-      cost: "flops": of forward and backward, as XLA counts them before it optimises, with every
-        iteration of a loop; "time": of forward and backward, every distinct layer measured on the
-        default device (see `fdg_jax.partition.layer_cost`); or one number per layer; or the K-1
-        cuts themselves.
+      example: an input with its batch axis: arrays or ``jax.ShapeDtypeStruct``. Costs are
+        determined at these shapes.
+      cost: "flops": FLOPs of forward and backward as counted by XLA before optimisation, with every
+        iteration of a loop; "time": measured seconds of forward and backward of every distinct
+        layer on the default device; or one number per layer; or the K-1 cuts.
 
     Returns:
-      A list of K layers (each a `chain`) that also carries `cuts`, `costs` and `balance`.
+      A list of K layers with the attributes `cuts`, `costs` and `balance`.
 
     Raises:
       ValueError: layers do not fit together, K is not in 1..number of layers, or ``cost`` is none

@@ -97,13 +97,13 @@ def dni_late(num_stages: int, predicted: int = 1, true: int = 0) -> Schedule:
     The true cotangent passes down as in `fdg`, through the stages at the weights of the batch's
     forward, and teaches every synthesizer on its way. In predicted batches the stages learn at once
     from the synthesizers, and the true cotangent only passes on (D); in true ones they learn from
-    it as in `fdg`, with its delay (B). The late teacher is this project's own and, to our
+    it as in `fdg`, with its delay (B). Late targets are specific to this project and, to our
     knowledge, unpublished; the phases are those of ADA-GP.
 
     Args:
       num_stages: K; its pipeline needs K-1 synthesizers.
-      predicted: so many mini-batches learn from the prediction,
-      true: and then so many from the true cotangent, in turn.
+      predicted: the number of consecutive mini-batches trained with predictions.
+      true: the number of mini-batches trained with the true cotangent after them.
 
     Returns:
       Delay 2(K-1-k) in stage k; staleness 0 of predicted batches, about 2(K-1-k) of true ones.

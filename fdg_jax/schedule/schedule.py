@@ -23,23 +23,23 @@ Reduction = Literal["mean", "sum"]
 class Schedule:
     """A rule from ticks to actions, and the counts derived from it.
 
-    A schedule is a value: two with equal fields are equal, and one whose rule can be pickled can be
-    pickled.
+    Schedules are values: schedules with equal fields are equal; a schedule can be pickled if its
+    rule can.
 
     Args:
-      name: as the field calls it.
+      name: the common name of the schedule.
       num_stages: K.
-      rule: the actions of a tick in an order in which they can be dispatched. It may name batches
-        that do not exist (numbers below 0 during the fill, beyond the last during the drain): those
-        actions fall away. A frozen dataclass with ``__call__`` is compared by its fields.
-      microbatches: into how many parts a mini-batch is divided.
-      reduction: what an update applies of the gradients since the last: "mean" or "sum".
-      versions: how many versions of its weights a stage keeps for forwards that name theirs.
-      period: after how many ticks the rule repeats itself.
-      kinds: of its actions.
-      losses: the stages that have a loss; empty: the last one.
-      predicts: the stages that have a synthesizer, which predicts the cotangent of their output.
-      tied: the stage that has an array and a later one that uses it, too; None: there is none.
+      rule: a function from a tick to its actions in dispatch order. Actions of batches that do not
+        exist (numbers below 0 during the fill, beyond the last during the drain) are dropped. A
+        frozen dataclass with ``__call__`` is compared by its fields.
+      microbatches: the number of micro-batches per mini-batch.
+      reduction: how an update combines the gradients since the last: "mean" or "sum".
+      versions: the number of weight versions a stage keeps for forwards that name their version.
+      period: the number of ticks after which the rule repeats.
+      kinds: the kinds of its actions.
+      losses: the stages with a loss; empty: the last stage.
+      predicts: the stages whose output cotangent is predicted by a synthesizer.
+      tied: the stage that owns a tied array and the later stage that uses it, or None.
 
     Raises:
       ValueError: a number or a name out of bounds.
