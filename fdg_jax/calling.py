@@ -105,8 +105,8 @@ def convention(
       ``convention(train) -> (args, kwargs)``.
 
     Raises:
-      ValueError: a flag, or a parameter without a default, that nobody sets; a keyword that
-        ``call`` does not take.
+      ValueError: a flag or a parameter without a default that is not set; a keyword that ``call``
+        does not take.
 
     Example:
       >>> def block(x, mask=None, is_training: bool = False): ...
@@ -131,8 +131,8 @@ def convention(
         )
     if spread and train_kwargs is None and not library:
         raise ValueError(
-            f"{name}: takes **kwargs, so that its flags cannot be seen; name those of training, "
-            "train_kwargs={'training': True}, or give train_kwargs={} if there is none"
+            f"{name}: takes **kwargs, so its flags are unknown; give those of training, "
+            "train_kwargs={'training': True}, or give train_kwargs={} if it has none"
         )
     known: list[inspect.Parameter] = []
     for p in named:
@@ -175,7 +175,7 @@ def check_sequence(layers: Iterable[Any], name: str, module: type[Any]) -> None:
       module: the class of modules.
 
     Raises:
-      ValueError: a layer has flags or parameters that nobody sets.
+      ValueError: a layer has flags or parameters that are not set.
     """
     for i, layer in enumerate(layers):
         call: Any = layer.__call__ if isinstance(layer, module) else layer
@@ -184,8 +184,8 @@ def check_sequence(layers: Iterable[Any], name: str, module: type[Any]) -> None:
         args, kwargs = convention(call, f"{name}.layers[{i}], {type(layer).__name__}")(True)
         if args or kwargs:
             raise ValueError(
-                f"{name}: nobody sets the flags of its layers[{i}], {type(layer).__name__}; give a "
-                "list of layers in place of it, each made of one module"
+                f"{name}: does not set the flags of its layers[{i}], {type(layer).__name__}; give "
+                "a list of layers instead, each made of one module"
             )
 
 
@@ -216,10 +216,10 @@ def _refuse(p: inspect.Parameter, name: str) -> None:
         return
     default = "without a default" if p.default is p.empty else f"{p.default} by default"
     remedy = (
-        f"if it says that the network is trained, give train_kwargs={{{p.name!r}: True}}; if it "
-        f"never changes, train_kwargs={{{p.name!r}: False}}, eval_kwargs={{{p.name!r}: False}}"
+        f"if it is a training flag, give train_kwargs={{{p.name!r}: True}}; if it is "
+        f"constant, train_kwargs={{{p.name!r}: False}}, eval_kwargs={{{p.name!r}: False}}"
         if flag
         else f"give its values, train_kwargs={{{p.name!r}: ...}}, eval_kwargs={{{p.name!r}: ...}}, "
-        "or wrap it in one that takes its input alone"
+        "or wrap it in a function of its input only"
     )
-    raise ValueError(f"{name}: nobody sets its parameter {p.name!r} ({default}); {remedy}")
+    raise ValueError(f"{name}: its parameter {p.name!r} ({default}) is not set; {remedy}")

@@ -42,7 +42,7 @@ def from_linen(
       A `Layer`.
 
     Raises:
-      ValueError: not an instance of a linen module; a flag that nobody sets, or a parameter
+      ValueError: not an instance of a linen module; a flag that is not set, or a parameter
         without a default; (from ``init``) variables that are made in ``apply`` alone; (from
         ``apply``) random numbers are drawn in training and key is None.
 
