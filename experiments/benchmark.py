@@ -61,7 +61,7 @@ HELP = {
     "turn_seconds": "See --steps.",
     "warmup_steps": "Warm-up steps before the first round, after the pipelines are filled.",
     "max_load": "Processor cores that other programs may use for the comparison to count as fair.",
-    "torch_python": "Python interpreter for backprop_torch; without torch the contender is skipped.",
+    "torch_python": "Python interpreter for backprop_torch; skipped if it has no torch.",
     "seed": "Seed of initial weights, images and labels.",
     "overwrite": "Overwrite earlier results in the workdir.",
 }
