@@ -1,11 +1,10 @@
-"""Takes the trained model out of a run: one file with all that it takes to use it.
+"""Exports the trained model of a run to one file.
 
     python -m experiments.export --workdir=runs/a --output=model.safetensors
 
-The run may be finished, stopped, or at work. What is written is its parameters and batch statistics
-as they are in a checkpoint, the true weights where a remedy predicts; gradients that were in flight
-then are not applied. The network is
-written as one, however it was cut. experiments.exporting.model_file.load reads it again.
+The run may be finished, stopped or active. Exports the parameters (the true weights if a remedy
+predicts) and batch statistics of a checkpoint; gradients in flight are not applied. The file
+contains the network without its cuts. experiments.exporting.model_file.load reads it.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", "", "The run's folder.")
-    flags.DEFINE_string("output", "", "The file, or with --format=orbax the folder, to write.")
-    flags.DEFINE_enum("format", "safetensors", model_file.FORMATS, "Of the output.")
+    flags.DEFINE_string("workdir", "", "Directory of the run.")
+    flags.DEFINE_string("output", "", "Output file, or directory with --format=orbax.")
+    flags.DEFINE_enum("format", "safetensors", model_file.FORMATS, "Output format.")
     flags.DEFINE_string(
-        "checkpoint", "last", "last, best (of the lowest evaluated error), or the number of a step."
+        "checkpoint", "last", "last, best (lowest evaluated error), or the number of a step."
     )
-    flags.DEFINE_bool("overwrite", False, "Whether what is there may be replaced.")
+    flags.DEFINE_bool("overwrite", False, "Overwrite an existing output.")
 
 
 def run_of(workdir: str) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Starts a run of several processes on this machine.
+"""Starts a run with several processes on this machine.
 
     python -m experiments.launch --num_processes=2 -- python -m experiments.cifar --num_stages=2 ...
 
-The command gets --coordinator, --num_processes and --process_id; its processes' lines are shown
-with their numbers, and kept in a file each with --logs. The first that fails ends all, and the
-exit status is its own; with --restarts they start again from the newest checkpoint, with
---nooverwrite and --resume. Ctrl-C and SIGTERM go to all.
+Adds --coordinator, --num_processes and --process_id to the command. Prints the output of each
+process with its number, and writes it to a file with --logs. If a process fails, all end, and its
+exit status is returned; with --restarts they start again from the newest checkpoint, with
+--nooverwrite and --resume. Ctrl-C and SIGTERM are sent to all.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ USAGE = 2
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("num_processes", 2, "Processes to start.", lower_bound=1)
-    flags.DEFINE_integer("restarts", 0, "How often to start again after a failure.", lower_bound=0)
-    flags.DEFINE_string("logs", None, "Folder for process-0.log, process-1.log and so on.")
+    flags.DEFINE_integer("num_processes", 2, "Number of processes.", lower_bound=1)
+    flags.DEFINE_integer("restarts", 0, "Number of restarts after failures.", lower_bound=0)
+    flags.DEFINE_string("logs", None, "Directory for process-0.log, process-1.log, ...")
 
 
 class Member:

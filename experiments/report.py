@@ -1,10 +1,10 @@
-"""One page about one run or several: settings, stages, curves, speed, what ran when, comparison.
+"""Writes a report of one or several runs: settings, stages, curves, speed, timelines.
 
     python -m experiments.report runs/a runs/b --output=report.html
 
-Takes workdirs of experiments.cifar, or of experiments.lm, of finished runs and of those that are
-still running or were stopped. The page needs no network and no other file. The first run is what
-the others are compared with. Utilisation and timeline are there for runs with --timeline.
+Accepts workdirs of finished, stopped or active runs of experiments.cifar or experiments.lm. The page
+is a single file and needs no network. The first run is the baseline of the comparison. Utilisation
+and timelines need runs with --timeline.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DERIVED |= {"experiment", "cuts", "cost_unit", "balance", "total_steps"}
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("output", "report.html", "The page, a name that ends in .html.")
+    flags.DEFINE_string("output", "report.html", "Output file, ending in .html.")
 
 
 def comparison(shown: Sequence[Run]) -> str:

@@ -1,4 +1,4 @@
-"""Arrays of a batch that have no batch axis: class weights, a mask [T, T], the edges of a graph.
+"""Arrays of a batch without a batch axis, such as class weights or a mask [T, T].
 
 (images, (labels, shared(class_weights)))         images, labels   [B, ...]   divided
                                                   class_weights    [C]        whole, to each part
@@ -17,13 +17,13 @@ from fdg_jax.typing import PyTree
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
 @dataclass(frozen=True)
 class Shared:
-    """A part of a batch that is never divided; made by `shared`."""
+    """A part of a batch that is never split; made by `shared`."""
 
     value: PyTree
 
 
 def shared(value: PyTree) -> Shared:
-    """Marks a part of a batch that has no batch axis.
+    """Marks a part of a batch as having no batch axis.
 
     A schedule with micro-batches divides the other arrays along axis 0, and gives this one to each
     micro-batch as it is. Layers and losses get what was marked, without the mark. Scalars need
@@ -52,7 +52,7 @@ def is_shared(part: PyTree) -> bool:
 
 
 def plain(tree: PyTree) -> PyTree:
-    """A batch without its marks: what layers and losses get."""
+    """A batch with its marks removed, as layers and losses receive it."""
     return jax.tree.map(
         lambda part: plain(part.value) if is_shared(part) else part, tree, is_leaf=is_shared
     )

@@ -1,4 +1,4 @@
-"""Tied weights: an array that lives in one layer and is used in another, of any stage."""
+"""Tied weights: an array owned by one layer and used by another, possibly in another stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdg_jax.typing import PyTree
 
 @dataclass(frozen=True)
 class Tie:
-    """Which array is used in two layers; made by `tie`."""
+    """A tied array: its owner and its other use; made by `tie`."""
 
     owner: int
     user: int
@@ -29,7 +29,7 @@ def tie(
     *,
     transpose: bool = False,
 ) -> Tie:
-    r"""Ties an array of a layer to one of a later layer, as an embedding to the head.
+    r"""Ties an array of a layer to one of a later layer, such as an embedding to the output layer.
 
     .. math::
         g_o(n) = \left.\frac{\partial L_n}{\partial w_o} + \frac{\partial L_n}{\partial w_u}
@@ -83,7 +83,7 @@ def tie(
 
 
 class Borrowed(NamedTuple):
-    """In the place of an array that another layer owns. A pytree without arrays."""
+    """Replaces an array owned by another layer. A pytree without arrays."""
 
 
 class TiedArray(NamedTuple):
@@ -97,7 +97,7 @@ class TiedArray(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """An input or a message, and the tied array that belongs to its mini-batch.
+    """An input or a message together with the tied array of its mini-batch.
 
     Attributes:
       value: the input, or the message.
@@ -109,5 +109,5 @@ class Paired(NamedTuple):
 
 
 def value_of(x: PyTree) -> PyTree:
-    """An input or a message without what is beside it."""
+    """An input or a message without the tied array."""
     return x.value if isinstance(x, Paired) else x

@@ -1,4 +1,4 @@
-"""Stages that have to do with tied weights."""
+"""Stages that own or use tied weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fdg_jax.typing import Key, PyTree
 
 @dataclass(frozen=True)
 class Tied(Layer):
-    """A stage with a part in a `Tie`.
+    """A stage that owns or uses a tied array.
 
     Attributes:
       body: the stage.
@@ -119,7 +119,7 @@ class Tied(Layer):
 
 
 def tied_stages(stages: Sequence[Layer], tie: Tie | None) -> list[Layer]:
-    """The stages of a network, those that have to do with a tie as `Tied` ones.
+    """The stages of a network, with those of a tie wrapped as `Tied`.
 
     Args:
       stages: the network, cut.
@@ -145,7 +145,7 @@ def tied_stages(stages: Sequence[Layer], tie: Tie | None) -> list[Layer]:
 
 
 def emptied(stages: Sequence[Layer], params: Sequence[PyTree]) -> list[PyTree]:
-    """The inverse of `untied`; only shapes are looked at.
+    """The inverse of `untied`; uses only shapes.
 
     Args:
       stages: of `tied_stages`.
@@ -166,7 +166,7 @@ def emptied(stages: Sequence[Layer], params: Sequence[PyTree]) -> list[PyTree]:
 
 
 def untied(stages: Sequence[Layer], params: Sequence[PyTree]) -> list[PyTree]:
-    """The params of the network that was given: the tied array stands in both layers.
+    """The params of the original network, with the tied array in both layers.
 
     Args:
       stages: of `tied_stages`.
@@ -184,7 +184,7 @@ def untied(stages: Sequence[Layer], params: Sequence[PyTree]) -> list[PyTree]:
 
 
 def paired(layer: Layer, x: PyTree, tied: TiedArray | None) -> PyTree:
-    """The input of a stage, with the tied array where it borrows one."""
+    """The input of a stage, paired with the tied array if it borrows one."""
     return Paired(x, tied) if borrows(layer) and tied is not None else x
 
 

@@ -1,4 +1,4 @@
-"""The outputs of a network in evaluation mode, from stage to stage."""
+"""Evaluation of a network, stage by stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def evaluate(
     x: PyTree,
     params: Sequence[PyTree] | None = None,
 ) -> PyTree:
-    """Outputs of the network.
+    """The network's outputs.
 
     Args:
       stages: input first.
