@@ -90,7 +90,7 @@ def curves(shown: Sequence[Run]) -> str:
 
 
 def section(run: Run) -> list[str]:
-    """Everything about one run."""
+    """The section about one run."""
     config, stages = run.config, run.config["stages"]
     kind = "quiet" if run.summary is not None else "mark"
     made = [
@@ -140,7 +140,7 @@ def section(run: Run) -> list[str]:
 
 
 def what_ran_when(run: Run) -> list[str]:
-    """Utilisation in numbers, and the picture."""
+    """Utilisation and the timeline."""
     assert run.figures is not None
     rows = []
     for name in ("measured", "simulated"):
@@ -158,7 +158,7 @@ def what_ran_when(run: Run) -> list[str]:
 
 
 def percent(parts: Sequence[float]) -> str:
-    """Parts of one as percent."""
+    """Fractions as percentages."""
     return ", ".join(f"{100 * part:.0f} %" for part in parts)
 
 
@@ -187,7 +187,7 @@ def names(folders: Sequence[str]) -> list[str]:
 
 
 def write(folders: Sequence[str], output: str) -> None:
-    """The page about the runs in ``folders``.
+    """Writes the report of the runs in ``folders``.
 
     Raises:
       UsageError: no run, or a damaged one; the page cannot be written.

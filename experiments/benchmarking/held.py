@@ -1,4 +1,4 @@
-"""Bytes that a stage holds: counted from its arrays, and predicted by the simulator.
+"""Bytes held by a stage: counted from its arrays, and predicted by the simulator.
 
 Counted whenever a program of a tick has been dispatched; the peak is kept. A stage of FDG holds
 
@@ -106,7 +106,7 @@ def count(groups: Sequence[Sequence[PyTree]]) -> dict[str, int]:
 
 
 def predict(contender: Piped) -> list[float]:
-    """What the simulator says of the peak of each stage, from shapes alone."""
+    """The simulator's prediction of each stage's peak, from shapes only."""
     pipe, state, schedule = contender.pipe, contender.state, contender.schedule
     parts, last = schedule.microbatches, contender.stages - 1
 
@@ -148,7 +148,7 @@ def predict(contender: Piped) -> list[float]:
 
 
 def live() -> dict[str, int]:
-    """Bytes of all living arrays, by device."""
+    """Bytes of all live arrays, by device."""
     gc.collect()
     found = dict.fromkeys(map(str, jax.devices()), 0)
     for device, size in _new_bytes(jax.live_arrays(), set()).items():
@@ -157,7 +157,7 @@ def live() -> dict[str, int]:
 
 
 def nbytes(tree: PyTree) -> int:
-    """Bytes of a tree's arrays or shapes; keys count nothing."""
+    """Bytes of a tree's arrays or shapes, not counting keys."""
     plain = (leaf for leaf in jax.tree.leaves(tree) if _is_plain(leaf))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plain)
 

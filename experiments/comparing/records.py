@@ -1,4 +1,4 @@
-"""The runs of a series: the command that trains one, and what it left on disk."""
+"""The runs of a series: their commands and results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.training.config import FREE, Config
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A finished run: its numbers, its evaluations, and what it was run on."""
+    """A finished run: results, evaluations and environment."""
 
     folder: str
     method: str
@@ -69,12 +69,12 @@ class Record:
 
     @property
     def choosing(self) -> bool:
-        """Whether the run served the choice of beta."""
+        """Whether the run was used to select beta."""
         return self.folder.startswith("choose_")
 
 
 def finished(config: Config) -> Record | None:
-    """The run in ``config.workdir``, or None where it did not come to its end.
+    """The run in ``config.workdir``, or None if unfinished.
 
     Raises:
       UsageError: the run there has other settings.

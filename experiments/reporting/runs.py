@@ -1,4 +1,4 @@
-"""Runs of experiments.cifar on disk, finished or not, as the report shows them."""
+"""Runs of experiments.cifar on disk, finished or not."""
 
 from __future__ import annotations
 
