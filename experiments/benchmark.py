@@ -71,7 +71,7 @@ Turn = Callable[[int], float]
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Measures, prints and writes; returns what stands in benchmark.json.
+    """Measures, prints and writes; returns the contents of benchmark.json.
 
     Raises:
       UsageError: a setting is not allowed; nothing has been written then.
@@ -194,7 +194,7 @@ def warm_up(
 
 
 def make(name: str, work: Workload) -> Contender:
-    """A contender, in this process or in one of its own."""
+    """Creates a contender, in this process or its own."""
     if name == "backprop_torch":
         return Torch(name, work)
     if name == "backprop_one_core":
@@ -212,7 +212,7 @@ def alones(made: Contender) -> list[Alone]:
 
 
 def at_once(made: Contender) -> str:
-    """The name of all its stages together, none with a message for another."""
+    """The name for all stages at once, without messages between them."""
     return f"{made.name} stages at once"
 
 
@@ -257,12 +257,12 @@ def rounds(
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """One flag for every field of `Settings`, with its default."""
+    """Defines one flag per field of `Settings`."""
     fields.define(Settings, HELP, values)
 
 
 def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Settings:
-    """The settings that the flags say."""
+    """The settings given by the flags."""
     values = fields.given(Settings, parsed)
     return Settings(**{**values, "contenders": tuple(values["contenders"])})
 

@@ -73,7 +73,7 @@ class Series:
     report_only: bool = False
 
     def configs(self, betas: Sequence[float], seeds: Sequence[int]) -> list[Config]:
-        """All combinations in the order of running: one seed of everything, then the next."""
+        """All combinations in execution order: all of one seed, then the next."""
         found = []
         for seed in seeds:
             for method in self.methods:
@@ -84,7 +84,7 @@ class Series:
         return found
 
     def choosing(self) -> list[Config]:
-        """The runs on the validation split."""
+        """The runs on the validation split that select beta."""
         return [
             dataclasses.replace(
                 config,
@@ -99,7 +99,7 @@ class Series:
         ]
 
     def final(self, choice: dict[str, Any]) -> list[Config]:
-        """The runs that are compared; of the betas only 1 and the chosen, where one is chosen."""
+        """The compared runs; with a selected beta only 1 and the selected one."""
         if not self.choose_beta:
             return self.configs(self.betas, self.seeds)
         betas = sorted({1.0, *self.betas}, reverse=True)
@@ -122,7 +122,7 @@ class Series:
 
 
 def run(series: Series, runner: Runner = train) -> int:
-    """Does what is missing, and writes the results after every run; returns the exit status.
+    """Runs what is missing and writes the results after every run; returns the exit status.
 
     Raises:
       UsageError: a folder holds a run with other settings.
@@ -213,8 +213,8 @@ def run(series: Series, runner: Runner = train) -> int:
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """The lists, and what only a series has."""
-    text = "Whose runs are compared, experiments.PROGRAM; its flags are those of this program."
+    """Defines the lists and the flags of a series."""
+    text = "The program to run, experiments.PROGRAM; its flags are accepted here."
     flags.DEFINE_enum("program", "cifar", list(TASKS), text, flag_values=values)
     for name, (default, text) in LISTS.items():
         flags.DEFINE_list(name, default, text, flag_values=values)

@@ -65,14 +65,14 @@ def network(blocks: int, num_classes: int, channels: int) -> list[fdg.Layer]:
 
 
 def batches(dataset: data.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Normalised mini-batches without end."""
+    """Endless normalised mini-batches."""
     images, labels = dataset.train_images, dataset.train_labels
     for x, y in data.Loader(images, labels, FLAGS.batch_size, seed=FLAGS.seed):
         yield (x.astype(np.float32) / 255 - dataset.mean) / dataset.std, y
 
 
 def train(dataset: data.Dataset, rate: float, shown: Shown) -> list[float]:
-    """The drift of every stage's output but of the last two, after a training with one rate."""
+    """The reconstruction error of every stage but the last two, after training with one rate."""
     source = batches(dataset)
     first, count = next(source), FLAGS.num_stages
     layers = network(FLAGS.blocks, dataset.num_classes, dataset.image_shape[-1])
@@ -107,7 +107,7 @@ def distance(a: PyTree, b: PyTree) -> float:
 
 
 def draw(rates: Sequence[float], drifts: Sequence[Sequence[float]], staleness: list[int]) -> bytes:
-    """One line a stage over the rates."""
+    """One line per stage over the learning rates."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for k in range(len(drifts[0])):
@@ -124,7 +124,7 @@ def draw(rates: Sequence[float], drifts: Sequence[Sequence[float]], staleness: l
 
 
 def numbers() -> list[float]:
-    """The learning rates, and every other number checked.
+    """Parses the learning rates and checks all other numbers.
 
     Raises:
       UsageError: one is out of bounds.

@@ -49,7 +49,7 @@ def define_flags() -> None:
 
 
 def run_of(workdir: str) -> dict[str, Any]:
-    """What the config.json of the run in ``workdir`` says.
+    """The config.json of the run in ``workdir``.
 
     Raises:
       UsageError: there is no run, or it was begun before config.json said what a model needs.
@@ -76,7 +76,7 @@ def run_of(workdir: str) -> dict[str, Any]:
 
 
 def choose(workdir: str, checkpoint: str) -> pathlib.Path:
-    """The folder of the checkpoint that was asked for.
+    """The directory of the requested checkpoint.
 
     Args:
       workdir: of the run.
@@ -111,7 +111,7 @@ def choose(workdir: str, checkpoint: str) -> pathlib.Path:
 
 
 def whole(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint is; says so of one that is not."""
+    """Whether a checkpoint is intact; reports damaged ones."""
     try:
         manifest.verify(folder, manifest.read(folder))
     except model_file.DAMAGE as error:
@@ -121,7 +121,7 @@ def whole(folder: pathlib.Path) -> bool:
 
 
 def place(output: str, overwrite: bool) -> pathlib.Path:
-    """Where to write.
+    """The output path.
 
     Raises:
       UsageError: that is not possible, or something is there that may not be replaced.

@@ -49,7 +49,7 @@ def define_flags() -> None:
 
 
 class Member:
-    """One process, its lines, and the thread that reads them.
+    """One process, its output, and the thread that reads it.
 
     Args:
       number: which.
@@ -100,32 +100,32 @@ class Member:
 
     @property
     def status(self) -> int:
-        """As a shell would say it: 128 and more for a signal."""
+        """The exit status as in a shell: 128 plus the signal number."""
         code = self.process.returncode
         return 128 - code if code < 0 else code
 
     @property
     def fate(self) -> str:
-        """How it ended, in words."""
+        """A description of how the process ended."""
         code = self.process.returncode
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         return f"ended with status {code}"
 
     def send(self, number: int) -> None:
-        """A signal to all that it has started."""
+        """Sends a signal to all its processes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
     def finish(self) -> None:
-        """Nothing of it is left when this returns."""
+        """Ends the process and all its children."""
         self.send(signal.SIGKILL)
         self.process.wait()
         self._reader.join(timeout=GRACE)
 
 
 def once(arguments: list[str], count: int, logs: pathlib.Path | None) -> Member | None:
-    """Runs all processes to their end; the first that failed, or one that was asked to stop."""
+    """Runs all processes to the end; returns the first that failed or was stopped."""
     ended: queue.SimpleQueue[Member] = queue.SimpleQueue()
     # With a token of their own, so that nobody else joins or ends the run.
     token = {rendezvous.TOKEN: secrets.token_hex(16)}
@@ -170,14 +170,14 @@ def _next(ended: queue.SimpleQueue[Member]) -> Member:
 
 
 def _cause(members: list[Member]) -> Member:
-    """The first that failed by itself, and not because another did."""
+    """The process that failed first by itself."""
     ended = [member for member in members if member.process.poll() is not None]
     own = [member for member in ended if member.status not in (*PEACEFUL, failure_detector.LOST)]
     return (own or ended)[0]
 
 
 def _settle(members: list[Member]) -> None:
-    """A moment for the others to end by themselves."""
+    """Waits briefly for the other processes to end."""
     end = time.monotonic() + GRACE
     while time.monotonic() < end and any(m.process.poll() is None for m in members):
         time.sleep(0.05)

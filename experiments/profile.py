@@ -45,7 +45,7 @@ def define_flags() -> None:
 
 
 def operations(program: str) -> dict[str, str]:
-    """What every operation of a compiled program is, by its name; kinds that a reader knows."""
+    """The kind of every operation of a compiled program, by name."""
     found = {}
     for line in program.splitlines():
         match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (\w+\[([\d,]*)\])?", line)
@@ -74,7 +74,7 @@ def kind(name: str, shape: str) -> str:
 
 
 def trace(plain: Plain, steps: int) -> dict[str, tuple[float, int]]:
-    """Seconds a step and runs a step of every named event."""
+    """Seconds and runs per step of every named event."""
     totals: dict[str, float] = collections.defaultdict(float)
     counts: dict[str, int] = collections.defaultdict(int)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,9 +2,9 @@
 
     python -m experiments.report runs/a runs/b --output=report.html
 
-Accepts workdirs of finished, stopped or active runs of experiments.cifar or experiments.lm. The page
-is a single file and needs no network. The first run is the baseline of the comparison. Utilisation
-and timelines need runs with --timeline.
+Accepts workdirs of finished, stopped or active runs of experiments.cifar and experiments.lm. The
+page is a single file and needs no network. The first run is the baseline of the comparison.
+Utilisation and timelines need runs with --timeline.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def curves(shown: Sequence[Run]) -> str:
 
 
 def section(run: Run) -> list[str]:
-    """Everything about one run."""
+    """The section about one run."""
     config, stages = run.config, run.config["stages"]
     kind = "quiet" if run.summary is not None else "mark"
     made = [
@@ -146,7 +146,7 @@ def section(run: Run) -> list[str]:
 
 
 def what_ran_when(run: Run) -> list[str]:
-    """Utilisation in numbers, and the picture."""
+    """Utilisation and the timeline."""
     assert run.figures is not None
     rows = []
     for name in ("measured", "simulated"):
@@ -164,7 +164,7 @@ def what_ran_when(run: Run) -> list[str]:
 
 
 def percent(parts: Sequence[float]) -> str:
-    """Parts of one as percent."""
+    """Fractions as percentages."""
     return ", ".join(f"{100 * part:.0f} %" for part in parts)
 
 
@@ -193,7 +193,7 @@ def names(folders: Sequence[str]) -> list[str]:
 
 
 def write(folders: Sequence[str], output: str) -> None:
-    """The page about the runs in ``folders``.
+    """Writes the report of the runs in ``folders``.
 
     Raises:
       UsageError: no run, or a damaged one; the page cannot be written.

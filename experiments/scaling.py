@@ -42,7 +42,7 @@ def define_flags() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What carries messages.
+    """A network between devices.
 
     Attributes:
       name: of the kind.
@@ -55,11 +55,11 @@ class Network:
     latency: float
 
     def message(self, size: float) -> float:
-        """Seconds of a message of so many bytes."""
+        """Seconds of a message of the given size."""
         return self.latency + size / self.bandwidth
 
     def all_reduce(self, size: float, devices: int) -> float:
-        """Seconds to sum arrays of so many bytes over devices in a ring.
+        """Seconds of a ring all-reduce of the given size.
 
         .. math:: 2 (G - 1) \\left(l + \\frac{s}{G b}\\right)
 
@@ -101,7 +101,7 @@ def costs(devices: int, stages: int, its: Network) -> Costs:
 
 
 def efficiency(method: str, devices: int, stages: int, its: Network) -> float:
-    """Images per second of all devices over those of as many devices that need nobody."""
+    """Throughput relative to as many independent devices."""
     alone = FLAGS.images * FLAGS.flops / FLAGS.speed
     options: dict[str, Any] = {"microbatches": FLAGS.microbatches}
     name = "backprop" if stages == 1 else methods.METHODS[method].schedule

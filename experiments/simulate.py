@@ -79,7 +79,7 @@ def numbers(name: str, count: int, per: str = "stage") -> list[float]:
 
 
 def costs(num_stages: int, block: str) -> Costs | None:
-    """The costs of a block; None where the flags leave it out."""
+    """The costs of a block, or None if the flags disable it."""
     given = [name for name in PER_STAGE if getattr(FLAGS, name) is not None]
     values = {name: numbers(name, num_stages) for name in given}
     transfer = numbers("transfer", num_stages - 1, "hop")
@@ -125,13 +125,13 @@ def plan(method: str, num_stages: int) -> Schedule:
 
 
 def timeline(method: str, num_stages: int, its: Costs, batches: int | None = None) -> Timeline:
-    """One method on some costs."""
+    """The timeline of one method with the given costs."""
     gradient = methods.METHODS[method].gradient or FLAGS.gradient
     return simulate(plan(method, num_stages), its, batches, gradient)
 
 
 def result(method: str, run: Timeline) -> dict[str, Any]:
-    """The numbers of one simulation, as they stand in simulate.json."""
+    """The numbers of one simulation for simulate.json."""
     stages, its = range(run.schedule.num_stages), run.costs
     alone = sum(its.forward) + sum(its.backward) + sum(its.update)
     return {
@@ -151,7 +151,7 @@ def result(method: str, run: Timeline) -> dict[str, Any]:
 
 
 def row(result: dict[str, Any]) -> list[str]:
-    """The numbers of one simulation, as they stand in the table."""
+    """The numbers of one simulation for the table."""
     use = [100 * part for part in result["utilisation"]]
     return [
         result["method"],
@@ -197,7 +197,7 @@ def drawn_stages() -> int:
 
 
 def check() -> list[int]:
-    """The numbers of stages; every flag is looked at before anything is done."""
+    """Validates all flags; returns the numbers of stages."""
     try:
         stages = [int(text) for text in FLAGS.stages]
     except ValueError:

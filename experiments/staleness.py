@@ -73,7 +73,7 @@ def report(folder: pathlib.Path, plan: Study, found: Found, fraction: float) -> 
 
 
 class Workers:
-    """Trains runs in processes of their own, some at a time.
+    """Trains runs in separate processes, several at a time.
 
     Args:
       jobs: how many; if more than one, each has a core of its own.
@@ -118,7 +118,7 @@ class Workers:
         return process
 
     def stop(self) -> None:
-        """Starts no run more, and waits for those under way to stop: none outlives the study."""
+        """Starts no more runs and waits for active ones to stop."""
         with self._lock:
             self._stopped = True
             for process in self._running:
@@ -129,7 +129,7 @@ class Workers:
 def run_study(
     plan: Study, folder: pathlib.Path, jobs: int, fraction: float, report_only: bool
 ) -> int:
-    """Does what is missing, and writes the results after every run; returns the exit status.
+    """Runs what is missing and writes the results after every run; returns the exit status.
 
     Raises:
       UsageError: a row is not allowed, or a folder holds a run with other settings.

@@ -58,7 +58,7 @@ def define_flags() -> None:
 
 
 def member() -> None:
-    """One process of a case: says what it measured, if it has the last stage."""
+    """One process of a case; prints its measurement if it has the last stage."""
     count, name = CASES[FLAGS.case]
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[FLAGS.process_id]})
@@ -129,7 +129,7 @@ def measure(case: str) -> dict[str, Any]:
 
 
 def show(seconds: dict[str, Sequence[float]], size: int) -> None:
-    """The table, for Markdown."""
+    """Prints the table as Markdown."""
     print("| case | ms per step, median (range) | speedup of two processes |")
     print("| --- | ---: | ---: |")
     for case, values in seconds.items():

@@ -89,8 +89,8 @@ class Pipeline(Views):
         ``float16``, ``int8`` (with one scale per channel), or None for no conversion. `predict`
         does not convert.
       tie: an array used in two layers (`fdg_jax.tie`).
-      compile: whether a tick is compiled as one program once the pipeline is full. "auto": if stages
-        share a device or a group. True, False. Results are the same up to rounding.
+      compile: whether a full pipeline's tick is compiled as one program: True, False, or "auto", if
+        stages share a device or a group. Results are the same up to rounding.
 
     Raises:
       ValueError: invalid or inconsistent arguments; the message names the argument and the remedy.
