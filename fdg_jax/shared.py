@@ -25,16 +25,15 @@ class Shared:
 def shared(value: PyTree) -> Shared:
     """Marks a part of a batch as having no batch axis.
 
-    A schedule with micro-batches divides the other arrays along axis 0, and gives this one to each
-    micro-batch as it is. Layers and losses get what was marked, without the mark. Scalars need
-    none, and where mini-batches are not divided nothing does.
+    A schedule with micro-batches divides the other arrays along axis 0 and passes this one
+    unchanged to each micro-batch. Layers and losses receive the value without the mark. Scalars
+    need no mark, and neither do batches that are not divided.
 
     Args:
-      value: an array or a pytree of arrays, of any shapes.
+      value: an array or a pytree of arrays of any shapes.
 
     Returns:
-      The mark, a pytree; it stands in the place of the array wherever a batch or an example of one
-      is given.
+      A pytree that replaces the array in batches and example batches.
 
     Example:
       >>> import numpy as np

@@ -21,12 +21,12 @@ def evaluate(
 
     Args:
       stages: input first.
-      states: theirs.
+      states: their states.
       x: inputs, batch axis first.
-      params: weights, one pytree a stage, on its devices; None: the true ones.
+      params: weights, one pytree per stage, on its devices; None: the true weights.
 
     Returns:
-      The last stage's output, on its devices, perhaps not computed yet.
+      The last stage's output, as asynchronous arrays on its devices.
     """
     tied = None
     for k, (stage, own) in enumerate(zip(stages, states, strict=True)):
