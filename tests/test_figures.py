@@ -117,7 +117,7 @@ def quotes() -> list[tuple[str, str]]:
             f"the test error is {error:.2f} % and `params_sha256` begins with {digest}",
         ),
         ("README.md", f"a test error of {error:.1f} to 10.5 %"),
-        ("experiments/flags/quickstart.cfg", f"Test error: {error:.1f} to 10.5 %"),
+        ("experiments/flags/quickstart.cfg", f"Test error expected: {error:.1f} to 10.5 %"),
     ]
     guide = "docs/guides/closing_the_gap.md"
     for name, values in {
