@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pathlib
 import sys
@@ -14,12 +15,14 @@ from matplotlib.figure import Figure
 
 import fdg_jax as fdg
 from experiments.common import gantt
-from fdg_jax.analysis import Costs
+from fdg_jax.analysis import Costs, Timeline
 from fdg_jax.analysis.simulate import simulate
 
 FOLDER = pathlib.Path(__file__).parent / "pictures"
 RULES = ("stale", "recompute_stale", "recompute", "reconstruct")
 SCHEDULES = {"back-propagation": "backprop", "DDG": "ddg", "FDG": "fdg"}
+# The mini-batch with which the picture of the schedules begins, and how much of each it shows.
+FIRST, SECONDS = 6, 18.0
 SIZES: dict[str, Any] = {
     "input_bytes": [2] * 4,
     "residual_bytes": [30] * 4,
@@ -28,15 +31,29 @@ SIZES: dict[str, Any] = {
 
 
 def schedules() -> bytes:
-    """Timelines of three stages."""
+    """Timelines of three stages in steady state."""
     costs, rows = Costs(forward=[1] * 3, backward=[2] * 3), []
     for title, name in SCHEDULES.items():
-        plan = fdg.schedule.create(name, 3)
-        steady = simulate(plan, costs)
-        busy = ", ".join(f"{100 * steady.utilisation(k):.0f}" for k in range(3))
-        run = simulate(plan, costs, batches=3 if name == "backprop" else 6)
-        rows.append((f"{title}: {steady.speedup:.0f} x back-propagation, busy {busy} %", run))
-    return gantt.draw(rows, marked=2)
+        run = simulate(fdg.schedule.create(name, 3), costs)
+        busy = ", ".join(f"{100 * run.utilisation(k):.0f}" for k in range(3))
+        about = f"{title}: speedup {run.speedup:.0f}, utilisation {busy} %"
+        rows.append((about, _window(run, FIRST, SECONDS)))
+    return gantt.draw(rows, marked=FIRST)
+
+
+def _window(run: Timeline, batch: int, seconds: float) -> Timeline:
+    """The part of a run that begins with a mini-batch's forward in stage 0."""
+    (begin,) = (e.start for e in run.events if str(e.action) == f"F{batch}@0")
+    events = [
+        dataclasses.replace(
+            event,
+            start=max(event.start - begin, 0.0),
+            end=min(event.end - begin, seconds),
+        )
+        for event in run.events
+        if event.within(begin, begin + seconds) or begin < event.end <= begin + seconds
+    ]
+    return dataclasses.replace(run, events=events)
 
 
 def in_flight() -> bytes:
@@ -71,7 +88,7 @@ def methods() -> bytes:
     found = sorted(((*_measure(name), name) for name in names), key=lambda row: row[1:3])
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    titles = ("times backprop's speed", "staleness of stage 0, updates", "MB held by all stages")
+    titles = ("speedup over backprop", "staleness of stage 0, updates", "MB held by all stages")
     panels = figure.subplots(1, len(titles), sharey=True)
     for i, (panel, title) in enumerate(zip(panels, titles, strict=True)):
         bars = panel.barh(range(len(found)), [row[i] for row in found], 0.7, color=f"C{i}")

@@ -1,16 +1,16 @@
-"""Times FDG against backpropagation and the alternatives, on the same network, batch and optimizer.
+"""Benchmarks FDG, back-propagation and alternatives on the same network, batch and optimizer.
 
     python -m experiments.benchmark --flagfile=experiments/flags/benchmark_cpu.cfg --workdir=DIR
 
-Contenders: backprop (one jitted step on one device), backprop_one_core (the same, in a process held
-to one core), backprop_xla (all derivatives left to JAX and XLA), backprop_untuned (so, and freed
-memory not kept, in its own process), data_parallel (one jitted step on K devices), the methods of
-experiments.cifar on K devices, each stage on its own, fdg_recompute and fdg_recompute_stale (FDG
-with another choice of gradient), engine_k1 (the engine, network uncut), one_device_k<K> (FDG with
-all stages on one device), backprop_torch (the same network in PyTorch).
+Contenders: backprop (one jitted step on one device); backprop_one_core (the same in a process
+pinned to one core); backprop_xla (derivatives by JAX and XLA only); backprop_untuned (the same in
+its own process, without retained memory); data_parallel (one jitted step on K devices); the methods
+of experiments.cifar with one device per stage; fdg_recompute and fdg_recompute_stale (FDG with
+another gradient rule); engine_k1 (the engine with one stage); one_device_k<K> (FDG with all stages
+on one device); backprop_torch (the same network in PyTorch).
 
-In each round every contender has one turn, and so has every stage of FDG alone; the order moves on
-by one from round to round. Writes benchmark.json, benchmark.md and benchmark.png.
+In each round every contender, and every stage of FDG alone, has one turn; the order rotates from
+round to round. Writes benchmark.json, benchmark.md and benchmark.png.
 """
 
 from __future__ import annotations
@@ -44,34 +44,34 @@ FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
 # Settings that say where things are, not what is measured.
 PLACES = ("workdir", "torch_python", "overwrite")
 HELP = {
-    "workdir": f"Folder for {', '.join(FILES)}.",
-    "contenders": f"What is timed, any of {ALLOWED}. Ratios are to backprop, or without it to "
-    "the first.",
+    "workdir": f"Directory for {', '.join(FILES)}.",
+    "contenders": f"Contenders to time, any of {ALLOWED}. Ratios are relative to backprop, or "
+    "to the first contender without it.",
     "model": "As in experiments.cifar; plain16 has equal layers.",
     "image_size": "Height and width of the random images.",
-    "batch_size": "Images a mini-batch.",
-    "num_stages": "K, the number of stages; each has a device, as far as there are cores.",
+    "batch_size": "Images per mini-batch.",
+    "num_stages": "K, the number of stages, one device each if there are enough cores.",
     "microbatches": "Micro-batches per mini-batch in gpipe, one_f_one_b and zero_bubble.",
-    "partition": "How to split: by measured time, by flops, or at K-1 layer numbers (which hold "
-    "for K = --num_stages; one_device_k<K> with another K is split by flops then).",
-    "dtype": f"Of activations and their gradients, one of {DTYPES}.",
-    "message_dtype": f"Of both on their way between stages, one of {MESSAGE_DTYPES}; float32 sends "
-    "them as they are.",
-    "rounds": "How often each contender has its turn.",
-    "steps": "Steps of a turn; 0: as many as backprop does in --turn_seconds.",
+    "partition": "Partition by measured time, by flops, or at K-1 layer numbers (for K = "
+    "--num_stages; one_device_k<K> with another K is then partitioned by flops).",
+    "dtype": f"Dtype of activations and their gradients, one of {DTYPES}.",
+    "message_dtype": f"Dtype of messages between stages, one of {MESSAGE_DTYPES}; float32 means no "
+    "conversion.",
+    "rounds": "Number of turns of each contender.",
+    "steps": "Steps per turn; 0: as many as backprop runs in --turn_seconds.",
     "turn_seconds": "See --steps.",
-    "warmup_steps": "Steps before the first round, beyond those that fill a pipeline.",
-    "max_load": "Processor cores that other programs may use in a fair comparison.",
-    "torch_python": "The Python that runs backprop_torch; without torch in it the row is left out.",
-    "seed": "Of initial weights, images and labels.",
-    "overwrite": "Whether earlier results in the workdir may be replaced.",
+    "warmup_steps": "Warm-up steps before the first round, after the pipelines are filled.",
+    "max_load": "Processor cores that other programs may use for the comparison to count as fair.",
+    "torch_python": "Python interpreter for backprop_torch; skipped if it has no torch.",
+    "seed": "Seed of initial weights, images and labels.",
+    "overwrite": "Overwrite earlier results in the workdir.",
 }
 
 Turn = Callable[[int], float]
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Measures, prints and writes; returns what stands in benchmark.json.
+    """Measures, prints and writes; returns the contents of benchmark.json.
 
     Raises:
       UsageError: a setting is not allowed; nothing has been written then.
@@ -152,7 +152,7 @@ def warm_up(
     """Makes, compiles and fills every contender, and counts its bytes.
 
     Returns:
-      The contenders, a row for each by name, and notes on what was left out.
+      The contenders, a row for each by name, and notes on skipped contenders.
     """
     contenders: list[Contender] = []
     rows: dict[str, dict[str, Any]] = {}
@@ -162,7 +162,7 @@ def warm_up(
         try:
             made = make(name, work)
         except LeftOut as why:
-            notes.append(f"{name} is left out: {why}")
+            notes.append(f"{name} is skipped: {why}")
             screen.line(notes[-1])
             continue
         stack.callback(made.close)
@@ -194,7 +194,7 @@ def warm_up(
 
 
 def make(name: str, work: Workload) -> Contender:
-    """A contender, in this process or in one of its own."""
+    """Creates a contender, in this process or its own."""
     if name == "backprop_torch":
         return Torch(name, work)
     if name == "backprop_one_core":
@@ -212,7 +212,7 @@ def alones(made: Contender) -> list[Alone]:
 
 
 def at_once(made: Contender) -> str:
-    """The name of all its stages together, none with a message for another."""
+    """The name for all stages at once, without messages between them."""
     return f"{made.name} stages at once"
 
 
@@ -257,12 +257,12 @@ def rounds(
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """One flag for every field of `Settings`, with its default."""
+    """Defines one flag per field of `Settings`."""
     fields.define(Settings, HELP, values)
 
 
 def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Settings:
-    """The settings that the flags say."""
+    """The settings given by the flags."""
     values = fields.given(Settings, parsed)
     return Settings(**{**values, "contenders": tuple(values["contenders"])})
 

@@ -1,9 +1,9 @@
-"""Compares methods: trains every combination that is not there yet, then tables and plots.
+"""Compares methods: trains all missing combinations, then writes tables and plots.
 
     python -m experiments.compare --flagfile=experiments/flags/compare_quick.cfg --workdir=DIR
 
-Takes every flag of experiments.cifar, for all runs, and the lists below; with --program=lm those of
-experiments.lm. It goes on when restarted.
+Accepts every flag of experiments.cifar (with --program=lm those of experiments.lm), applied to all
+runs, and the lists below. Repeat the command to resume an interrupted series.
 """
 
 from __future__ import annotations
@@ -41,16 +41,13 @@ LISTED = {
 }
 # The lists: default and meaning.
 LISTS: dict[str, tuple[list[str], str]] = {
-    "methods": (["backprop", "fdg"], f"Of {', '.join(methods.METHODS)}."),
-    "stages": (["2"], "K; backprop runs once, with K=1, whatever stands here."),
-    "remedies": (["none"], f"Of {', '.join(remedies.REMEDIES)}; where gradients are late."),
+    "methods": (["backprop", "fdg"], f"Any of {', '.join(methods.METHODS)}."),
+    "stages": (["2"], "Numbers of stages K; backprop always runs once with K = 1."),
+    "remedies": (["none"], f"Any of {', '.join(remedies.REMEDIES)}, for methods with staleness."),
     "betas": (["1"], "Shrinking factors of the methods that shrink."),
-    "seeds": (["0", "1", "2"], "The first of all combinations comes first, then the second."),
-    "reach": (
-        [],
-        "Errors in percent, or losses: table.md says after how many seconds each is reached.",
-    ),
-    "choose_seeds": ([], "Seeds for --choose_beta; none stands for the first of --seeds."),
+    "seeds": (["0", "1", "2"], "Seeds; all combinations of the first seed run first."),
+    "reach": ([], "Errors in percent, or losses; table.md lists the seconds to reach each."),
+    "choose_seeds": ([], "Seeds for --choose_beta; default: the first of --seeds."),
 }
 OPTIONS = ("choose_beta", "choose_validation_size", "limit_minutes", "report_only")
 STDERR_LINES = 8
@@ -76,7 +73,7 @@ class Series:
     report_only: bool = False
 
     def configs(self, betas: Sequence[float], seeds: Sequence[int]) -> list[Config]:
-        """All combinations in the order of running: one seed of everything, then the next."""
+        """All combinations in execution order: all of one seed, then the next."""
         found = []
         for seed in seeds:
             for method in self.methods:
@@ -87,7 +84,7 @@ class Series:
         return found
 
     def choosing(self) -> list[Config]:
-        """The runs on the validation split."""
+        """The runs on the validation split that select beta."""
         return [
             dataclasses.replace(
                 config,
@@ -102,7 +99,7 @@ class Series:
         ]
 
     def final(self, choice: dict[str, Any]) -> list[Config]:
-        """The runs that are compared; of the betas only 1 and the chosen, where one is chosen."""
+        """The compared runs; with a selected beta only 1 and the selected one."""
         if not self.choose_beta:
             return self.configs(self.betas, self.seeds)
         betas = sorted({1.0, *self.betas}, reverse=True)
@@ -125,7 +122,7 @@ class Series:
 
 
 def run(series: Series, runner: Runner = train) -> int:
-    """Does what is missing, and writes the results after every run; returns the exit status.
+    """Runs what is missing and writes the results after every run; returns the exit status.
 
     Raises:
       UsageError: a folder holds a run with other settings.
@@ -196,13 +193,13 @@ def run(series: Series, runner: Runner = train) -> int:
     records.clear()
     first = missing(choosing)
     final = missing(series.final(choice()))
-    print(f"{len(records)} runs are there, {len(first) + len(final)} to do", flush=True)
+    print(f"{len(records)} runs finished, {len(first) + len(final)} remaining", flush=True)
     if not series.report_only:
         left = go(first, len(final))
         # The choice is known now, and with it which betas remain.
         left += go(missing(series.final(choice())), 0)
         if left:
-            print(f"time is up with {left} runs to do; start again to go on")
+            print(f"time limit reached with {left} runs remaining; repeat the command to resume")
     elif not records:
         raise UsageError(f"--workdir={folder}: holds no finished run; leave --report_only out")
     if records:
@@ -216,21 +213,21 @@ def run(series: Series, runner: Runner = train) -> int:
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """The lists, and what only a series has."""
-    text = "Whose runs are compared, experiments.PROGRAM; its flags are those of this program."
+    """Defines the lists and the flags of a series."""
+    text = "The program to run, experiments.PROGRAM; its flags are accepted here."
     flags.DEFINE_enum("program", "cifar", list(TASKS), text, flag_values=values)
     for name, (default, text) in LISTS.items():
         flags.DEFINE_list(name, default, text, flag_values=values)
     text = (
-        "Choose among --betas on images held out of train, for each method, K and remedy; then "
-        "only beta 1 and the chosen one are trained on the whole train split and tested."
+        "Select beta from --betas on images held out of the training split, for each method, K "
+        "and remedy; then train and test only beta 1 and the selected one on the whole split."
     )
     flags.DEFINE_bool("choose_beta", False, text, flag_values=values)
-    text = "Images held out of train for --choose_beta; 0 takes a tenth."
+    text = "Images held out for --choose_beta; 0: a tenth of the training split."
     flags.DEFINE_integer("choose_validation_size", 0, text, flag_values=values)
-    text = "After so long no run is started; 0 is no limit."
+    text = "Start no more runs after this time; 0: no limit."
     flags.DEFINE_float("limit_minutes", 0.0, text, flag_values=values)
-    text = "Only write results, table and plots anew."
+    text = "Only rewrite results, table and plots."
     flags.DEFINE_bool("report_only", False, text, flag_values=values)
 
 

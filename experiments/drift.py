@@ -1,11 +1,11 @@
-"""How far PETRA's reconstructed inputs are from the true ones, over the rate and the stage.
+"""Measures the error of PETRA's reconstructed inputs by learning rate and stage.
 
     python -m experiments.drift --workdir=runs/drift
 
-Trains a small reversible network on the embedded images, or on --dataset, with every learning rate
-and measures at the last steps, for every stage but the last two, |x~ - x| / |x|: x was the stage's
-output at the forward of a batch, x~ is what the stage after it reconstructed later, at newer
-weights. The last stage sends its true input. Leaves drift.json and drift.png; takes a few minutes.
+Trains a small reversible network on the bundled images, or on --dataset, with every learning rate.
+In the last steps it measures |x~ - x| / |x| for every stage but the last two: x is the stage's
+output at the forward of a mini-batch, x~ its later reconstruction by the next stage at newer
+weights. The last stage sends its true input. Writes drift.json and drift.png; takes a few minutes.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ GIVEN = ("dataset", "num_stages", "blocks", "steps", "last", "batch_size", "seed
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Where drift.json and drift.png go.", required=True)
+    flags.DEFINE_string("workdir", None, "Directory for drift.json and drift.png.", required=True)
     flags.DEFINE_string("dataset", "fashion_mnist_small", "As in experiments.cifar.")
-    flags.DEFINE_list("learning_rates", ["0.001", "0.01", "0.1"], "One training each.")
-    flags.DEFINE_integer("num_stages", 4, "K.")
-    flags.DEFINE_integer("blocks", 8, "Reversible blocks of one width between stem and head.")
-    flags.DEFINE_integer("steps", 60, "Mini-batches of each training.")
-    flags.DEFINE_integer("last", 20, "At so many of the last steps is measured.")
-    flags.DEFINE_integer("batch_size", 32, "Of a mini-batch.")
-    flags.DEFINE_integer("seed", 0, "Of weights and data.")
-    flags.DEFINE_bool("overwrite", False, "Whether earlier results are replaced.")
+    flags.DEFINE_list("learning_rates", ["0.001", "0.01", "0.1"], "One training run each.")
+    flags.DEFINE_integer("num_stages", 4, "Number of stages K.")
+    flags.DEFINE_integer("blocks", 8, "Reversible blocks between stem and head.")
+    flags.DEFINE_integer("steps", 60, "Mini-batches per training run.")
+    flags.DEFINE_integer("last", 20, "Number of last steps that are measured.")
+    flags.DEFINE_integer("batch_size", 32, "Images per mini-batch.")
+    flags.DEFINE_integer("seed", 0, "Seed of weights and data.")
+    flags.DEFINE_bool("overwrite", False, "Overwrite earlier results.")
 
 
 def network(blocks: int, num_classes: int, channels: int) -> list[fdg.Layer]:
@@ -65,14 +65,14 @@ def network(blocks: int, num_classes: int, channels: int) -> list[fdg.Layer]:
 
 
 def batches(dataset: data.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Normalised mini-batches without end."""
+    """Endless normalised mini-batches."""
     images, labels = dataset.train_images, dataset.train_labels
     for x, y in data.Loader(images, labels, FLAGS.batch_size, seed=FLAGS.seed):
         yield (x.astype(np.float32) / 255 - dataset.mean) / dataset.std, y
 
 
 def train(dataset: data.Dataset, rate: float, shown: Shown) -> list[float]:
-    """The drift of every stage's output but of the last two, after a training with one rate."""
+    """The reconstruction error of every stage but the last two, after training with one rate."""
     source = batches(dataset)
     first, count = next(source), FLAGS.num_stages
     layers = network(FLAGS.blocks, dataset.num_classes, dataset.image_shape[-1])
@@ -107,7 +107,7 @@ def distance(a: PyTree, b: PyTree) -> float:
 
 
 def draw(rates: Sequence[float], drifts: Sequence[Sequence[float]], staleness: list[int]) -> bytes:
-    """One line a stage over the rates."""
+    """One line per stage over the learning rates."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for k in range(len(drifts[0])):
@@ -124,7 +124,7 @@ def draw(rates: Sequence[float], drifts: Sequence[Sequence[float]], staleness: l
 
 
 def numbers() -> list[float]:
-    """The learning rates, and every other number checked.
+    """Parses the learning rates and checks all other numbers.
 
     Raises:
       UsageError: one is out of bounds.

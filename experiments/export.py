@@ -1,11 +1,10 @@
-"""Takes the trained model out of a run: one file with all that it takes to use it.
+"""Exports the trained model of a run to one file.
 
     python -m experiments.export --workdir=runs/a --output=model.safetensors
 
-The run may be finished, stopped, or at work. What is written is its parameters and batch statistics
-as they are in a checkpoint, the true weights where a remedy predicts; gradients that were in flight
-then are not applied. The network is
-written as one, however it was cut. experiments.exporting.model_file.load reads it again.
+The run may be finished, stopped or active. Exports the parameters (the true weights if a remedy
+predicts) and batch statistics of a checkpoint; gradients in flight are not applied. The file
+contains the network without its cuts. experiments.exporting.model_file.load reads it.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", "", "The run's folder.")
-    flags.DEFINE_string("output", "", "The file, or with --format=orbax the folder, to write.")
-    flags.DEFINE_enum("format", "safetensors", model_file.FORMATS, "Of the output.")
+    flags.DEFINE_string("workdir", "", "Directory of the run.")
+    flags.DEFINE_string("output", "", "Output file, or directory with --format=orbax.")
+    flags.DEFINE_enum("format", "safetensors", model_file.FORMATS, "Output format.")
     flags.DEFINE_string(
-        "checkpoint", "last", "last, best (of the lowest evaluated error), or the number of a step."
+        "checkpoint", "last", "last, best (lowest evaluated error), or the number of a step."
     )
-    flags.DEFINE_bool("overwrite", False, "Whether what is there may be replaced.")
+    flags.DEFINE_bool("overwrite", False, "Overwrite an existing output.")
 
 
 def run_of(workdir: str) -> dict[str, Any]:
-    """What the config.json of the run in ``workdir`` says.
+    """The config.json of the run in ``workdir``.
 
     Raises:
       UsageError: there is no run, or it was begun before config.json said what a model needs.
@@ -77,7 +76,7 @@ def run_of(workdir: str) -> dict[str, Any]:
 
 
 def choose(workdir: str, checkpoint: str) -> pathlib.Path:
-    """The folder of the checkpoint that was asked for.
+    """The directory of the requested checkpoint.
 
     Args:
       workdir: of the run.
@@ -112,7 +111,7 @@ def choose(workdir: str, checkpoint: str) -> pathlib.Path:
 
 
 def whole(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint is; says so of one that is not."""
+    """Whether a checkpoint is intact; reports damaged ones."""
     try:
         manifest.verify(folder, manifest.read(folder))
     except model_file.DAMAGE as error:
@@ -122,7 +121,7 @@ def whole(folder: pathlib.Path) -> bool:
 
 
 def place(output: str, overwrite: bool) -> pathlib.Path:
-    """Where to write.
+    """The output path.
 
     Raises:
       UsageError: that is not possible, or something is there that may not be replaced.

@@ -1,11 +1,11 @@
-"""Starts a run of several processes on this machine.
+"""Starts a run with several processes on this machine.
 
     python -m experiments.launch --num_processes=2 -- python -m experiments.cifar --num_stages=2 ...
 
-The command gets --coordinator, --num_processes and --process_id; its processes' lines are shown
-with their numbers, and kept in a file each with --logs. The first that fails ends all, and the
-exit status is its own; with --restarts they start again from the newest checkpoint, with
---nooverwrite and --resume. Ctrl-C and SIGTERM go to all.
+Adds --coordinator, --num_processes and --process_id to the command. Prints the output of each
+process with its number, and writes it to a file with --logs. If a process fails, all end, and its
+exit status is returned; with --restarts they start again from the newest checkpoint, with
+--nooverwrite and --resume. Ctrl-C and SIGTERM are sent to all.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ USAGE = 2
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("num_processes", 2, "Processes to start.", lower_bound=1)
-    flags.DEFINE_integer("restarts", 0, "How often to start again after a failure.", lower_bound=0)
-    flags.DEFINE_string("logs", None, "Folder for process-0.log, process-1.log and so on.")
+    flags.DEFINE_integer("num_processes", 2, "Number of processes.", lower_bound=1)
+    flags.DEFINE_integer("restarts", 0, "Number of restarts after failures.", lower_bound=0)
+    flags.DEFINE_string("logs", None, "Directory for process-0.log, process-1.log, ...")
 
 
 class Member:
-    """One process, its lines, and the thread that reads them.
+    """One process, its output, and the thread that reads it.
 
     Args:
       number: which.
@@ -100,32 +100,32 @@ class Member:
 
     @property
     def status(self) -> int:
-        """As a shell would say it: 128 and more for a signal."""
+        """The exit status as in a shell: 128 plus the signal number."""
         code = self.process.returncode
         return 128 - code if code < 0 else code
 
     @property
     def fate(self) -> str:
-        """How it ended, in words."""
+        """A description of how the process ended."""
         code = self.process.returncode
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         return f"ended with status {code}"
 
     def send(self, number: int) -> None:
-        """A signal to all that it has started."""
+        """Sends a signal to all its processes."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
     def finish(self) -> None:
-        """Nothing of it is left when this returns."""
+        """Ends the process and all its children."""
         self.send(signal.SIGKILL)
         self.process.wait()
         self._reader.join(timeout=GRACE)
 
 
 def once(arguments: list[str], count: int, logs: pathlib.Path | None) -> Member | None:
-    """Runs all processes to their end; the first that failed, or one that was asked to stop."""
+    """Runs all processes to the end; returns the first that failed or was stopped."""
     ended: queue.SimpleQueue[Member] = queue.SimpleQueue()
     # With a token of their own, so that nobody else joins or ends the run.
     token = {rendezvous.TOKEN: secrets.token_hex(16)}
@@ -170,14 +170,14 @@ def _next(ended: queue.SimpleQueue[Member]) -> Member:
 
 
 def _cause(members: list[Member]) -> Member:
-    """The first that failed by itself, and not because another did."""
+    """The process that failed first by itself."""
     ended = [member for member in members if member.process.poll() is not None]
     own = [member for member in ended if member.status not in (*PEACEFUL, failure_detector.LOST)]
     return (own or ended)[0]
 
 
 def _settle(members: list[Member]) -> None:
-    """A moment for the others to end by themselves."""
+    """Waits briefly for the other processes to end."""
     end = time.monotonic() + GRACE
     while time.monotonic() < end and any(m.process.poll() is None for m in members):
         time.sleep(0.05)

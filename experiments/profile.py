@@ -1,11 +1,11 @@
-"""Where the time of a training step goes on CPU: milliseconds by kind of compiled operation.
+"""Profiles a training step on CPU: milliseconds by kind of compiled operation.
 
     python -m experiments.profile --model=resnet20 --image_size=32 --batch_size=128 --workdir=DIR
 
-Traces some steps of plain backpropagation on one device and adds up what XLA's operations took,
-their names looked up in the compiled program. A loop that XLA made of several operations counts as
-the kind of the last; operations that overlap count each with its own time. Writes profile.json and
-profile.md. --fast_derivatives=false shows what the models' own derivatives avoid.
+Traces a few steps of back-propagation on one device and sums the durations of XLA's operations by
+kind, using their names in the compiled program. A fused loop counts as the kind of its last
+operation; overlapping operations count with their own durations. Writes profile.json and
+profile.md. --fast_derivatives=false shows the cost without the models' own derivatives.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", "", f"Folder for {', '.join(FILES)}.")
+    flags.DEFINE_string("workdir", "", f"Directory for {', '.join(FILES)}.")
     flags.DEFINE_string("model", "plain16", "As in experiments.cifar.")
     flags.DEFINE_integer("image_size", 16, "Height and width of the random images.")
-    flags.DEFINE_integer("batch_size", 32, "Images a mini-batch.")
+    flags.DEFINE_integer("batch_size", 32, "Images per mini-batch.")
     flags.DEFINE_string("dtype", "float32", "As in experiments.cifar.")
     flags.DEFINE_bool("fast_derivatives", True, "As in experiments.cifar.")
-    flags.DEFINE_integer("steps", 5, "Steps that are traced.", lower_bound=1)
-    flags.DEFINE_bool("overwrite", False, "Whether earlier results may be replaced.")
+    flags.DEFINE_integer("steps", 5, "Number of traced steps.", lower_bound=1)
+    flags.DEFINE_bool("overwrite", False, "Overwrite earlier results.")
 
 
 def operations(program: str) -> dict[str, str]:
-    """What every operation of a compiled program is, by its name; kinds that a reader knows."""
+    """The kind of every operation of a compiled program, by name."""
     found = {}
     for line in program.splitlines():
         match = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (\w+\[([\d,]*)\])?", line)
@@ -74,7 +74,7 @@ def kind(name: str, shape: str) -> str:
 
 
 def trace(plain: Plain, steps: int) -> dict[str, tuple[float, int]]:
-    """Seconds a step and runs a step of every named event."""
+    """Seconds and runs per step of every named event."""
     totals: dict[str, float] = collections.defaultdict(float)
     counts: dict[str, int] = collections.defaultdict(int)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""One page about one run or several: settings, stages, curves, speed, what ran when, comparison.
+"""Writes a report of one or several runs: settings, stages, curves, speed, timelines.
 
     python -m experiments.report runs/a runs/b --output=report.html
 
-Takes workdirs of experiments.cifar, or of experiments.lm, of finished runs and of those that are
-still running or were stopped. The page needs no network and no other file. The first run is what
-the others are compared with. Utilisation and timeline are there for runs with --timeline.
+Accepts workdirs of finished, stopped or active runs of experiments.cifar and experiments.lm. The
+page is a single file and needs no network. The first run is the baseline of the comparison.
+Utilisation and timelines need runs with --timeline.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DERIVED |= {"experiment", "cuts", "cost_unit", "balance", "total_steps"}
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("output", "report.html", "The page, a name that ends in .html.")
+    flags.DEFINE_string("output", "report.html", "Output file, ending in .html.")
 
 
 def comparison(shown: Sequence[Run]) -> str:
@@ -96,7 +96,7 @@ def curves(shown: Sequence[Run]) -> str:
 
 
 def section(run: Run) -> list[str]:
-    """Everything about one run."""
+    """The section about one run."""
     config, stages = run.config, run.config["stages"]
     kind = "quiet" if run.summary is not None else "mark"
     made = [
@@ -146,7 +146,7 @@ def section(run: Run) -> list[str]:
 
 
 def what_ran_when(run: Run) -> list[str]:
-    """Utilisation in numbers, and the picture."""
+    """Utilisation and the timeline."""
     assert run.figures is not None
     rows = []
     for name in ("measured", "simulated"):
@@ -164,7 +164,7 @@ def what_ran_when(run: Run) -> list[str]:
 
 
 def percent(parts: Sequence[float]) -> str:
-    """Parts of one as percent."""
+    """Fractions as percentages."""
     return ", ".join(f"{100 * part:.0f} %" for part in parts)
 
 
@@ -193,7 +193,7 @@ def names(folders: Sequence[str]) -> list[str]:
 
 
 def write(folders: Sequence[str], output: str) -> None:
-    """The page about the runs in ``folders``.
+    """Writes the report of the runs in ``folders``.
 
     Raises:
       UsageError: no run, or a damaged one; the page cannot be written.

@@ -1,11 +1,10 @@
-"""What many devices would reach: K stages times data parallelism, simulated.
+"""Simulates many devices: K stages combined with data parallelism.
 
     python -m experiments.scaling
 
-No device is used and nothing is trained. A mini-batch has --images a device. Each of the K stages
-has D / K devices; they share every mini-batch, and after a backward they sum the gradients of the
-stage's weights in a ring, which the backward waits for. K = 1 is data parallelism alone. Printed is
-how much of D devices' own speed is left, in percent, as a table for Markdown.
+Trains nothing and uses no device. A mini-batch has --images images per device. Each of the K stages
+has D / K devices, which share every mini-batch and sum gradients in a ring after the backward. K =
+1 is pure data parallelism. Prints the parallel efficiency in percent as a Markdown table.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ def define_flags() -> None:
     flags.DEFINE_list("devices", ["8", "64", "512"], "Numbers of devices D.")
     flags.DEFINE_list("stages", ["1", "2", "4", "8"], "Numbers of stages K; each divides every D.")
     flags.DEFINE_list("methods", ["fdg", "ddg", "one_f_one_b"], f"Any of {', '.join(METHODS)}.")
-    flags.DEFINE_list("networks", NETWORKS, "name:bytes a second of a device:seconds a message.")
-    flags.DEFINE_integer("images", 32, "Of a mini-batch, a device.", lower_bound=1)
-    flags.DEFINE_float("flops", 24.6e9, "Of an image: forward and backward of the whole network.")
-    flags.DEFINE_float("speed", 100e12, "FLOP/s that a device sustains.")
-    flags.DEFINE_float("parameter_bytes", 102.4e6, "Of the whole network's gradients.")
-    flags.DEFINE_float("boundary_bytes", 1.6e6, "Of an image's activations between two stages.")
-    flags.DEFINE_integer("microbatches", 16, "Of gpipe and one_f_one_b.", lower_bound=1)
+    flags.DEFINE_list("networks", NETWORKS, "name:bytes per second per device:seconds per message.")
+    flags.DEFINE_integer("images", 32, "Images per mini-batch and device.", lower_bound=1)
+    flags.DEFINE_float("flops", 24.6e9, "FLOPs per image, forward and backward.")
+    flags.DEFINE_float("speed", 100e12, "Sustained FLOP/s per device.")
+    flags.DEFINE_float("parameter_bytes", 102.4e6, "Bytes of the network's gradients.")
+    flags.DEFINE_float("boundary_bytes", 1.6e6, "Bytes of activations per image between stages.")
+    flags.DEFINE_integer("microbatches", 16, "For gpipe and one_f_one_b.", lower_bound=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What carries messages.
+    """A network between devices.
 
     Attributes:
       name: of the kind.
@@ -56,11 +55,11 @@ class Network:
     latency: float
 
     def message(self, size: float) -> float:
-        """Seconds of a message of so many bytes."""
+        """Seconds of a message of the given size."""
         return self.latency + size / self.bandwidth
 
     def all_reduce(self, size: float, devices: int) -> float:
-        """Seconds to sum arrays of so many bytes over devices in a ring.
+        """Seconds of a ring all-reduce of the given size.
 
         .. math:: 2 (G - 1) \\left(l + \\frac{s}{G b}\\right)
 
@@ -102,7 +101,7 @@ def costs(devices: int, stages: int, its: Network) -> Costs:
 
 
 def efficiency(method: str, devices: int, stages: int, its: Network) -> float:
-    """Images per second of all devices over those of as many devices that need nobody."""
+    """Throughput relative to as many independent devices."""
     alone = FLAGS.images * FLAGS.flops / FLAGS.speed
     options: dict[str, Any] = {"microbatches": FLAGS.microbatches}
     name = "backprop" if stages == 1 else methods.METHODS[method].schedule

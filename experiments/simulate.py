@@ -1,11 +1,11 @@
-"""What the methods would reach: schedules and costs in, throughput and a timeline out.
+"""Simulates schedules with given costs: ideal throughput and timelines.
 
     python -m experiments.simulate --stages=4 --forward=1 --backward=2 --workdir=runs/simulate
 
-Nothing is trained and no device is used. A cost is one number for every stage, or one per stage.
-Three blocks are simulated: "ideal" without transfers, "transfer" with --transfer and --latency,
-"slow" with one stage slower by --slow_factor and without transfers. By default it takes about 40 s,
-most of it for K = 64.
+Trains nothing and uses no device. A cost is one number for all stages, or one per stage. Three
+blocks are simulated: "ideal" without transfers, "transfer" with --transfer and --latency, "slow"
+with one stage slower by --slow_factor and without transfers. The defaults take about 40 s, mostly
+for K = 64.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ BLOCKS = ("ideal", "transfer", "slow")
 def define_flags() -> None:
     flags.DEFINE_list("stages", ["2", "3", "4", "8", "16", "64"], "Numbers of stages.")
     flags.DEFINE_list("methods", DEFAULT_METHODS, f"Any of {', '.join(METHODS)}.")
-    flags.DEFINE_list("forward", ["1"], "Seconds of a stage's forward of one mini-batch.")
-    flags.DEFINE_list("backward", ["2"], "Seconds of its backward.")
-    flags.DEFINE_list("weights", None, "Of the backward, those for the weights; else half of it.")
-    flags.DEFINE_list("update", ["0"], "Seconds of its update.")
-    flags.DEFINE_list("transfer", ["0"], "Seconds of a mini-batch between stages; one or per hop.")
-    flags.DEFINE_float("latency", 0.25, "Seconds on top for every message, however small.")
-    flags.DEFINE_integer("slow_stage", -1, "Which is slow; from the end where negative.")
-    flags.DEFINE_float("slow_factor", 2.0, "By how much; 1 leaves the block out.")
-    flags.DEFINE_list("input_bytes", ["0"], "Bytes that a stage receives with one mini-batch.")
-    flags.DEFINE_list("kept_bytes", None, "Bytes that petra keeps of a batch; else its input.")
-    flags.DEFINE_list("cotangent_bytes", None, "Bytes that it sends back; else as many.")
-    flags.DEFINE_list("residual_bytes", ["0"], "Bytes that its forward leaves for its backward.")
-    flags.DEFINE_list("parameter_bytes", ["0"], "Bytes of its weights.")
+    flags.DEFINE_list("forward", ["1"], "Seconds of a forward, per stage and mini-batch.")
+    flags.DEFINE_list("backward", ["2"], "Seconds of a backward.")
+    flags.DEFINE_list("weights", None, "Seconds of a backward for the weights; default: half.")
+    flags.DEFINE_list("update", ["0"], "Seconds of an update.")
+    flags.DEFINE_list("transfer", ["0"], "Transfer seconds per mini-batch; one or per hop.")
+    flags.DEFINE_float("latency", 0.25, "Additional seconds per message.")
+    flags.DEFINE_integer("slow_stage", -1, "The slow stage; negative: from the end.")
+    flags.DEFINE_float("slow_factor", 2.0, "Slowdown of that stage; 1 skips the block.")
+    flags.DEFINE_list("input_bytes", ["0"], "Bytes of a stage's input per mini-batch.")
+    flags.DEFINE_list("kept_bytes", None, "Bytes that petra stores; default: the input.")
+    flags.DEFINE_list("cotangent_bytes", None, "Bytes of a cotangent; default: the input.")
+    flags.DEFINE_list("residual_bytes", ["0"], "Bytes of residuals per mini-batch.")
+    flags.DEFINE_list("parameter_bytes", ["0"], "Bytes of the weights.")
     flags.DEFINE_float("optimizer", 1.0, "Optimizer state as a multiple of the weights.")
-    flags.DEFINE_integer("microbatches", 4, "Of gpipe, one_f_one_b and zero_bubble.")
-    flags.DEFINE_integer("accumulate", None, "Of adl (else 2) and pipedream_2bw (else K).")
-    flags.DEFINE_enum("gradient", "stale", RULES, "Where the method leaves it open.")
-    flags.DEFINE_string("workdir", None, "Where the files go; without it there are none.")
-    flags.DEFINE_enum("draw", "fdg", METHODS, "The method in the picture and the trace.")
-    flags.DEFINE_integer("draw_stages", None, "Its stages; else 4 or the first of --stages.")
-    flags.DEFINE_integer("draw_batches", 12, "Its number of batches.")
-    flags.DEFINE_enum("draw_block", "ideal", BLOCKS, "Its costs.")
+    flags.DEFINE_integer("microbatches", 4, "For gpipe, one_f_one_b, zero_bubble.")
+    flags.DEFINE_integer("accumulate", None, "For adl (default 2), pipedream_2bw (K).")
+    flags.DEFINE_enum("gradient", "stale", RULES, "For methods with a free gradient rule.")
+    flags.DEFINE_string("workdir", None, "Output directory; default: no files.")
+    flags.DEFINE_enum("draw", "fdg", METHODS, "The method of picture and trace.")
+    flags.DEFINE_integer("draw_stages", None, "Its stages; default: 4, or the first.")
+    flags.DEFINE_integer("draw_batches", 12, "Number of mini-batches drawn.")
+    flags.DEFINE_enum("draw_block", "ideal", BLOCKS, "The block drawn.")
 
 
 def numbers(name: str, count: int, per: str = "stage") -> list[float]:
@@ -79,7 +79,7 @@ def numbers(name: str, count: int, per: str = "stage") -> list[float]:
 
 
 def costs(num_stages: int, block: str) -> Costs | None:
-    """The costs of a block; None where the flags leave it out."""
+    """The costs of a block, or None if the flags disable it."""
     given = [name for name in PER_STAGE if getattr(FLAGS, name) is not None]
     values = {name: numbers(name, num_stages) for name in given}
     transfer = numbers("transfer", num_stages - 1, "hop")
@@ -125,13 +125,13 @@ def plan(method: str, num_stages: int) -> Schedule:
 
 
 def timeline(method: str, num_stages: int, its: Costs, batches: int | None = None) -> Timeline:
-    """One method on some costs."""
+    """The timeline of one method with the given costs."""
     gradient = methods.METHODS[method].gradient or FLAGS.gradient
     return simulate(plan(method, num_stages), its, batches, gradient)
 
 
 def result(method: str, run: Timeline) -> dict[str, Any]:
-    """The numbers of one simulation, as they stand in simulate.json."""
+    """The numbers of one simulation for simulate.json."""
     stages, its = range(run.schedule.num_stages), run.costs
     alone = sum(its.forward) + sum(its.backward) + sum(its.update)
     return {
@@ -151,7 +151,7 @@ def result(method: str, run: Timeline) -> dict[str, Any]:
 
 
 def row(result: dict[str, Any]) -> list[str]:
-    """The numbers of one simulation, as they stand in the table."""
+    """The numbers of one simulation for the table."""
     use = [100 * part for part in result["utilisation"]]
     return [
         result["method"],
@@ -197,7 +197,7 @@ def drawn_stages() -> int:
 
 
 def check() -> list[int]:
-    """The numbers of stages; every flag is looked at before anything is done."""
+    """Validates all flags; returns the numbers of stages."""
     try:
         stages = [int(text) for text in FLAGS.stages]
     except ValueError:

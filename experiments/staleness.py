@@ -1,11 +1,11 @@
-"""Measures what staleness costs: how many more steps every row of a study needs to the same loss.
+"""Measures the cost of staleness: the additional steps to reach the same loss.
 
     python -m experiments.staleness --study=experiments/flags/staleness_text.toml --workdir=runs/s
 
 A study is a TOML file with rows of flags of experiments.cifar or experiments.lm (see
-experiments/comparing/study.py). What is not there yet is trained; started again, it goes on where
-it was interrupted. --jobs=2 trains two runs at a time, each on a core of its own: for accuracy, not
-for times. Leaves results.json, table.md, staleness.png and the runs.
+experiments/comparing/study.py). Trains all missing runs; repeat the command to resume. --jobs=2
+trains two runs at a time, one core each, so times are not comparable. Writes results.json,
+table.md, staleness.png and the runs.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ Found = dict[tuple[str, int], dict[str, Any]]
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The flags of the program."""
-    flags.DEFINE_string("study", "", "The TOML file with the rows.", flag_values=values)
-    flags.DEFINE_string("workdir", "", "Folder for results and runs.", flag_values=values)
-    text = "Runs at a time, each on a core of its own; 1: one, on all cores."
+    flags.DEFINE_string("study", "", "TOML file with the rows.", flag_values=values)
+    flags.DEFINE_string("workdir", "", "Directory for results and runs.", flag_values=values)
+    text = "Number of parallel runs, one core each; 1: one run on all cores."
     flags.DEFINE_integer("jobs", 1, text, flag_values=values)
-    text = "Flags for all rows, before those of each, such as --dataset=folder:DIR."
+    text = "Flags for all rows, such as --dataset=folder:DIR; flags of a row take precedence."
     flags.DEFINE_multi_string("extra", [], text, flag_values=values)
-    text = "Of the baseline's steps, after which its loss is the one to reach."
+    text = "Fraction of the baseline's steps at which its loss is the target."
     flags.DEFINE_float("fraction", 0.5, text, flag_values=values)
-    text = "Only write results, table and picture anew."
+    text = "Only rewrite results, table and picture."
     flags.DEFINE_bool("report_only", False, text, flag_values=values)
 
 
@@ -73,7 +73,7 @@ def report(folder: pathlib.Path, plan: Study, found: Found, fraction: float) -> 
 
 
 class Workers:
-    """Trains runs in processes of their own, some at a time.
+    """Trains runs in separate processes, several at a time.
 
     Args:
       jobs: how many; if more than one, each has a core of its own.
@@ -118,7 +118,7 @@ class Workers:
         return process
 
     def stop(self) -> None:
-        """Starts no run more, and waits for those under way to stop: none outlives the study."""
+        """Starts no more runs and waits for active ones to stop."""
         with self._lock:
             self._stopped = True
             for process in self._running:
@@ -129,7 +129,7 @@ class Workers:
 def run_study(
     plan: Study, folder: pathlib.Path, jobs: int, fraction: float, report_only: bool
 ) -> int:
-    """Does what is missing, and writes the results after every run; returns the exit status.
+    """Runs what is missing and writes the results after every run; returns the exit status.
 
     Raises:
       UsageError: a row is not allowed, or a folder holds a run with other settings.
@@ -143,7 +143,7 @@ def run_study(
             missing.append(run)
         else:
             found[run.row.name, run.seed] = there
-    print(f"{len(found)} runs are there, {len(missing)} to do", flush=True)
+    print(f"{len(found)} runs finished, {len(missing)} remaining", flush=True)
     if report_only and not found:
         raise UsageError(f"--workdir={folder}: holds no finished run; leave --report_only out")
     failed = []

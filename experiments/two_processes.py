@@ -1,12 +1,11 @@
-"""Two processes with a core each against one process with one core: what the second core brings.
+"""Compares two processes on one core each with one process on one core.
 
     python -m experiments.two_processes
 
-FDG with K = 2 on the network of the benchmark, one stage a process, against the same two stages,
-and against plain back-propagation, in one process. Every process is pinned to one core. They take
-turns: a round starts each once, lets it warm up, and times --steps steps. Prints medians, the
-ratios round by round, and the bytes that the two processes send each other in a step; there are
-fewer with --message_dtype.
+Runs FDG with K = 2 on the network of the benchmark with one stage per process, and compares it with
+the same two stages and with back-propagation in a single process. Every process is pinned to one
+core. A round starts each case once, warms it up and times --steps steps. Prints medians, ratios per
+round, and the bytes that the two processes exchange per step (fewer with --message_dtype).
 """
 
 from __future__ import annotations
@@ -45,21 +44,21 @@ MARK = "measured "
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("rounds", 5, "Rounds.", lower_bound=1)
-    flags.DEFINE_integer("steps", 20, "Steps that are timed, in every round.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 5, "Number of rounds.", lower_bound=1)
+    flags.DEFINE_integer("steps", 20, "Timed steps per round.", lower_bound=1)
     flags.DEFINE_string("model", "plain16", "As in experiments.benchmark.")
-    flags.DEFINE_integer("image_size", 16, "Pixels.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 32, "Images a mini-batch.", lower_bound=1)
+    flags.DEFINE_integer("image_size", 16, "Height and width in pixels.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 32, "Images per mini-batch.", lower_bound=1)
     flags.DEFINE_enum("message_dtype", "float32", MESSAGE_DTYPES, "As in experiments.cifar.")
-    flags.DEFINE_float("max_load", 0.5, "Cores that others may use; more is said to be unfair.")
-    flags.DEFINE_integer("seconds", 900, "Longest time of one process.", lower_bound=1)
-    flags.DEFINE_string("case", None, "Used between its own processes.")
-    flags.DEFINE_string("coordinator", None, "The same.")
-    flags.DEFINE_integer("process_id", 0, "The same.")
+    flags.DEFINE_float("max_load", 0.5, "Cores that other programs may use; more is reported.")
+    flags.DEFINE_integer("seconds", 900, "Timeout of a process.", lower_bound=1)
+    flags.DEFINE_string("case", None, "Internal.")
+    flags.DEFINE_string("coordinator", None, "Internal.")
+    flags.DEFINE_integer("process_id", 0, "Internal.")
 
 
 def member() -> None:
-    """One process of a case: says what it measured, if it has the last stage."""
+    """One process of a case; prints its measurement if it has the last stage."""
     count, name = CASES[FLAGS.case]
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[FLAGS.process_id]})
@@ -130,10 +129,8 @@ def measure(case: str) -> dict[str, Any]:
 
 
 def show(seconds: dict[str, Sequence[float]], size: int) -> None:
-    """The table, for Markdown."""
-    print(
-        "| case | ms a step, median (least to largest) | two processes are so many times as fast |"
-    )
+    """Prints the table as Markdown."""
+    print("| case | ms per step, median (range) | speedup of two processes |")
     print("| --- | ---: | ---: |")
     for case, values in seconds.items():
         ms = [1000 * v for v in values]

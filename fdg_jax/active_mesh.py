@@ -1,4 +1,4 @@
-"""A mesh of the program's own (``jax.set_mesh``), under which stages keep theirs."""
+"""Runs the programs of stages independently of the program's own mesh (``jax.set_mesh``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 @contextlib.contextmanager
 def no_active_mesh() -> Iterator[None]:
-    """Inside of it no mesh is active: a stage's programs run on the devices of the stage.
+    """Deactivates the current mesh, so that programs run on their stage's devices.
 
     Example:
       >>> with jax.set_mesh(jax.make_mesh((1,), ("data",))), no_active_mesh():

@@ -1,4 +1,4 @@
-"""How a module or a function is called in training, and how in evaluation.
+"""The keywords with which a module or function is called in training and in evaluation.
 
 __call__(self, x, mask=None, training=False)      train=True:   call(x, None, True)
                                                   train=False:  call(x, None, False)
@@ -90,7 +90,7 @@ def convention(
     eval_kwargs: Values | None = None,
     fixed: Collection[str] = (),
 ) -> Convention:
-    """What a callable gets after its input.
+    """How a callable is called beyond its input.
 
     Arguments go by position where they can: a transformation with ``static_argnums`` knows no
     keywords.
@@ -105,8 +105,8 @@ def convention(
       ``convention(train) -> (args, kwargs)``.
 
     Raises:
-      ValueError: a flag, or a parameter without a default, that nobody sets; a keyword that
-        ``call`` does not take.
+      ValueError: a flag or a parameter without a default that is not set; a keyword that ``call``
+        does not take.
 
     Example:
       >>> def block(x, mask=None, is_training: bool = False): ...
@@ -128,8 +128,8 @@ def convention(
         )
     if spread and train_kwargs is None and not library:
         raise ValueError(
-            f"{name}: takes **kwargs, so that its flags cannot be seen; name those of training, "
-            "train_kwargs={'training': True}, or give train_kwargs={} if there is none"
+            f"{name}: takes **kwargs, so its flags are unknown; give those of training, "
+            "train_kwargs={'training': True}, or give train_kwargs={} if it has none"
         )
     known: list[inspect.Parameter] = []
     for p in named:
@@ -164,7 +164,7 @@ def convention(
 
 
 def check_sequence(layers: Iterable[Any], name: str, module: type[Any]) -> None:
-    """Refuses a ``Sequential`` with flags in its layers: it hands none of them on.
+    """Rejects a ``Sequential`` whose layers have flags, since it does not forward them.
 
     Args:
       layers: modules and functions.
@@ -172,7 +172,7 @@ def check_sequence(layers: Iterable[Any], name: str, module: type[Any]) -> None:
       module: the class of modules.
 
     Raises:
-      ValueError: a layer has flags or parameters that nobody sets.
+      ValueError: a layer has flags or parameters that are not set.
     """
     for i, layer in enumerate(layers):
         call: Any = layer.__call__ if isinstance(layer, module) else layer
@@ -184,13 +184,13 @@ def check_sequence(layers: Iterable[Any], name: str, module: type[Any]) -> None:
         args, kwargs = convention(call, what, fixed=inputs)(True)
         if args or kwargs:
             raise ValueError(
-                f"{name}: nobody sets the flags of its layers[{i}], {type(layer).__name__}; give a "
-                "list of layers in place of it, each made of one module"
+                f"{name}: does not set the flags of its layers[{i}], {type(layer).__name__}; give "
+                "a list of layers instead, each made of one module"
             )
 
 
 def is_library(call: Callable[..., Any]) -> bool:
-    """Whether a callable is of a library whose flags are known: flax, jax ..."""
+    """Whether a callable belongs to a library with known flags: flax, jax ..."""
     module = getattr(call, "__module__", None)
     return module is None or module.split(".")[0] in _LIBRARIES
 
@@ -217,7 +217,7 @@ def _says_bool(p: inspect.Parameter) -> bool:
 
 
 def _may_be_flag(p: inspect.Parameter) -> bool:
-    """Whether a parameter with a common name can be what its name says."""
+    """Whether a parameter with a common name can be that flag."""
     plain = p.default is p.empty or p.default is None or isinstance(p.default, bool)
     return plain and (p.annotation is p.empty or _says_bool(p) or _annotation(p) == "Any")
 
@@ -228,10 +228,10 @@ def _refuse(p: inspect.Parameter, name: str) -> None:
         return
     default = "without a default" if p.default is p.empty else f"{p.default} by default"
     remedy = (
-        f"if it says that the network is trained, give train_kwargs={{{p.name!r}: True}}; if it "
-        f"never changes, train_kwargs={{{p.name!r}: False}}, eval_kwargs={{{p.name!r}: False}}"
+        f"if it is a training flag, give train_kwargs={{{p.name!r}: True}}; if it is "
+        f"constant, train_kwargs={{{p.name!r}: False}}, eval_kwargs={{{p.name!r}: False}}"
         if flag
         else f"give its values, train_kwargs={{{p.name!r}: ...}}, eval_kwargs={{{p.name!r}: ...}}, "
-        "or wrap it in one that takes its input alone"
+        "or wrap it in a function of its input only"
     )
-    raise ValueError(f"{name}: nobody sets its parameter {p.name!r} ({default}); {remedy}")
+    raise ValueError(f"{name}: its parameter {p.name!r} ({default}) is not set; {remedy}")

@@ -1,4 +1,4 @@
-"""Layers from Equinox modules. Equinox is imported where it is used: it is not required."""
+"""Layers from Equinox modules. Equinox is optional and imported only when used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fdg_jax.layer import Layer, typed_key
 from fdg_jax.nnx_adapter import FromModule, made_outside
 from fdg_jax.typing import Key, PyTree
 
-# What a module's call may take besides its input and its flags.
+# Arguments of a module's call besides its input and its flags.
 _GIVEN = frozenset({"key", "state"})
 
 
@@ -30,34 +30,33 @@ def from_equinox(
 ) -> Layer:
     """A layer from an Equinox module.
 
-    Arrays of floating-point or complex numbers become ``params``, other arrays and
-    ``equinox.nn.State`` become ``state``, as plain nested dicts. The module is called with one
-    example, under ``jax.vmap`` over the batch, as Equinox's layers are; with ``axis_name=None`` it
-    gets the whole batch. A ``key`` in its call gets a key of the example's own, or of the batch;
-    in evaluation it is always the same. A ``state`` in its call gets the state, and the call then
-    returns ``(y, state)``.
+    Floating-point and complex arrays become ``params``; other arrays and ``equinox.nn.State``
+    become ``state``, as nested dicts. The module is called with one example, under ``jax.vmap``
+    over the batch, the Equinox convention; with ``axis_name=None`` it is called with the whole
+    batch. A ``key`` argument of the call receives a key per example (or per batch), in evaluation
+    always the same. A ``state`` argument receives the state; the call then returns ``(y, state)``.
 
-    Attributes of the name ``inference`` are set as ``equinox.nn.inference_mode`` does, other
-    booleans with common names (``training``, ``deterministic`` ...) and flags of ``__call__``
-    likewise; flags with other names by ``train_kwargs``.
+    Attributes named ``inference`` are set as by ``equinox.nn.inference_mode``. Other booleans with
+    common names (``training``, ``deterministic`` ...) and flags of ``__call__`` are set as well;
+    set flags with other names with ``train_kwargs``.
 
     Args:
-      factory: makes the module from a key; or the module and its state, as
-        ``equinox.nn.make_with_state`` does, which is called where it was not.
-      axis_name: of the batch axis in ``jax.vmap``; that of the module's ``equinox.nn.BatchNorm``.
-        Every array of the input has this axis first. None: the module takes whole batches.
+      factory: makes the module from a key, or the module and its state, as
+        ``equinox.nn.make_with_state`` does, which is otherwise applied here.
+      axis_name: name of the batch axis in ``jax.vmap``, as used by ``equinox.nn.BatchNorm``. It is
+        the first axis of every input array. None: the module is called with whole batches.
       train_kwargs: flags of ``__call__`` and their values in training.
-      eval_kwargs: their values in evaluation; None: booleans are turned round.
+      eval_kwargs: their values in evaluation; None: inverted booleans.
 
     Returns:
       A `Layer`.
 
     Raises:
       ImportError: Equinox is not installed.
-      ValueError: ``factory`` is a module, or makes none; (when the module is first made) a flag
-        that nobody sets, a parameter without a default, a state that its call does not take; (from
-        ``apply``) the module draws random numbers in training and key is None, or its batch
-        normalisation names another axis.
+      ValueError: ``factory`` is a module, or does not make one; (when the module is first made) a
+        flag without a value, an argument without a default, or a state that the call does not
+        accept; (from ``apply``) the module draws random numbers in training and key is None, or its
+        batch normalisation uses another axis name.
 
     Example:
       >>> import equinox, jax, jax.numpy as jnp
@@ -148,10 +147,10 @@ class Skeleton(NamedTuple):
     Attributes:
       name: of its class.
       structure: of its leaves.
-      leaves: what is no array, and a `_Place` for each array.
-      stateful: the structure of its ``equinox.nn.State``; None where it has none.
+      leaves: a `_Place` for each array, and the leaves that are not arrays.
+      stateful: the structure of its ``equinox.nn.State``; None without state.
       arguments: flags of the call.
-      takes: of "key" and "state", what the call takes.
+      takes: which of "key" and "state" the call accepts.
     """
 
     name: str
@@ -162,7 +161,7 @@ class Skeleton(NamedTuple):
     takes: frozenset[str]
 
     def module(self, params: PyTree, state: PyTree, train: bool) -> Any:
-        """The module with its arrays, and with its flags set."""
+        """The module with its arrays and flags."""
         leaves = []
         for leaf in self.leaves:
             if isinstance(leaf, _Place):
@@ -181,7 +180,7 @@ class Skeleton(NamedTuple):
     def call(
         self, module: Any, x: PyTree, stateful: Any, key: Key | None, train: bool
     ) -> tuple[PyTree, Any]:
-        """The module's output, and its new state."""
+        """The module's output and new state."""
         args, kwargs = self.arguments(train)
         if "key" in self.takes:
             kwargs = {**kwargs, "key": key}
@@ -194,7 +193,7 @@ class Skeleton(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where an array of a module is in the nested dicts."""
+    """Position of a module's array in the nested dicts."""
 
     path: tuple[Any, ...]
     trained: bool
@@ -204,7 +203,7 @@ class _Place(NamedTuple):
 
 
 class _Flag(NamedTuple):
-    """An attribute that says whether the network is trained."""
+    """An attribute that selects training or evaluation mode."""
 
     name: str
 
@@ -241,7 +240,7 @@ def _skeleton(
 
 
 def _values(module: Any, state: Any) -> tuple[PyTree, PyTree]:
-    """The arrays of a module, by what becomes of them."""
+    """The arrays of a module, divided into params and state."""
     params: dict[Any, Any] = {}
     arrays: dict[Any, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(module):
@@ -262,7 +261,7 @@ def _mapped(
     stateful: Any,
     key: Key | None,
 ) -> tuple[PyTree, Any]:
-    """The call for each example; the state is that of the whole batch."""
+    """Calls the module per example; the state is shared by the batch."""
     keys = None
     if key is not None:
         keys = jax.random.split(typed_key(key), jax.tree.leaves(x)[0].shape[0])
@@ -276,7 +275,7 @@ def _mapped(
 
 
 def _check_static(module: Any, kind: type[Any]) -> None:
-    """Refuses flags that are a part of a module's structure, which stays as it is."""
+    """Rejects flags that are static fields, since the module's structure cannot change."""
     inner = jax.tree.leaves(module, is_leaf=lambda v: v is not module and isinstance(v, kind))
     for one in inner:
         if isinstance(one, kind):
@@ -307,7 +306,7 @@ def _is_param(leaf: Any) -> bool:
 
 
 def is_equinox(value: Any) -> bool:
-    """Whether a value is an Equinox module, and no function in ``equinox.filter_jit``."""
+    """Whether a value is an Equinox module, except functions wrapped by ``equinox.filter_jit``."""
     if isinstance(value, type) or hasattr(value, "__wrapped__"):
         return False
     return any(_of_equinox(base) for base in type(value).__mro__)

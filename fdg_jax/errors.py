@@ -1,8 +1,8 @@
-"""What ends a training: a stage that fails, a number that is not finite."""
+"""Errors that end training: a failed stage, a non-finite value, a consumed state."""
 
 
 class StageError(RuntimeError):
-    """A stage failed; the message names it, its layers and the batch.
+    """A stage failed; the message names the stage, its layers and the mini-batch.
 
     Attributes:
       stage: k.
@@ -20,7 +20,7 @@ class NonFiniteError(StageError):
 
 
 class ConsumedStateError(ValueError):
-    """A state was used a second time, after a step or drain had consumed it."""
+    """A state was used again after `step` or `drain` had consumed it."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""A stage with a head of its own, for a loss in every stage."""
+"""Stages with their own head, for schedules with a loss in every stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HEAD = 0x68656164
 
 @dataclass(frozen=True)
 class Headed(Layer):
-    """A layer beside which a head computes what a loss needs; made by `with_head`."""
+    """A layer with a head that feeds a loss; made by `with_head`."""
 
     body: Layer | None = None
     head: Layer | None = None

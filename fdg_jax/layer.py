@@ -1,4 +1,4 @@
-"""What a network is made of: layers and chains of layers."""
+"""Layers and chains of layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOISE = 0x6E6F6973
 
 
 def batch_key(root: Key, batch: int | jax.Array) -> Key:
-    """The key of one mini-batch; every layer folds its own number into it.
+    """The key of one mini-batch; every layer folds in its own number.
 
     Args:
       root: the run's key, typed (``jax.random.key``).
@@ -29,7 +29,7 @@ def batch_key(root: Key, batch: int | jax.Array) -> Key:
 
 
 def typed_key(key: Key) -> Key:
-    """A typed key from either form that JAX knows (``jax.random.key`` or ``PRNGKey``).
+    """A typed key from either form of JAX (``jax.random.key`` or ``PRNGKey``).
 
     Raises:
       TypeError: it is no key.
@@ -52,7 +52,7 @@ def zeros_like(tree: PyTree) -> PyTree:
 
 
 def output_of(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> PyTree:
-    """Shapes and dtypes of a layer's output; nothing is computed."""
+    """Shapes and dtypes of a layer's output; computes nothing."""
     return jax.eval_shape(
         lambda p, s, v: layer.apply(p, s, v, train=False, key=None)[0], params, state, x
     )
@@ -60,19 +60,18 @@ def output_of(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> PyTree:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: two pure functions.
+    """One layer: a pair of pure functions.
 
     Args:
       init: ``init(key, x) -> (params, state)``; ``x`` is an example input of the right shapes and
-        dtypes. ``state`` is what changes at the forward and is not trained (batch statistics); use
-        ``()`` where there is none.
+        dtypes. ``state`` is updated by the forward but not trained (batch statistics); ``()`` if
+        there is none.
       apply: ``apply(params, state, x, *, train, key) -> (y, state)``; ``x`` and ``y`` are arrays or
-        pytrees of arrays, batch axis first. ``key`` is None in evaluation. Between two layers ``y``
-        has the same shapes in training and evaluation.
-      inverse: ``inverse(params, state, y, *, train, key) -> x``, of a layer that can be inverted;
-        None of others.
+        pytrees of arrays, batch axis first. ``key`` is None in evaluation. The shapes of ``y`` must
+        not depend on ``train``.
+      inverse: ``inverse(params, state, y, *, train, key) -> x`` for invertible layers, else None.
       reverse: ``reverse(params, state, y, cotangent, *, key) -> (x, gradient, cotangent of x)``:
-        `inverse` and the derivative of `apply` in one, in training. None: made of the two.
+        `inverse` and the derivative of `apply` combined, in training. None: derived from both.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -96,13 +95,13 @@ class Layer:
 
     @property
     def size(self) -> int:
-        """How many layers this counts as in the numbering of a whole network."""
+        """The number of layers this counts as in the numbering of a network."""
         return 1
 
     def scores(
         self, params: PyTree, state: PyTree, y: PyTree, *, train: bool, key: Key | None
     ) -> tuple[PyTree, PyTree]:
-        """What a loss is computed from: the output, unless the layer has a head of its own.
+        """The input of a loss: the output, unless the layer has its own head.
 
         Args:
           params, state, train, key: as in ``apply``.
@@ -165,7 +164,7 @@ class Layer:
 def _reverse_of(
     apply: Callable[..., tuple[PyTree, PyTree]], inverse: Callable[..., PyTree]
 ) -> Callable[..., tuple[PyTree, PyTree, PyTree]]:
-    """`Layer.reverse` of a layer that gives its inverse alone: it evaluates the layer twice."""
+    """`Layer.reverse` for a layer with only an inverse: evaluates the layer twice."""
 
     def reverse(
         params: PyTree, state: PyTree, y: PyTree, cotangent: PyTree, *, key: Key | None
@@ -179,7 +178,7 @@ def _reverse_of(
 
 @dataclass(frozen=True)
 class Chain(Layer):
-    """Layers one after the other; made by `chain`."""
+    """A sequence of layers; made by `chain`."""
 
     layers: tuple[Layer, ...] = ()
     first: int | jax.Array = 0
@@ -202,17 +201,17 @@ class Chain(Layer):
 
 
 def chain(layers: Sequence[Layer], *, first: int | jax.Array = 0) -> Layer:
-    """Layers one after the other, as one layer.
+    """Chains layers into one layer.
 
     Args:
       layers: at least one layer.
-      first: the number of the first of them in the whole network.
+      first: the number of the first layer in the whole network.
 
     Returns:
       A layer whose params and state are tuples in the order of the layers.
 
     Raises:
-      ValueError: there is no layer, or one is of another kind.
+      ValueError: no layers, or an element that is not a layer.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What goes wrong with layers, in one line: which one, what it got, what to do."""
+"""Checks of layers; errors name the layer, its input and the remedy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fdg_jax.typing import PyTree
 
 
 class LayerError(ValueError):
-    """A layer fails, or does not fit the layer before it; the message gives the number of both."""
+    """A layer failed or does not fit the previous layer; the message gives both numbers."""
 
 
 def check_layers(layers: Any, name: str = "layers") -> list[Any]:
-    """Refuses what is no list of layers.
+    """Rejects anything but a list of layers.
 
     Args:
       layers: given in the place of one.
@@ -45,7 +45,7 @@ def check_layers(layers: Any, name: str = "layers") -> list[Any]:
 
 
 def check_layer(layer: Any, name: str = "layer") -> None:
-    """Refuses what is no layer.
+    """Rejects anything but a layer.
 
     Args:
       layer: given in the place of one.
@@ -74,13 +74,13 @@ def check_layer(layer: Any, name: str = "layer") -> None:
 
 
 def is_layer(value: Any) -> bool:
-    """Whether a value has what a layer has."""
+    """Whether a value has the attributes of a layer."""
     return all(callable(getattr(value, name, None)) for name in ("init", "apply", "at"))
 
 
 @contextlib.contextmanager
 def naming(index: Any, x: PyTree) -> Iterator[None]:
-    """Gives an error of a layer the layer's number and what it got.
+    """Adds the layer's number and input to its errors.
 
     Args:
       index: the number; a traced one, of a repeated layer, is not told.

@@ -42,7 +42,7 @@ def from_linen(
       A `Layer`.
 
     Raises:
-      ValueError: not an instance of a linen module; a flag that nobody sets, or a parameter
+      ValueError: not an instance of a linen module; a flag that is not set, or a parameter
         without a default; (from ``init``) variables that are made in ``apply`` alone; (from
         ``apply``) random numbers are drawn in training and key is None.
 
@@ -136,7 +136,7 @@ def from_linen(
 
 
 def _check_fields(module: linen.Module, name: str, fields: dict[str, Any], given: set[str]) -> None:
-    """Refuses a field that looks like a flag and that stays as it is."""
+    """Rejects a field that looks like a flag but is never set."""
     if is_library(module.__call__):
         return
     for key, value in fields.items():
@@ -150,7 +150,7 @@ def _check_fields(module: linen.Module, name: str, fields: dict[str, Any], given
 
 
 def _joined(a: PyTree, b: PyTree) -> PyTree:
-    """Nested dictionaries as one; where both have a value, that of ``a``."""
+    """Merges nested dictionaries; ``a`` takes precedence."""
     joined = dict(b)
     for key, value in a.items():
         both = isinstance(value, dict) and isinstance(b.get(key), dict)
@@ -159,7 +159,7 @@ def _joined(a: PyTree, b: PyTree) -> PyTree:
 
 
 def _sown(state: PyTree, after: PyTree) -> set[Path]:
-    """Where a call has added to a tuple, or made one."""
+    """Detects where a call sowed values."""
     old = flatten_dict(state)
     return {
         path
@@ -175,7 +175,7 @@ def _without(state: PyTree, paths: set[Path]) -> PyTree:
 
 
 def _with_sown(name: str, state: PyTree, train: Any) -> PyTree:
-    """The state with a place for all that a call in training sows."""
+    """The state with places for all values sown in training."""
     after = jax.eval_shape(train, state)
     paths = _sown(state, after)
     made = flatten_dict(after).keys() - flatten_dict(state).keys() - paths

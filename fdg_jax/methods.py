@@ -1,4 +1,4 @@
-"""Training methods by name: each is a schedule and a gradient rule of one engine.
+"""Training methods by name; each combines a schedule and a gradient rule.
 
 Stages of dgl have heads and losses of their own (`fdg_jax.with_head`), those of dni and dni_late
 synthesizers (`fdg_jax.Synthesizer`).
@@ -37,7 +37,7 @@ from fdg_jax.schedule import Schedule
 
 @dataclass(frozen=True)
 class Method:
-    """What makes a method.
+    """The definition of a method.
 
     Attributes:
       schedule: its name in `fdg_jax.schedule`.
@@ -82,14 +82,14 @@ METHODS = {
 
 
 class Preset(TypedDict):
-    """The two arguments of `fdg_jax.Pipeline` that make a method."""
+    """The arguments of `fdg_jax.Pipeline` that define a method."""
 
     schedule: Schedule
     gradient: str
 
 
 def create(name: str, num_stages: int, **options: Any) -> Preset:
-    """A method by its name.
+    """Creates a method by name.
 
     Args:
       name: one of `METHODS`.
@@ -118,7 +118,7 @@ def create(name: str, num_stages: int, **options: Any) -> Preset:
 
 
 def fr(num_stages: int) -> Preset:
-    """Features replay: DDG whose backward runs the forward again at the newest weights.
+    """Features replay: DDG with recomputation at the newest weights.
 
     Args:
       num_stages: K.
@@ -141,7 +141,7 @@ def fr(num_stages: int) -> Preset:
 
 
 def petra(num_stages: int, accumulate: int = 1) -> Preset:
-    """PETRA: FDG that reconstructs inputs from outputs, for networks of reversible layers.
+    """PETRA: FDG with inputs reconstructed from outputs, for reversible networks.
 
     Args:
       num_stages: K.
@@ -165,7 +165,7 @@ def petra(num_stages: int, accumulate: int = 1) -> Preset:
 
 
 def paci(num_stages: int, accumulate: int = 2) -> Preset:
-    """PACI: accumulated gradients, backward at the newest weights.
+    """PACI: gradient accumulation, backward at the newest weights.
 
     Args:
       num_stages: K.
@@ -189,7 +189,7 @@ def paci(num_stages: int, accumulate: int = 2) -> Preset:
 
 
 def dsp(num_stages: int) -> Preset:
-    """Diversely stale parameters: FDG whose backward runs the forward again at the newest weights.
+    """Diversely stale parameters: FDG with recomputation at the newest weights.
 
     Args:
       num_stages: K.
@@ -212,7 +212,7 @@ def dsp(num_stages: int) -> Preset:
 
 
 def pipemare(num_stages: int) -> Preset:
-    """PipeMare: DDG whose backward runs the forward again at weights that are reconstructed.
+    """PipeMare: DDG with recomputation at estimated weights.
 
     This is its second technique, the correction of the discrepancy. Its first, a rate that begins
     divided by the staleness, is `fdg_jax.staleness_rate` in the optimizer; its third, a synchronous

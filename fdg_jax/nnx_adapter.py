@@ -29,8 +29,7 @@ class FromModule(Layer):
     """A layer from a module.
 
     Attributes:
-      shared: finds the parameters that exist outside of it: those of a module that its factory does
-        not make anew.
+      shared: finds parameters of a module that its factory does not create but reuses.
     """
 
     shared: Callable[[], list[Any]] = list
@@ -44,26 +43,26 @@ def from_nnx(
 ) -> Layer:
     """A layer from an nnx module.
 
-    Parameters (``nnx.Param``) become ``params``, everything else but random state becomes
-    ``state``, both as plain nested dicts. The module's random streams are seeded anew from ``key``
-    at every call, and ``module.train()`` or ``module.eval()`` is called first, so ``nnx.Dropout``
-    and ``nnx.BatchNorm`` do what they should. Flags of ``__call__`` and boolean attributes with
-    common names (``training``, ``is_training``, ``deterministic``, ``inference`` ...) are set
-    likewise; flags with other names by ``train_kwargs``.
+    Parameters (``nnx.Param``) become ``params``, all other variables except random state become
+    ``state``, both as nested dicts. At every call the module's random streams are seeded from
+    ``key``, and ``module.train()`` or ``module.eval()`` is called, as ``nnx.Dropout`` and
+    ``nnx.BatchNorm`` require. Flags of ``__call__`` and boolean attributes with common names
+    (``training``, ``is_training``, ``deterministic``, ``inference`` ...) are set as well; set flags
+    with other names with ``train_kwargs``.
 
     Args:
       factory: makes the module from ``nnx.Rngs``; the module is called with one array (or pytree)
         and its flags.
       train_kwargs: flags of ``__call__`` and their values in training.
-      eval_kwargs: their values in evaluation; None: booleans are turned round.
+      eval_kwargs: their values in evaluation; None: inverted booleans.
 
     Returns:
       A `Layer`.
 
     Raises:
-      ValueError: ``factory`` is a module, or makes none; (when the module is first made) a flag
-        that nobody sets, or a parameter without a default; (from ``apply``) the module draws
-        random numbers in training and key is None, or makes weights in its call.
+      ValueError: ``factory`` is a module, or does not make one; (when the module is first made) a
+        flag without a value, or an argument without a default; (from ``apply``) the module draws
+        random numbers in training and key is None, or creates weights in its call.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -104,14 +103,14 @@ def from_nnx(
 
 
 def check_factory(factory: Any, example: str) -> None:
-    """Refuses a module in the place of a function that makes one.
+    """Rejects a module passed instead of a function that makes one.
 
     Args:
-      factory: given in the place of the function.
-      example: what it could make, for the message.
+      factory: the argument.
+      example: an expression for the error message.
 
     Raises:
-      ValueError: it is a module, or cannot be called.
+      ValueError: it is a module, or not callable.
     """
     if isinstance(factory, (nnx.Module, linen.Module)) or not callable(factory):
         raise ValueError(
@@ -126,7 +125,7 @@ class Skeleton(NamedTuple):
     Attributes:
       name: of its class.
       graph, params, state: structures.
-      rngs: its random state; only its shapes matter.
+      rngs: its random state; only shapes are used.
       call: ``call(module, x, train) -> y``.
       first: the number of its first stream of random numbers.
     """
@@ -142,7 +141,7 @@ class Skeleton(NamedTuple):
     def apply(
         self, params: PyTree, state: PyTree, x: PyTree, train: bool, key: Key | None
     ) -> tuple[PyTree, PyTree]:
-        """The module's output, and its new state."""
+        """The module's output and new state."""
         if train and key is None and jax.tree.leaves(self.rngs):
             raise ValueError("key=None: this module draws random numbers in training; give a key")
         module = nnx.merge(
@@ -188,7 +187,7 @@ def params_of(module: nnx.Module) -> list[Any]:
 
 
 def made_outside(make: Callable[[], list[Any]]) -> list[Any]:
-    """Those of its parameters that ``make`` does not make anew."""
+    """The parameters that ``make`` reuses instead of creating."""
     calls: list[list[Any]] = []
 
     def call() -> None:
@@ -211,7 +210,7 @@ def _made(factory: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Modu
 
 
 def _convention(module: Any, train_kwargs: Values | None, eval_kwargs: Values | None) -> Convention:
-    """How the module is called."""
+    """The module's calling convention."""
     name = type(module).__name__
     if isinstance(module, nnx.Sequential):
         check_sequence(module.layers, name, nnx.Module)
@@ -219,7 +218,7 @@ def _convention(module: Any, train_kwargs: Values | None, eval_kwargs: Values | 
 
 
 def _kept(name: str, state: PyTree, new: PyTree) -> PyTree:
-    """The new state, without what the call has sown."""
+    """The new state, without values sown by the call."""
     old, found = flatten_dict(state), flatten_dict(new)
     for path in found.keys() - old.keys():
         if not isinstance(found[path], tuple):
@@ -231,7 +230,7 @@ def _kept(name: str, state: PyTree, new: PyTree) -> PyTree:
 
 
 def _set_mode(module: nnx.Module, train: bool) -> None:
-    """``module.train()`` or ``module.eval()``, and attributes with other names of a flag."""
+    """Calls ``module.train()`` or ``module.eval()`` and sets attributes with common names."""
     for _, one in nnx.iter_modules(module):
         for name, value in list(vars(one).items()):
             mode = mode_of(name, train)
@@ -244,19 +243,19 @@ def _set_mode(module: nnx.Module, train: bool) -> None:
 
 
 def _split(module: nnx.Module) -> Any:
-    """Structure, parameters, random state, everything else but what a call only lets one see."""
+    """Structure, parameters, random state, and other variables without intermediates."""
     parts: Any = nnx.split(module, nnx.Param, nnx.RngState, nnx.Intermediate, ...)
     graph, params, rngs, _, state = parts
     return graph, params, rngs, state
 
 
 def _unwritable(array: Any) -> Any:
-    """An array that a module cannot write into: of numpy's it would change the caller's own."""
+    """An array that a module cannot modify; it would modify a numpy array of the caller."""
     return jax.numpy.asarray(array) if isinstance(array, np.ndarray) else array
 
 
 def _seeded(rngs: PyTree, key: Key | None, first: int) -> PyTree:
-    """Random state in which stream number i has the key folded with i and nothing drawn yet."""
+    """Fresh random state; the key of stream number i is the key folded with i."""
     root = jax.random.key(0) if key is None else typed_key(key)
     leaves, structure = jax.tree.flatten(rngs)
     fresh: list[jax.Array] = []

@@ -1,4 +1,4 @@
-"""Equal layers one after the other, which compile as one."""
+"""Repetitions of one layer, which compile once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdg_jax.typing import Key, PyTree
 
 @dataclass(frozen=True)
 class Repeat(Layer):
-    """Equal layers one after the other; made by `repeat`."""
+    """A repetition of one layer; made by `repeat`."""
 
     layer: Layer | None = None
     times: int = 1
@@ -30,7 +30,7 @@ class Repeat(Layer):
         return self.of(self.times, first=index)
 
     def of(self, times: int, *, first: int | jax.Array = 0) -> Layer:
-        """The same layer another number of times."""
+        """The same layer, repeated another number of times."""
         assert self.layer is not None
         return repeat(self.layer, times, unroll=self.unroll, first=first)
 
@@ -38,19 +38,19 @@ class Repeat(Layer):
 def repeat(
     layer: Layer, n: int, *, unroll: bool | None = None, first: int | jax.Array = 0
 ) -> Layer:
-    """The same layer n times, each with its own parameters; `partition` may cut between any two.
+    """Repeats a layer n times with separate parameters; `partition` may cut between any two.
 
     Args:
       layer: a layer whose output has the shapes and dtypes of its input.
-      n: how many, >= 1.
-      unroll: True writes the n layers out, False compiles one of them inside ``lax.scan``. None
-        unrolls on CPU, where XLA runs convolutions inside a loop 6 to 16 times slower, and scans
-        on GPU and TPU, where compile time grows with what is written out.
-      first: the number of the first of them in the whole network.
+      n: the number of repetitions, >= 1.
+      unroll: True unrolls the n layers, False compiles one layer inside ``lax.scan``. None unrolls
+        on CPU, where XLA runs convolutions inside a loop 6 to 16 times slower, and scans on GPU and
+        TPU to limit compile time.
+      first: the number of the first repetition in the whole network.
 
     Returns:
       A layer whose params and state are those of ``layer`` with a new leading axis of length n,
-      whichever way it compiles.
+      independent of ``unroll``.
 
     Raises:
       ValueError: n < 1, no layer, or (from ``init``) the layer changes the shape of its input.
@@ -126,7 +126,7 @@ def repeat(
         return x, gradient, cotangent
 
     def backwards(body: Any, carry: PyTree, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        """A scan from the last layer to the first, written out where `apply` is."""
+        """Scans from the last layer to the first; unrolled if `apply` is."""
         if not _unrolls(unroll):
             return jax.lax.scan(body, carry, (params, state, jnp.arange(n)), reverse=True)
         made = []

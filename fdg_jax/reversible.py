@@ -1,4 +1,4 @@
-"""Layers that can be inverted, so that a backward needs no stored activations."""
+"""Invertible layers, whose backward needs no stored activations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fdg_jax.typing import Key, PyTree
 
 
 def coupling(branch: Layer) -> Layer:
-    """A residual branch on two streams, which is invertible whatever the branch computes.
+    """A residual branch on two streams, invertible for any branch.
 
     .. math::
         (x, t) \\mapsto (t + F(x), \\; x), \\qquad

@@ -1,4 +1,4 @@
-"""The layers of a ``Sequential``, of nnx or linen.
+"""Splitting an nnx or linen ``Sequential`` into layers.
 
 Sequential(A, relu, Sequential(B, C))    layers: A, relu, B, C
 """
@@ -29,13 +29,13 @@ from fdg_jax.nnx_adapter import (
 )
 from fdg_jax.typing import Key, PyTree
 
-# Where a callable is: its number in the outermost sequence, in the sequence there ...
+# Position of a callable: its number in the outermost sequence, then in the nested ones.
 Path = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class InSequence(FromModule):
-    """One layer of a sequence. It draws from the key that the whole sequence would get.
+    """One layer of a sequence; derives random numbers from the key of the whole sequence.
 
     Attributes:
       place: its number in the sequence.
@@ -48,26 +48,26 @@ class InSequence(FromModule):
 
 
 def layers_of(sequence: Callable[[nnx.Rngs], nnx.Sequential] | linen.Sequential) -> list[Layer]:
-    """The layers of a ``Sequential``, ready for `fdg_jax.partition`.
+    """Splits a ``Sequential`` into layers for `fdg_jax.partition`.
 
-    Together they are the layer that `from_nnx` or `from_linen` makes of the whole: the same
-    initial weights, random numbers, outputs and gradients. The layers of a ``Sequential`` in it
-    count one by one; a function, such as ``nnx.relu``, is a layer without parameters.
+    The chain of the layers equals `from_nnx` or `from_linen` of the whole: the same initial
+    weights, random numbers, outputs and gradients. Nested ``Sequential`` are split as well; a
+    function such as ``nnx.relu`` is a layer without parameters.
 
-    A layer of nnx has the params and state of its module alone; those of linen stay at their path
-    in the whole, such as ``params["layers_2"]["kernel"]``. Layers that keep one ``nnx.Rngs`` for
-    their calls draw from copies of it.
+    An nnx layer has the params and state of its module; a linen layer keeps their path in the
+    whole, such as ``params["layers_2"]["kernel"]``. Layers that share one ``nnx.Rngs`` for their
+    calls draw from copies of it.
 
     Args:
-      sequence: of nnx, a function that makes it, as in `from_nnx`; ``lambda rngs: module`` begins
-        with the weights of a module that is there. Of linen, the module.
+      sequence: for nnx, a function that makes the ``Sequential``, as in `from_nnx`; ``lambda rngs:
+        module`` uses an existing module and its weights. For linen, the module.
 
     Returns:
-      One layer a callable, input first.
+      One layer per callable, input first.
 
     Raises:
-      ValueError: it is (or makes) no ``Sequential``, or one without layers; a layer has flags,
-        which a ``Sequential`` does not hand on; two layers share parameters or state.
+      ValueError: not a ``Sequential``, or one without layers; a layer has flags, which a
+        ``Sequential`` does not pass on; two layers share parameters or state.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -145,7 +145,7 @@ def _function(f: Callable[..., PyTree], call: Callable[..., PyTree]) -> Layer:
 
 
 class _LinenLayer(linen.Module):
-    """A ``linen.Sequential`` that calls one of its layers; names and random numbers stay."""
+    """A ``linen.Sequential`` that calls one of its layers; names and random numbers are kept."""
 
     layers: Sequence[Callable[..., Any]]
     where: Path
@@ -170,7 +170,7 @@ def _linen_layers(whole: Any) -> list[Layer]:
 
 
 def _paths(whole: Any, what: str, library: Any) -> Iterator[Path]:
-    """Where the callables of a sequence are, and of the sequences in it."""
+    """The positions of the callables of a sequence, including nested sequences."""
     name = type(whole).__name__
     if not _is_sequence(whole, library):
         own = " with a __call__ of its own" if isinstance(whole, library.Sequential) else ""
@@ -200,7 +200,7 @@ def _at(whole: Any, path: Path) -> Any:
 
 
 def _call(f: Callable[..., PyTree], x: PyTree, train: bool, *, spreads: bool) -> PyTree:
-    """What a ``Sequential`` makes of the output before: of a tuple or a dict, several arguments."""
+    """Calls f as a ``Sequential`` does: tuples and dicts become several arguments."""
     del train
     if spreads and isinstance(x, tuple):
         return f(*x)
@@ -208,7 +208,7 @@ def _call(f: Callable[..., PyTree], x: PyTree, train: bool, *, spreads: bool) ->
 
 
 def _check_unshared(found: list[Any]) -> None:
-    """Refuses layers that share what only one of them would have."""
+    """Rejects layers that share parameters or state."""
     first: dict[int, int] = {}
     for place, one in enumerate(found):
         parts: list[Any] = [one] if isinstance(one, linen.Module) else []
@@ -227,9 +227,9 @@ def _check_unshared(found: list[Any]) -> None:
 def _part(
     closed: core.ClosedJaxpr, shapes: dict[int, tuple[PyTree, PyTree]], place: int, key: Key
 ) -> tuple[PyTree, PyTree]:
-    """The initial values of one layer: of the factory's operations, those that it needs.
+    """The initial values of one layer, from the operations of the factory that it needs.
 
-    One after the other, as the factory would run them, so that the bits are the same.
+    They run one by one, as in the factory, so the values are bitwise identical.
     """
     leaves, structure = jax.tree.flatten(shapes[place])
     before = sum(len(jax.tree.leaves(shapes[n])) for n in shapes if n < place)

@@ -1,4 +1,4 @@
-"""Arrays of a batch that have no batch axis: class weights, a mask [T, T], the edges of a graph.
+"""Arrays of a batch without a batch axis, such as class weights or a mask [T, T].
 
 (images, (labels, shared(class_weights)))         images, labels   [B, ...]   divided
                                                   class_weights    [C]        whole, to each part
@@ -17,24 +17,23 @@ from fdg_jax.typing import PyTree
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=[])
 @dataclass(frozen=True)
 class Shared:
-    """A part of a batch that is never divided; made by `shared`."""
+    """A part of a batch that is never split; made by `shared`."""
 
     value: PyTree
 
 
 def shared(value: PyTree) -> Shared:
-    """Marks a part of a batch that has no batch axis.
+    """Marks a part of a batch as having no batch axis.
 
-    A schedule with micro-batches divides the other arrays along axis 0, and gives this one to each
-    micro-batch as it is. Layers and losses get what was marked, without the mark. Scalars need
-    none, and where mini-batches are not divided nothing does.
+    A schedule with micro-batches divides the other arrays along axis 0 and passes this one
+    unchanged to each micro-batch. Layers and losses receive the value without the mark. Scalars
+    need no mark, and neither do batches that are not divided.
 
     Args:
-      value: an array or a pytree of arrays, of any shapes.
+      value: an array or a pytree of arrays of any shapes.
 
     Returns:
-      The mark, a pytree; it stands in the place of the array wherever a batch or an example of one
-      is given.
+      A pytree that replaces the array in batches and example batches.
 
     Example:
       >>> import numpy as np
@@ -52,7 +51,7 @@ def is_shared(part: PyTree) -> bool:
 
 
 def plain(tree: PyTree) -> PyTree:
-    """A batch without its marks: what layers and losses get."""
+    """A batch with its marks removed, as layers and losses receive it."""
     return jax.tree.map(
         lambda part: plain(part.value) if is_shared(part) else part, tree, is_leaf=is_shared
     )

@@ -1,4 +1,4 @@
-"""Tied weights: an array that lives in one layer and is used in another, of any stage."""
+"""Tied weights: an array owned by one layer and used by another, possibly in another stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdg_jax.typing import PyTree
 
 @dataclass(frozen=True)
 class Tie:
-    """Which array is used in two layers; made by `tie`."""
+    """A tied array: its owner and its other use; made by `tie`."""
 
     owner: int
     user: int
@@ -29,33 +29,34 @@ def tie(
     *,
     transpose: bool = False,
 ) -> Tie:
-    r"""Ties an array of a layer to one of a later layer, as an embedding to the head.
+    r"""Ties an array of a layer to one of a later layer, such as an embedding to the output layer.
 
     .. math::
         g_o(n) = \left.\frac{\partial L_n}{\partial w_o} + \frac{\partial L_n}{\partial w_u}
         \right|_{w_o = w_u = w_o^{(v_o(n))}}
 
-    The array lives in the owner's stage, and its optimizer is that stage's. With the forward of
-    mini-batch n the stage sends the array, as that forward used it, to the user's stage, whose
-    backward of n sends the gradient back: two more messages, and no wait. So both uses of a
-    mini-batch see one version of the array, and both parts of its gradient are as late as all else
-    in the owner's stage: 2(K-1-k) updates with FDG. Without staleness it is ordinary tying. Waiting
-    copies, in FDG and from the first stage to the last: K-1 of the array, K-1 of its gradient.
+    The array lives in the owner's stage and is updated by its optimizer. With the forward of
+    mini-batch n the owner sends the version used by this forward to the user's stage, whose
+    backward of n returns the gradient. These are two additional messages; no stage waits for them.
+    Both uses of a mini-batch therefore see the same version, and both parts of the gradient have
+    the staleness of the owner's stage: 2(K-1-k) updates with FDG. Without staleness it is ordinary
+    tying. In FDG, between the first and the last stage, K-1 copies of the array and K-1 of its
+    gradient wait.
 
     Args:
-      owner: number of the layer that has the array, in the whole network; the layers of a
-        `fdg_jax.repeat` count, but none of them may be named.
-      user: number of the layer that uses it; greater.
+      owner: number of the layer that owns the array, counted through the whole network, including
+        the layers of a `fdg_jax.repeat`, which cannot be tied themselves.
+      user: number of the later layer that uses it.
       name: path of the array in the owner's params, such as "embedding" or "token/kernel". None:
         its only array.
-      user_name: the same in the user's params; what its init makes there is not kept.
-      transpose: whether the user has the array transposed.
+      user_name: the same in the user's params; the initial value there is discarded.
+      transpose: whether the user uses the transposed array.
 
     Returns:
-      What `fdg_jax.Pipeline(tie=...)` takes.
+      The argument of `fdg_jax.Pipeline(tie=...)`.
 
     Raises:
-      ValueError: the layers are not in this order.
+      ValueError: owner is not before user.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -83,25 +84,25 @@ def tie(
 
 
 class Borrowed(NamedTuple):
-    """In the place of an array that another layer owns. A pytree without arrays."""
+    """Replaces an array owned by another layer. A pytree without arrays."""
 
 
 class TiedArray(NamedTuple):
-    """A tied array, or its gradient, on its way: whole on every device of a stage, never rounded.
+    """A tied array or its gradient as a message, replicated on devices and not converted.
 
     Attributes:
-      array: as its owner has it.
+      array: in the owner's layout.
     """
 
     array: jax.Array
 
 
 class Paired(NamedTuple):
-    """An input or a message, and the tied array that belongs to its mini-batch.
+    """An input or a message together with the tied array of its mini-batch.
 
     Attributes:
-      value: the input, or the message.
-      tied: see `TiedArray`.
+      value: the input or the message.
+      tied: the tied array.
     """
 
     value: PyTree
@@ -109,5 +110,5 @@ class Paired(NamedTuple):
 
 
 def value_of(x: PyTree) -> PyTree:
-    """An input or a message without what is beside it."""
+    """An input or a message without the tied array."""
     return x.value if isinstance(x, Paired) else x

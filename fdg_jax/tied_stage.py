@@ -1,4 +1,4 @@
-"""Stages that have to do with tied weights."""
+"""Stages that own or use tied weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fdg_jax.typing import Key, PyTree
 
 @dataclass(frozen=True)
 class Tied(Layer):
-    """A stage with a part in a `Tie`.
+    """A stage that owns or uses a tied array.
 
     Attributes:
       body: the stage.
-      tie: which array.
-      owner, user: where these layers are in the stage's params; None: in another stage.
+      tie: the tied array.
+      owner, user: position of these layers in the stage's params; None: in another stage.
     """
 
     body: Layer | None = None
@@ -42,7 +42,7 @@ class Tied(Layer):
 
     @property
     def borrows(self) -> bool:
-        """Whether the array is another stage's; inputs are `Paired` then."""
+        """Whether the array belongs to another stage; inputs are then `Paired`."""
         return self.owner is None
 
     def at(self, index: int | jax.Array) -> Layer:
@@ -56,22 +56,22 @@ class Tied(Layer):
         return self.body.scores(params, state, y, train=train, key=key)
 
     def lent(self, params: PyTree) -> TiedArray:
-        """The array that the stage lends."""
+        """The array used by another stage."""
         return TiedArray(jax.tree.leaves(params)[self._position(params)])
 
     def add(self, gradient: PyTree, tied: TiedArray) -> PyTree:
-        """The stage's gradient and that of the other use of its array."""
+        """Adds the gradient of the other use of the array to the stage's gradient."""
         leaves, structure = jax.tree.flatten(gradient)
         position = self._position(gradient)
         leaves[position] = leaves[position] + tied.array
         return jax.tree.unflatten(structure, leaves)
 
     def filled(self, params: PyTree, tied: TiedArray | None = None) -> PyTree:
-        """The stage's params with the array where it is used.
+        """The stage's params with the array inserted where it is used.
 
         Args:
           params: of the stage.
-          tied: what it borrows; None where it has the array itself.
+          tied: the borrowed array; None if the stage owns it.
         """
         assert self.tie is not None
         if self.user is None:
@@ -86,7 +86,7 @@ class Tied(Layer):
         return jax.tree.map(lambda v: array if borrowed(v) else v, params, is_leaf=borrowed)
 
     def emptied(self, params: PyTree, tied: TiedArray | None) -> PyTree:
-        """The inverse of `filled`, of what the stage's init made.
+        """The inverse of `filled`, applied to the result of the stage's init.
 
         Raises:
           ValueError: the two arrays differ in shape or dtype.
@@ -119,17 +119,17 @@ class Tied(Layer):
 
 
 def tied_stages(stages: Sequence[Layer], tie: Tie | None) -> list[Layer]:
-    """The stages of a network, those that have to do with a tie as `Tied` ones.
+    """Wraps the stages of a tie as `Tied`.
 
     Args:
-      stages: the network, cut.
-      tie: which array; None: none.
+      stages: of the network.
+      tie: the tied array; None: no tie.
 
     Returns:
       The stages.
 
     Raises:
-      ValueError: there is no such layer, or it is one of a `fdg_jax.repeat`.
+      ValueError: a layer does not exist, or belongs to a `fdg_jax.repeat`.
     """
     found, number = [], 0
     for stage in stages:
@@ -145,17 +145,17 @@ def tied_stages(stages: Sequence[Layer], tie: Tie | None) -> list[Layer]:
 
 
 def emptied(stages: Sequence[Layer], params: Sequence[PyTree]) -> list[PyTree]:
-    """The inverse of `untied`; only shapes are looked at.
+    """The inverse of `untied`; uses only shapes.
 
     Args:
-      stages: of `tied_stages`.
-      params: of the network that was given.
+      stages: returned by `tied_stages`.
+      params: of the original network.
 
     Returns:
-      One pytree a stage, without the array where it is borrowed.
+      One pytree per stage, without the borrowed array.
 
     Raises:
-      ValueError: the two layers cannot have one array.
+      ValueError: shapes or dtypes of the two layers differ.
     """
     tied, found = None, []
     for stage, own in zip(stages, params, strict=True):
@@ -166,14 +166,14 @@ def emptied(stages: Sequence[Layer], params: Sequence[PyTree]) -> list[PyTree]:
 
 
 def untied(stages: Sequence[Layer], params: Sequence[PyTree]) -> list[PyTree]:
-    """The params of the network that was given: the tied array stands in both layers.
+    """The params of the original network, with the tied array in both layers.
 
     Args:
-      stages: of `tied_stages`.
-      params: theirs, where they can be computed with: in one place, or numpy's.
+      stages: returned by `tied_stages`.
+      params: of the stages, on one device or as numpy arrays.
 
     Returns:
-      One pytree a stage.
+      One pytree per stage.
     """
     tied, found = None, []
     for stage, own in zip(stages, params, strict=True):
@@ -184,7 +184,7 @@ def untied(stages: Sequence[Layer], params: Sequence[PyTree]) -> list[PyTree]:
 
 
 def paired(layer: Layer, x: PyTree, tied: TiedArray | None) -> PyTree:
-    """The input of a stage, with the tied array where it borrows one."""
+    """The input of a stage, paired with the tied array if it borrows one."""
     return Paired(x, tied) if borrows(layer) and tied is not None else x
 
 
@@ -194,12 +194,12 @@ def lent(layer: Layer, params: PyTree) -> TiedArray | None:
 
 
 def lends(layer: Layer) -> bool:
-    """Whether another stage uses an array of this one, whose buffers are not its alone."""
+    """Whether another stage uses an array of this one, so that its buffers are shared."""
     return isinstance(layer, Tied) and layer.lends
 
 
 def borrows(layer: Layer) -> bool:
-    """Whether a stage uses another's array."""
+    """Whether a stage uses an array of another stage."""
     return isinstance(layer, Tied) and layer.borrows
 
 
@@ -220,8 +220,8 @@ def _tied(body: Layer, tie: Tie | None, owner: Any, user: Any) -> Tied:
 
 
 def _layer(layer: Layer, number: int, wanted: int) -> tuple[Any, ...] | None:
-    """Where the params of layer ``wanted`` are in those of a part of the network that begins with
-    layer ``number``; None: not in it."""
+    """Position of the params of layer ``wanted`` in those of a part of the network that begins with
+    layer ``number``; None if it is not in this part."""
     if not number <= wanted < number + layer.size:
         return None
     if isinstance(layer, Headed):
@@ -243,7 +243,7 @@ def _layer(layer: Layer, number: int, wanted: int) -> tuple[Any, ...] | None:
 
 @functools.cache
 def _place(structure: Any, layer: tuple[Any, ...], number: int, name: str | None) -> int:
-    """Which leaf of a stage's params an array of a layer is."""
+    """The index of a layer's array among the leaves of the stage's params."""
     tree = jax.tree.unflatten(structure, range(structure.num_leaves))
     found = {
         jax.tree_util.keystr(path[len(layer) :], simple=True, separator="/"): place

@@ -1,4 +1,4 @@
-"""Types that the rooms share."""
+"""Types used by several modules."""
 
 from __future__ import annotations
 

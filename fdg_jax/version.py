@@ -1,3 +1,3 @@
-"""The version, where a build can read it without importing JAX."""
+"""The version, readable by a build without importing JAX."""
 
 __version__ = "0.1.0"

@@ -1,5 +1,7 @@
-"""The pages: their code runs, their links and pictures are there."""
+"""The pages: their code runs, links and pictures exist, and the reference is complete."""
 
+import importlib
+import inspect
 import pathlib
 import re
 import subprocess
@@ -12,8 +14,14 @@ from tests import pages
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-# Of links and pictures, the target; not of code.
-TARGET = re.compile(r"\]\(([^)#\s]+)(?:#[\w.-]*)?\)")
+DOCUMENTS = sorted(ROOT.glob("*.md"))
+# Of links and pictures, the target and the anchor.
+TARGET = re.compile(r"\]\(([^)#\s]*)(?:#([\w.-]*))?\)")
+# Packages whose __all__ is public.
+PACKAGES = (
+    *("fdg_jax", "fdg_jax.analysis", "fdg_jax.checkpoint", "fdg_jax.distributed", "fdg_jax.engine"),
+    *("fdg_jax.models", "fdg_jax.optim", "fdg_jax.partition", "fdg_jax.schedule"),
+)
 
 
 def test_the_code_of_the_pages_runs(tmp_path, monkeypatch):
@@ -42,10 +50,44 @@ def test_what_does_not_run_is_noticed(tmp_path):
     assert caught.traceback[-1].lineno == 5  # counted from 0: the line in the page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*DOCUMENTS, *PAGES], ids=lambda page: page.stem)
 def test_links_and_pictures_are_there(page):
-    for target in TARGET.findall(page.read_text(encoding="utf-8")):
-        assert "://" in target or (page.parent / target).is_file(), target
+    for target, anchor in TARGET.findall(page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """Those of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_reference_has_every_public_name_once():
+    documented = [named(path) for path in directives()]
+    assert len({id(each) for each in documented}) == len(documented)
+    for package in map(importlib.import_module, PACKAGES):
+        for name in package.__all__:
+            public = getattr(package, name)
+            if inspect.isfunction(public) or inspect.isclass(public):
+                assert any(public is each for each in documented), f"{package.__name__}.{name}"
+
+
+def directives() -> list[str]:
+    """What the pages of the reference ask mkdocstrings for."""
+    pages = sorted((DOCS / "api").glob("*.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    return re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+
+
+def named(path: str) -> object:
+    """What a directive documents: a module, or a member of one."""
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name, None)
+    return importlib.import_module(path) if found is None else found
 
 
 def test_pages_are_in_the_navigation():

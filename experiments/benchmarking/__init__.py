@@ -1,1 +1,1 @@
-"""What a benchmark times, and the tables and pictures of it."""
+"""Contenders, tables and pictures of a benchmark."""

@@ -1,4 +1,4 @@
-"""Stages at work without one another: the least time that a tick could take.
+"""Stages without their neighbours: a lower bound for the time of a tick.
 
 One alone shows what the schedule could reach at best. All at once, each on its own device and none
 with a message for another, show what the machine leaves of that: its caches, memory and cores are
@@ -23,7 +23,7 @@ from fdg_jax.schedule.ledger import LABEL
 
 
 class Alone:
-    """The programs of one stage of FDG, as a tick in steady state dispatches them.
+    """The programs of one stage of FDG, dispatched as in a tick in steady state.
 
     Its state is a copy. What the neighbours would send is made beforehand, and what it would send
     stays on its own device.
@@ -65,7 +65,7 @@ class Alone:
         self.state = PipelineState(state.tick, state.origin, state.key, tuple(stages))
 
     def prepare(self, steps: int) -> None:
-        """Makes what the neighbours would send in so many ticks; ready when this returns."""
+        """Prepares the neighbours' messages for a number of ticks."""
         self.messages = [
             jax.tree.map(jnp.copy, (self.inputs, self.cotangent)) for _ in range(steps)
         ]
@@ -73,7 +73,7 @@ class Alone:
         jax.block_until_ready((self.messages, self.state))
 
     def tick(self) -> None:
-        """Dispatches the stage's part of one tick; waits only where it is too far ahead."""
+        """Dispatches the stage's part of one tick; waits only if it is too far ahead."""
         if len(self.tokens) >= self.max_ahead:
             jax.block_until_ready(self.tokens.popleft())
         inputs, cotangent = self.messages.pop()

@@ -1,4 +1,4 @@
-"""The picture of a benchmark: milliseconds a step, a bar for each contender."""
+"""Bar chart of a benchmark: milliseconds per step of each contender."""
 
 from __future__ import annotations
 

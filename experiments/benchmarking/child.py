@@ -1,4 +1,4 @@
-"""Plain backpropagation in a process of its own: held to one core, or as JAX comes.
+"""Plain back-propagation in its own process: pinned to one core, or with JAX's defaults.
 
 Run by `experiments.benchmark`: it reads the settings from its arguments, says when it is ready, and
 then trains as many steps as each line of its input says.
@@ -34,7 +34,7 @@ class Child(OtherProcess):
 
 
 class OneCore(Child):
-    """`backprop` in a process that may use one core only; a device that shares with no other.
+    """`backprop` in a process pinned to one core.
 
     XLA gives a CPU device the threads of all cores that its process may use, and runs what is
     independent inside a program side by side. So a step "on one device" takes more than one core,
@@ -52,7 +52,7 @@ class OneCore(Child):
 
 
 class Untuned(Child):
-    """`backprop_xla` where memory is not kept: nothing of this project but the model."""
+    """`backprop_xla` without retained memory: plain JAX apart from the model."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name, settings)

@@ -1,4 +1,4 @@
-"""What a benchmark times: training loops, ready to go on for another turn."""
+"""The contenders of a benchmark: training loops that run in turns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fdg_jax.typing import PyTree
 
 
 class Contender(abc.ABC):
-    """A training loop; its state stays where it is between turns.
+    """A training loop that keeps its state between turns.
 
     Attributes:
       name: as in --contenders.
@@ -42,24 +42,24 @@ class Contender(abc.ABC):
 
     @abc.abstractmethod
     def turn(self, steps: int) -> float:
-        """Trains, and waits for the devices at the end; returns the seconds."""
+        """Trains, waits for the devices, and returns the seconds."""
 
     @property
     @abc.abstractmethod
     def loss(self) -> float:
-        """Of the last batch that reached it."""
+        """The loss of the last mini-batch that reached it."""
 
     @property
     def fill(self) -> int:
-        """Steps until every step does the same."""
+        """Steps until the pipeline is in steady state."""
         return 1
 
     def close(self) -> None:  # noqa: B027 - most have nothing to end
-        """Ends what it has started."""
+        """Stops what it has started."""
 
 
 class TrainState(NamedTuple):
-    """What a plain step changes."""
+    """The state of a plain training step."""
 
     params: PyTree
     model_state: PyTree
@@ -68,7 +68,7 @@ class TrainState(NamedTuple):
 
 
 class Plain(Contender):
-    """One jitted step of the whole network, its state donated: the loop of a user without engine.
+    """One jitted step of the whole network with donated state: a loop without the engine.
 
     Args:
       name: as in --contenders.
@@ -127,7 +127,7 @@ class Plain(Contender):
 
 
 class Piped(Contender):
-    """A schedule run by the engine; it stays filled between turns.
+    """A schedule run by the engine; stays filled between turns.
 
     Args:
       name: as in --contenders.
@@ -227,7 +227,7 @@ class Saving(Piped):
 
 
 def make(name: str, work: Workload) -> Contender:
-    """A contender that runs in this process."""
+    """Creates a contender that runs in this process."""
     count = work.settings.num_stages
     devices = jax.devices()[:count]
     if name in ("backprop", "backprop_xla"):

@@ -1,4 +1,4 @@
-"""Bytes that a stage holds: counted from its arrays, and predicted by the simulator.
+"""Bytes held by a stage: counted from its arrays, and predicted by the simulator.
 
 Counted whenever a program of a tick has been dispatched; the peak is kept. A stage of FDG holds
 
@@ -105,7 +105,7 @@ def count(groups: Sequence[Sequence[PyTree]]) -> dict[str, int]:
 
 
 def predict(contender: Piped) -> list[float]:
-    """What the simulator says of the peak of each stage, from shapes alone."""
+    """The simulator's prediction of each stage's peak, from shapes only."""
     pipe, schedule, last = contender.pipe, contender.schedule, contender.stages - 1
     sizes = stage_bytes(pipe, contender.batch)
     inputs, residuals = list(sizes.inputs), list(sizes.residuals)
@@ -132,7 +132,7 @@ def predict(contender: Piped) -> list[float]:
 
 
 def live() -> dict[str, int]:
-    """Bytes of all living arrays, by device."""
+    """Bytes of all live arrays, by device."""
     gc.collect()
     found = dict.fromkeys(map(str, jax.devices()), 0)
     for device, size in _new_bytes(jax.live_arrays(), set()).items():

@@ -1,4 +1,4 @@
-"""A contender in a process of its own, which sleeps between its turns."""
+"""A contender in its own process, which sleeps between its turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.benchmarking.contender import Contender
 
 
 class OtherProcess(Contender):
-    """A program told when it is its turn: a number of steps, one line of its input.
+    """A program that receives the number of steps of each turn on its standard input.
 
     It writes a line of JSON when it is ready, and one after each turn, with "seconds" and "loss".
 
@@ -78,4 +78,4 @@ class OtherProcess(Contender):
 
 
 class LeftOut(Exception):
-    """Why a contender cannot take part here; no mistake of the user."""
+    """The reason why a contender is skipped."""

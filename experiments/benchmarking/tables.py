@@ -1,4 +1,4 @@
-"""The numbers of a benchmark: from seconds per round to medians, ratios and tables."""
+"""Statistics of a benchmark: medians, ratios and tables from seconds per round."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def over(seconds: dict[str, list[float]], name: str) -> dict[str, dict[str, Any]
 def bound(
     alone: Sequence[Sequence[float]], devices: Sequence[str], steps: Sequence[float]
 ) -> dict[str, Any]:
-    """What the stages alone say about the whole.
+    """The bound on a contender given by its stages alone.
 
     Args:
       alone: seconds of each stage, round by round.
@@ -126,7 +126,7 @@ def _stages(results: dict[str, Any]) -> Table:
 
 
 def drift(results: dict[str, Any]) -> Table:
-    """Whether a contender gets slower in a long run; ratios take out what the machine does."""
+    """Whether a contender slows down in a long run, corrected for drift of the machine."""
     base = results["base"]
     heads = ["ms a step in each fifth", *"12345", "last / first", f"x {base}, last / first"]
     rows = []
@@ -185,7 +185,7 @@ def _numbers(values: dict[str, Any], factor: float, digits: int) -> list[str]:
 
 
 def describe(results: dict[str, Any]) -> str:
-    """What was measured, in a line."""
+    """A one-line description of the workload."""
     settings = results["settings"]
     size = settings["image_size"]
     return (
@@ -210,7 +210,7 @@ def about_machine(machine: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables for a page."""
+    """The tables as Markdown."""
     lines = [f"- {line}" for line in about_machine(results["machine"])]
     for row in results["contenders"]:
         lines.append(f"- {row['name']}: {row['about']}")

@@ -1,4 +1,4 @@
-"""The network of the benchmark in PyTorch, trained in a process of its own.
+"""The network of the benchmark in PyTorch, trained in its own process.
 
 Run by `experiments.benchmarking.torch_row`, with any Python that has torch; nothing else is
 imported. Reads one number a line (train so many steps), answers one line of JSON each; the end of
@@ -17,7 +17,7 @@ SETTLE_SECONDS = 0.3
 
 
 class Trainer:
-    """A plain convolutional network and its training loop, as a user of PyTorch would write it."""
+    """A plain convolutional network and its training loop in idiomatic PyTorch."""
 
     def __init__(self, settings: dict, memory_format: torch.memory_format) -> None:
         torch.manual_seed(settings["seed"])

@@ -1,4 +1,4 @@
-"""What every contender of a benchmark trains: one network, one batch, one optimizer."""
+"""The workload of a benchmark: network, batch and optimizer."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Settings:
     overwrite: bool = False
 
     def check(self) -> None:
-        """Raises `UsageError` for the first value that is not allowed."""
+        """Raises `UsageError` for the first invalid value."""
         if not self.workdir:
             raise UsageError("--workdir: is missing; name the folder for the results")
         bounds = {"image_size": 1, "batch_size": 1, "num_stages": 1, "microbatches": 1, "rounds": 1}
@@ -132,7 +132,7 @@ class Settings:
             )
 
     def schedule(self, name: str) -> Schedule:
-        """The schedule of a contender that the engine runs."""
+        """The schedule of a contender run by the engine."""
         options = {"microbatches": self.microbatches}
         return fdg.schedule.create(PIPED[name].schedule, self.num_stages, **options)
 
@@ -207,5 +207,5 @@ class Workload:
 
 
 def gradient(name: str) -> str:
-    """Which gradient a contender that the engine runs takes."""
+    """The gradient rule of a contender run by the engine."""
     return PIPED[name].gradient or "stale"

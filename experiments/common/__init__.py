@@ -1,1 +1,1 @@
-"""What several programs use; knows no training."""
+"""Helpers shared by several programs; independent of training."""

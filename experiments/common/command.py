@@ -1,4 +1,4 @@
-"""A program's outside: flags in, exit status out."""
+"""Command-line handling: flags and exit status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fdg_jax import distributed
 
 
 def run(main: Callable[..., None], takes: str = "") -> None:
-    """Runs ``main`` after parsing the flags; what the user can mend is one line and status 2.
+    """Parses the flags and runs ``main``; usage errors print one line and exit with status 2.
 
     Args:
       main: reads ``absl.flags.FLAGS``.
@@ -68,7 +68,7 @@ def run(main: Callable[..., None], takes: str = "") -> None:
 
 
 def adopt() -> None:
-    """Makes all flags of the experiments key flags of this program, so that --help shows them."""
+    """Makes all flags of the experiments key flags of this program, for --help."""
     defined = flags.FLAGS.flags_by_module_dict()
     for module in [name for name in defined if name.startswith("experiments.")]:
         for flag in defined[module]:
@@ -83,7 +83,7 @@ def one_line(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning without the place in the source that gave it."""
+    """A warning without its source location."""
     print("warning: " + " ".join(str(message).split()), file=file or sys.stderr, flush=True)
 
 

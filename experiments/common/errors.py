@@ -1,4 +1,4 @@
-"""What ends a program before its time."""
+"""Errors that end a program."""
 
 
 class UsageError(ValueError):
@@ -9,11 +9,11 @@ class UsageError(ValueError):
 
 
 class Stopped(Exception):
-    """A run ended because it was asked to, and can go on; its message is shown, the status is 75.
+    """A run was stopped on request and can be resumed; exit status 75.
 
     75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again.
     """
 
 
 class Failed(Exception):
-    """A run could not go on; its message is shown alone, the status is 1."""
+    """A run failed; its message is printed without a traceback; exit status 1."""

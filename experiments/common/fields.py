@@ -1,4 +1,4 @@
-"""A dataclass of settings as flags: one flag for every field."""
+"""Flags from a dataclass of settings, one per field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of timelines: stages down, time across, every program a cell with its actions."""
+"""Gantt charts of timelines: stages down, time across, one cell per program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine: its cores, what else it is doing, and so whether a comparison of times is fair."""
+"""The machine: cores, load by other programs, and whether timings are fair."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Usage(NamedTuple):
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """The number of processor cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def usage(processes: Sequence[int] = ()) -> Usage:
-    """What has been used until now.
+    """The processor time used so far.
 
     Args:
       processes: ids of running processes that belong to this program.
@@ -56,7 +56,7 @@ def usage(processes: Sequence[int] = ()) -> Usage:
 
 
 def cores_of_others(before: Usage, after: Usage) -> float | None:
-    """Processor cores that other programs kept busy between two moments, on average.
+    """The mean number of cores used by other programs between two moments.
 
     Returns:
       Cores, or None where this machine does not say, or the time was too short.
@@ -72,12 +72,12 @@ def cores_of_others(before: Usage, after: Usage) -> float | None:
 
 
 def load() -> tuple[float, ...] | None:
-    """The load averages of the last 1, 5 and 15 minutes, or None where there are none."""
+    """The load averages of the last 1, 5 and 15 minutes, or None if unavailable."""
     return os.getloadavg() if hasattr(os, "getloadavg") else None
 
 
 def at_rest(max_load: float, seconds: float = 2.0) -> tuple[dict[str, Any], str | None]:
-    """Watches the machine for a while, doing nothing.
+    """Observes the idle machine for a while.
 
     The load average lags by a minute, so it decides only where processor time is not counted.
 
@@ -131,7 +131,7 @@ def _one_process(pid: int) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and devices, so that a result can be traced to what it was made with."""
+    """Versions and devices, for reproducibility."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
     return {
         "versions": {

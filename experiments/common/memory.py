@@ -1,8 +1,8 @@
-"""How much memory there is, so that what cannot fit is refused before it is asked for."""
+"""The machine's memory size."""
 
 import os
 
 
 def memory() -> int:
-    """Bytes of memory that the machine has."""
+    """The machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

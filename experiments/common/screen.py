@@ -1,4 +1,4 @@
-"""The screen of a program: a progress bar on a terminal, plain lines elsewhere."""
+"""Terminal output: a progress bar on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAIN_SECONDS = 30.0
 
 
 class Screen:
-    """Prints tables and lines, and shows how far the training is.
+    """Prints tables and lines, and shows the progress of training.
 
     Args:
       total: steps of the run.

@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, metrics.jsonl, summary.json, curves.png."""
+"""The directory of a run: config.json, metrics.jsonl, summary.json, curves.png."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ FILES = (
 
 
 class Writer(Protocol):
-    """Takes the lines of metrics.jsonl."""
+    """A receiver of the lines of metrics.jsonl."""
 
     def write(self, number: int, line: dict[str, Any]) -> None:
         """Line ``number``, from 0; None stands for what is not finite."""
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes pending lines."""
 
 
 class Workdir:
-    """Writes a run's files; each appears whole or not at all, but metrics, which grow by lines.
+    """Writes a run's files atomically; metrics are appended line by line.
 
     Args:
       path: the folder, made if it is not there.
@@ -183,7 +183,7 @@ def local_path(path: str, flag: str) -> pathlib.Path:
 
 
 def check(path: str, *, overwrite: bool, files: Sequence[str] = FILES) -> None:
-    """Whether a run may begin in ``path``; leaves nothing behind."""
+    """Checks that a run may start in ``path``; leaves nothing behind."""
     folder = local_path(path, "--workdir")
     try:
         taken = [name for name in files if (folder / name).exists()]

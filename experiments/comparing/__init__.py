@@ -1,1 +1,1 @@
-"""What many runs show together."""
+"""Series of runs and their comparison."""

@@ -1,4 +1,4 @@
-"""What the runs of a series show together: aggregates, plots with bands."""
+"""Aggregates of a series over seeds, and plots with bands."""
 
 from __future__ import annotations
 

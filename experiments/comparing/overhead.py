@@ -1,4 +1,4 @@
-"""How many more steps a method needs to the same loss: numbers, table and picture."""
+"""Additional steps of a method to reach the same loss: numbers, table and picture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def curve(metrics: Sequence[Mapping[str, Any]], metric: str) -> Curve:
 
 
 def value_at(points: Curve, step: float) -> float:
-    """The value at a step, on straight lines between the evaluations.
+    """The value at a step, by linear interpolation.
 
     Example:
       >>> value_at([(10, 4.0), (20, 2.0)], 15)
@@ -41,7 +41,7 @@ def value_at(points: Curve, step: float) -> float:
 
 
 def steps_to(points: Curve, target: float) -> float:
-    """The step at which a curve first is at the target or below; infinity where it never is.
+    """The first step at which a curve reaches the target; infinity if never.
 
     Example:
       >>> steps_to([(10, 4.0), (20, 2.0)], 3.0), steps_to([(10, 4.0)], 3.0)
@@ -114,7 +114,7 @@ def rows(
 
 
 def finite(value: float) -> float | None:
-    """The value as JSON has it: None where it is not finite."""
+    """The value for JSON; None if not finite."""
     return value if math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a series: the choice of beta, and the table with the paper's figures in it."""
+"""Tables of a series with the paper's figures, and the selection of beta."""
 
 from __future__ import annotations
 

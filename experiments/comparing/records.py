@@ -1,4 +1,4 @@
-"""The runs of a series: the command that trains one, and what it left on disk."""
+"""The runs of a series: their commands and results."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from experiments.training.config import FREE, Config
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A finished run: its numbers, its evaluations, and what it was run on.
+    """A finished run: results, evaluations and environment.
 
-    ``metric`` says what ``value``, ``best`` and the values of the curve are: errors, or losses.
-    What was not finite is infinite. ``speed`` is in images or bytes a second.
+    ``metric``, "error" or "loss", is what ``value``, ``best`` and the curve measure. Non-finite
+    values are stored as infinity. ``speed`` is in images or bytes per second.
     """
 
     folder: str
@@ -88,7 +88,7 @@ class Record:
 
     @property
     def choosing(self) -> bool:
-        """Whether the run served the choice of beta."""
+        """Whether the run was used to select beta."""
         return self.folder.startswith("choose_")
 
 
@@ -97,7 +97,7 @@ def _number(value: float | None) -> float:
 
 
 def finished(config: Config) -> Record | None:
-    """The run in ``config.workdir``, or None where it did not come to its end.
+    """The run in ``config.workdir``, or None if unfinished.
 
     Raises:
       UsageError: the run there has other settings.

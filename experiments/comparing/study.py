@@ -72,7 +72,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What a study file says; ``text`` is the file itself."""
+    """A parsed study file; ``text`` is its source."""
 
     title: str
     program: str
@@ -159,12 +159,12 @@ def read(path: str) -> Study:
 
 
 def with_flags(study: Study, extra: list[str]) -> Study:
-    """The study with more flags for all rows."""
+    """The study with additional flags for all rows."""
     return dataclasses.replace(study, flags=(*study.flags, *extra))
 
 
 def finished(run: Run) -> dict[str, Any] | None:
-    """What a run left, or None where it did not come to its end.
+    """The result of a run, or None if unfinished.
 
     Returns:
       "config" and "summary" as in its files, and "metrics", the lines of metrics.jsonl.

@@ -1,4 +1,4 @@
-"""A tar archive on the web: fetched once, checked, and read without unpacking it."""
+"""Tar archives from the web: downloaded once, verified, and read without unpacking."""
 
 import contextlib
 import gzip
@@ -25,7 +25,7 @@ _OTHER_LIMIT = 1 << 22
 
 @dataclass(frozen=True)
 class Archive:
-    """Where an archive is had from.
+    """The source of an archive.
 
     Attributes:
         url: Its address; the last part is the file's name.

@@ -1,4 +1,4 @@
-"""The decoded form that every source ends in."""
+"""The decoded form of every data set."""
 
 from typing import NamedTuple
 

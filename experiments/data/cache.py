@@ -1,4 +1,4 @@
-"""Decoded data sets on disk, so that decoding happens once; the folder serves other files too.
+"""A cache of decoded data sets and other files on disk.
 
 The folder may be deleted at any time.
 """
@@ -54,7 +54,7 @@ def key(spec: str, root: Path, files: Iterable[str]) -> str:
 
 
 def cached(name: str, decode: Callable[[], Arrays]) -> Arrays:
-    """Reads the entry `name`, or calls `decode` and writes it.
+    """Reads the entry `name`, or creates it with `decode`.
 
     A damaged entry is decoded again. Where nothing can be written, the program goes on without.
     """
@@ -108,7 +108,7 @@ def _write(path: Path, arrays: Arrays) -> None:
 
 
 def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file of the cache, which appears whole or not at all.
+    """Writes a file of the cache atomically.
 
     Args:
         path: Folders that it lacks are made.

@@ -1,4 +1,4 @@
-"""The data set that comes with the package: an excerpt of Fashion-MNIST."""
+"""The bundled data set: an excerpt of Fashion-MNIST."""
 
 import io
 import lzma

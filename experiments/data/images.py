@@ -1,4 +1,4 @@
-"""PNG and JPEG bytes to one array."""
+"""Decodes PNG and JPEG files into one array."""
 
 import io
 import os

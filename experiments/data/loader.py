@@ -1,4 +1,4 @@
-"""Mini-batches out of arrays in memory."""
+"""Mini-batches from arrays in memory."""
 
 from collections.abc import Iterator
 from typing import Self, cast
@@ -69,7 +69,7 @@ class Loader:
         return {"position": self._position, **self._identity}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes on where `state` was taken.
+        """Continues from where `state` was taken.
 
         Raises:
             UsageError: `state` was taken from a loader of another order of batches.

@@ -1,4 +1,4 @@
-"""Makes the embedded excerpt of Fashion-MNIST from the original files.
+"""Creates the bundled excerpt of Fashion-MNIST from the original files.
 
 python -m experiments.data.make_excerpt --source=DIR, where DIR holds train-images-idx3-ubyte.gz
 and its three companions; 20 seconds.

@@ -1,4 +1,4 @@
-"""Data sets that tensorflow-datasets has prepared, read without TensorFlow."""
+"""Data sets prepared by tensorflow-datasets, read without TensorFlow."""
 
 import importlib
 import json

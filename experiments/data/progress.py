@@ -1,4 +1,4 @@
-"""A progress bar on stderr, or one line where there is no terminal."""
+"""A progress bar on stderr, or one line without a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator

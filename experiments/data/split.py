@@ -1,4 +1,4 @@
-"""Class-balanced subsets that depend on the seed and the sizes alone."""
+"""Class-balanced subsets, determined by seed and sizes."""
 
 import numpy as np
 

@@ -1,1 +1,1 @@
-"""A trained model on its own."""
+"""Exported models."""

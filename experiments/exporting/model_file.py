@@ -1,4 +1,4 @@
-"""A trained model on its own, one safetensors file or Orbax folder, to be used without its run.
+"""Exported models: one safetensors file or Orbax directory, independent of the run.
 
     layer_003/conv/kernel              parameters, by the layers of the network, which is not cut
     model_state/layer_003/norm/mean    what is not trained, such as batch statistics
@@ -49,7 +49,7 @@ _KEY = "fdg_jax"  # of the metadata in a safetensors file, where they are one st
 
 
 def layers(about: dict[str, Any]) -> list[Layer]:
-    """The network that metadata name.
+    """The layers of the network named by the metadata.
 
     Args:
       about: metadata from `load`, or what a run's config.json says.
@@ -97,7 +97,7 @@ def named(params: Sequence[PyTree], model_state: Sequence[PyTree]) -> dict[str, 
 def save(
     path: pathlib.Path, kind: str, arrays: dict[str, np.ndarray], about: dict[str, Any]
 ) -> None:
-    """Writes a model, whole or not at all, in the place of what is there.
+    """Writes a model atomically, replacing an existing one.
 
     Args:
       path: in a folder that exists.
@@ -127,7 +127,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> tuple[PyTree, PyTree, dict[str, Any]]:
-    """A model that `experiments.export` wrote, for ``fdg.chain(layers(about))``.
+    """Loads a model written by `experiments.export`, for ``fdg.chain(layers(about))``.
 
     Args:
       path: the safetensors file or the Orbax folder.
@@ -170,7 +170,7 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, PyTree, dict[str, Any]]:
 
 
 def metadata(path: pathlib.Path) -> dict[str, Any]:
-    """What a model says of itself; its arrays are not read.
+    """The metadata of a model; arrays are not read.
 
     Raises:
       ValueError: there is no model of fdg_jax.

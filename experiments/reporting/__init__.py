@@ -1,1 +1,1 @@
-"""The page about runs, and the runs that it reads."""
+"""Reports of runs."""

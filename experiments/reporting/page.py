@@ -1,4 +1,4 @@
-"""A page that needs nothing but itself: style, tables, pictures; every text is escaped."""
+"""Self-contained HTML pages: style, tables, pictures; all text is escaped."""
 
 from __future__ import annotations
 

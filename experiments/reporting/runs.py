@@ -1,4 +1,4 @@
-"""Runs on disk, finished or not, as the report shows them."""
+"""Runs on disk, finished or not, for the report."""
 
 from __future__ import annotations
 

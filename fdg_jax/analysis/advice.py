@@ -1,4 +1,4 @@
-"""What to take: the table of predictions, and a recommendation in words."""
+"""A table of predictions and a recommendation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fdg_jax.analysis.layer_times import Setting
 from fdg_jax.analysis.prediction import Measured, Row, costs_of, crossing, predict
 
-# Rows that differ by less are taken for equally fast: predictions are no better than that.
+# Rows that differ by less count as equally fast; predictions are not more accurate.
 TOLERANCE = 0.05
 NAMES = {
     "backprop": "back-propagation",
@@ -22,12 +22,12 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Advice:
-    """Measured inputs, predictions and a recommendation; ``str`` is all of it as text.
+    """Measurements, predictions and a recommendation; ``str`` formats all of it.
 
     Args:
-      measured: what the predictions are made from.
-      rows: a prediction for each method and number of devices.
-      notes: what was left out, and why.
+      measured: the measurements.
+      rows: a prediction per method and number of devices.
+      notes: methods left out, with reasons.
     """
 
     measured: Measured
@@ -36,11 +36,11 @@ class Advice:
 
     @staticmethod
     def of(measured: Measured, notes: Sequence[str] = ()) -> Advice:
-        """The advice that follows from measurements.
+        """Makes the advice from measurements.
 
         Args:
           measured: the measurements.
-          notes: what was left out, and why.
+          notes: methods left out, with reasons.
 
         Returns:
           The advice.
@@ -48,17 +48,17 @@ class Advice:
         return Advice(measured, predict(measured), tuple(notes))
 
     def row(self, method: str, devices: int) -> Row:
-        """One of the rows.
+        """Returns one row.
 
         Args:
-          method: its name.
-          devices: how many.
+          method: the method's name.
+          devices: number of devices.
 
         Returns:
           The row.
 
         Raises:
-          KeyError: there is none.
+          KeyError: there is no such row.
         """
         for row in self.rows:
             if (row.method, row.devices) == (method, devices):
@@ -67,22 +67,22 @@ class Advice:
 
     @property
     def choice(self) -> Row:
-        """Of the rows that are as fast as the fastest, within 5 %, the least stale; of these the
-        one with the fewest devices, then with the fewest bytes on the fullest device. Stages that
-        only take turns are no candidates: they gain nothing but room."""
+        """The least stale row within 5 % of the highest throughput; ties are broken by fewer
+        devices, then by less memory on the fullest device. Stages that only take turns are no
+        candidates: they gain nothing but memory."""
         most = max(row.throughput for row in self._candidates)
         near = [row for row in self._candidates if row.throughput >= (1 - TOLERANCE) * most]
         return min(near, key=lambda row: (max(row.staleness), row.devices, max(row.bytes)))
 
     @property
     def crossing(self) -> float | None:
-        """See `fdg_jax.analysis.crossing`; of the stages of `choice`, or of the largest K."""
+        """`fdg_jax.analysis.crossing` for the stages of `choice`, or of the largest K."""
         costs = costs_of(self.measured, "fdg", self._pipeline)
         return None if costs is None or self._pipeline < 2 else crossing(costs, TOLERANCE)
 
     @property
     def message_share(self) -> float:
-        """Seconds of the slowest message over those of the slowest stage, of the same stages."""
+        """Time of the slowest message relative to the slowest stage, for the same stages."""
         costs = costs_of(self.measured, "fdg", self._pipeline)
         hops = self.measured.hops.get(self._pipeline, ())
         if costs is None or not hops:
@@ -100,7 +100,7 @@ class Advice:
 
     @property
     def recommendation(self) -> str:
-        """Which method and K, what it gains, what it costs, and when DDG is the better choice."""
+        """Recommended method and K, gain, cost, and when DDG is preferable."""
         choice, one = self.choice, self.rows[0]
         if choice is one:
             text = [
@@ -218,7 +218,7 @@ def _size(size: float) -> str:
 
 
 def _spans(rows: Sequence[tuple[float, ...]]) -> list[tuple[str, tuple[float, ...]]]:
-    """Neighbours with equal numbers, which are equal layers, as one: "1-16"."""
+    """Joins neighbouring rows with equal values, which are equal layers: "1-16"."""
     found, start = [], 0
     for values, group in itertools.groupby(rows):
         end = start + len(list(group)) - 1
@@ -228,7 +228,7 @@ def _spans(rows: Sequence[tuple[float, ...]]) -> list[tuple[str, tuple[float, ..
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of aligned columns, the first to the left."""
+    """Aligned columns, the first to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""How much faster a network would train on these devices, and at what price."""
+"""Predicted speedup, memory and staleness of the methods for a network on given devices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fdg_jax.schedule import backprop
 from fdg_jax.shared import plain
 from fdg_jax.typing import LossFn, PyTree
 
-# Of a message; the median counts.
+# Samples of a message; the median counts.
 MESSAGES = 21
 
 
@@ -42,27 +42,28 @@ def advise(
     microbatches: int = 4,
     seconds: float = 20.0,
 ) -> Advice:
-    """What each method would reach with this network on 1 to D devices, and what it would cost.
+    """Predicts throughput, memory and staleness of the methods on 1 to D devices.
 
-    Layers and messages are measured; the simulator makes of them the speed of back-propagation,
-    data parallelism, 1F1B, DDG and FDG. CPU devices share the cores of their machine, so that for
-    K stages a layer is measured on K of them at once; other devices are measured one by one.
+    Layers and messages are measured. The simulator computes the throughput of back-propagation,
+    data parallelism, 1F1B, DDG and FDG from these times. CPU devices share the cores of their
+    machine, so for K stages a layer is measured on K devices at once; other devices are measured
+    one at a time.
 
     Args:
       layers: the network, input first.
-      example: a mini-batch ``(inputs, labels)``: arrays, or ``jax.ShapeDtypeStruct``, for which
-        random numbers and integers 0 are taken.
-      devices: D; None: all of ``jax.devices()``.
+      example: a mini-batch ``(inputs, labels)`` of arrays, or of ``jax.ShapeDtypeStruct``, which are
+        replaced by random numbers and, for integers, zeros.
+      devices: D devices; None: all of ``jax.devices()``.
       loss_fn: as in `fdg_jax.Pipeline`; None: the mean square of the outputs, without labels.
-      optimizer: one optax transformation for all stages; None: SGD with momentum.
-      microbatches: of 1F1B.
-      seconds: of measuring layers, once everything is compiled; longer where 3 rounds take longer.
+      optimizer: an optax transformation for all stages; None: SGD with momentum.
+      microbatches: number of micro-batches of 1F1B.
+      seconds: time for measuring layers after compilation; exceeded if 3 rounds take longer.
 
     Returns:
       The advice; ``print`` it.
 
     Raises:
-      ValueError: arguments that are not allowed, or layers that do not fit together.
+      ValueError: invalid arguments, or layers that do not fit together.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,14 +85,14 @@ def advise(
     if microbatches < 1:
         raise ValueError(f"microbatches={microbatches}: must be 1 or more; 4 is usual")
     chosen = list(jax.devices() if devices is None else devices)
-    stage_meshes(1, chosen)  # refuses what is no list of devices
+    stage_meshes(1, chosen)  # rejects anything but a list of devices
     loss_fn = loss_fn or mean_square
     optimizer = optimizer or optax.sgd(1e-3, momentum=0.9)
     units = units_of(layers)
     batch = jax.tree.map(_array, example)
     size = max((leaf.shape[0] for leaf in jax.tree.leaves(plain(batch[0])) if leaf.ndim), default=1)
 
-    # --- What is measured, and what cannot be.
+    # --- What is measured, and what is left out.
     notes = []
     stages = range(2, min(len(chosen), len(units)) + 1)
     if len(chosen) > len(units):
@@ -114,7 +115,7 @@ def advise(
     settings = list(dict.fromkeys(settings + [Setting(shared_by=n) for n in sharing]))
     times = layer_times(units, batch, loss_fn, optimizer, chosen, settings, seconds)
 
-    # --- The stages that follow from it, and what passes between them.
+    # --- The resulting stages and their messages.
     cuts, hops, sizes, shared = {}, {}, {}, {}
     for k in (1, *stages):
         its = times[Setting(pipelines=k if at_once else 1)]
@@ -144,7 +145,7 @@ def advise(
 
 
 def message_seconds(message: PyTree, source: jax.Device, target: jax.Device) -> float:
-    """What a message takes from one device to another, from its start until it is there.
+    """Seconds of a message from one device to another, until its arrival.
 
     Args:
       message: arrays.
@@ -160,11 +161,11 @@ def message_seconds(message: PyTree, source: jax.Device, target: jax.Device) -> 
         start = time.perf_counter()
         jax.block_until_ready(put(sent, places))
         found.append(time.perf_counter() - start)
-    return statistics.median(found[1:])  # the first is not like the others
+    return statistics.median(found[1:])  # the first includes warm-up
 
 
 def _hops(pipe: Pipeline, x: PyTree) -> tuple[float, ...]:
-    """Seconds of a stage's output on its way to the next, for each hop."""
+    """Seconds of a message of each stage's output to the next stage."""
     found = []
     devices = [stage.mesh.devices.flat[0] for stage in pipe.stages]
     for k, stage in enumerate(pipe.stages[:-1]):
@@ -176,7 +177,7 @@ def _hops(pipe: Pipeline, x: PyTree) -> tuple[float, ...]:
 
 
 def _array(leaf: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> jax.Array | np.ndarray:
-    """Something to measure with, where there is only a shape."""
+    """An array for a shape; arrays are returned unchanged."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -185,7 +186,7 @@ def _array(leaf: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> jax.Array | n
 
 
 def mean_square(outputs: PyTree, labels: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss where none is given: every output has a gradient."""
+    """The default loss, with a gradient for every output."""
     del labels
     leaves = [v for v in jax.tree.leaves(outputs) if jnp.issubdtype(v.dtype, jnp.inexact)]
     return sum((jnp.mean(jnp.square(v)) for v in leaves), start=jnp.zeros(())), {}

@@ -1,6 +1,6 @@
-"""The programs of one layer, ready to be run over and over.
+"""The programs of one layer, set up for repeated runs.
 
-They are the engine's own: each layer is a stage of its own here.
+These are the engine's programs, with each layer as a stage.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def part(tree: PyTree, count: int) -> PyTree:
 
 
 class LayerBench:
-    """The programs of one layer on one group of devices, with what they are called with.
+    """The programs of one layer on one group of devices, with their arguments.
 
     Args:
-      stage: the layer as a stage of its own.
+      stage: the layer as a stage.
       x: its input.
       labels: of the batch.
-      output: of the layer; None: the forward finds it.
-      keeps: whether there will be backwards, which need what a forward leaves.
+      output: of the layer; None: computed by the forward.
+      keeps: whether backwards will run, which need the residuals of a forward.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class LayerBench:
             self.labels = jax.device_put(labels, stage.places(labels))
         self.params, self.model_state, self.opt_state = stage.init(jax.random.key(0), self.x)
         self.key, number = jax.device_put((jax.random.key(0), np.int32(0)), stage.replicated)
-        # Every run gets the token of the one before: a CPU device would run two at a time.
+        # Every run consumes the token of the previous one; a CPU device would run two at a time.
         self.token = number
         self.output, self.message = output, None
         if output is None or keeps:
@@ -92,14 +92,14 @@ class LayerBench:
         return made
 
     def update(self) -> PyTree:
-        # The token stands for the number of gradients, which changes what is computed, not how.
+        # The token replaces the number of gradients, which does not affect the time.
         rest = self.gradients.pop(), self.token, None, None
         made = self.stage.update(self.params, self.opt_state, *rest, mean=True)
         _, self.opt_state, self.token, _ = made
         return made
 
     def gather(self, count: int) -> None:
-        """Gradients for so many updates, each of which consumes one."""
+        """Makes gradients for ``count`` updates, each of which consumes one."""
         copies = [jax.tree.map(jnp.copy, self.params) for _ in range(count)]
         self.gradients = jax.block_until_ready(copies)
 
@@ -124,7 +124,7 @@ class LayerBench:
 
 
 class Network:
-    """The layers with the inputs that they meet; Args as in `layer_times`."""
+    """The layers with their inputs; Args as in `layer_times`."""
 
     def __init__(
         self,
@@ -137,20 +137,20 @@ class Network:
         self.units, self.batch, self.loss, self.devices = units, batch, loss, devices
         self.optimizer = STALE.optimizer(optimizer_of(optimizer, 0, range(0)))
         self.starts = list(itertools.accumulate((unit.size for unit in units), initial=0))
-        # Of the undivided mini-batch: the outputs of layers, by their number.
+        # Outputs of the layers for the undivided mini-batch, by layer number.
         self.outputs: list[PyTree] = []
 
     def benches(
         self, pipelines: int, shared_by: int, parts: int, keeps: bool
     ) -> tuple[list[list[LayerBench]], list[int]]:
-        """The benches of every distinct layer, and where every layer's own are among them.
+        """The benches of every distinct layer, and their index for every layer.
 
         Args:
           pipelines, shared_by, parts: as in `fdg_jax.analysis.Setting`.
-          keeps: whether there will be backwards.
+          keeps: whether backwards will run.
 
         Returns:
-          One list a distinct layer, with a bench a pipeline; one number a layer.
+          A list per distinct layer with a bench per pipeline, and an index per layer.
         """
         meshes = stage_meshes(pipelines, self.devices[: pipelines * shared_by])
         x, labels = part(self.batch, parts)
@@ -176,7 +176,7 @@ class Network:
         return made, places
 
     def stage(self, i: int, mesh: Mesh) -> Stage:
-        """A layer as a stage of its own."""
+        """A layer as a stage."""
         place = Place(self.units[i], self.starts[i], self.starts[-1])
         last = i == len(self.units) - 1
         return Stage(

@@ -1,12 +1,12 @@
-"""What layers take, measured as the engine runs them: alone, side by side, and on shared batches.
+"""Measured times of layers, with the engine's programs: alone, side by side, on shared batches.
 
-    program     what                                 where a pipeline runs it
-    forward     output and residuals                 stages below the last
-    backward    gradients, and the update            stages below the last
+    program     content                              used by
+    forward     output and residuals                 stages before the last
+    backward    gradients and update                 stages before the last
     together    forward, backward, update in one     the last stage, and back-propagation
     update      the optimizer alone                  after several backwards
 
-With micro-batches no program has an update in it, and "together" is not run.
+With micro-batches no program includes an update, and "together" is not used.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from fdg_jax.layer import Layer
 from fdg_jax.schedule import backprop
 from fdg_jax.typing import LossFn, PyTree
 
-# Samples of every program, as far as the seconds suffice, but never fewer than the least.
+# Samples per program, as time permits; never fewer than the minimum.
 ROUNDS, LEAST_ROUNDS = 21, 3
-# A sample repeats a program until it has taken this long: a short one would measure its dispatch.
+# A sample repeats a program for this long; a shorter one would measure dispatch.
 SAMPLE_SECONDS, MOST_REPEATS = 0.01, 50
 PROGRAMS = ("forward", "backward", "together", "update")
 
 
 class Setting(NamedTuple):
-    """What else goes on while a layer is measured.
+    """Conditions under which a layer is measured.
 
     Attributes:
-      pipelines: so many devices run the layer at once, each with a mini-batch of its own, as the
-        stages of a pipeline do.
-      shared_by: so many devices share the mini-batch, as in data parallelism.
-      parts: the mini-batch is divided into so many micro-batches, of which one is measured.
+      pipelines: number of devices that run the layer at once, each with its own mini-batch, like
+        the stages of a pipeline.
+      shared_by: number of devices that divide the mini-batch, as in data parallelism.
+      parts: number of micro-batches of the mini-batch, of which one is measured.
     """
 
     pipelines: int = 1
@@ -49,7 +49,7 @@ class Setting(NamedTuple):
 
     @property
     def programs(self) -> tuple[str, ...]:
-        """Those that a method runs in this setting; with nothing else going on, all."""
+        """The programs used by a method in this setting; all, if the layer is measured alone."""
         if self.shared_by > 1:
             return ("together",)
         if self.parts > 1:
@@ -61,8 +61,8 @@ class LayerTimes(NamedTuple):
     """Seconds of every layer, in one setting.
 
     Attributes:
-      forward, backward, together, update: as above, one number per layer; empty where no method
-        runs the program in this setting.
+      forward, backward, together, update: as above, one number per layer; empty if no method uses
+        the program in this setting.
     """
 
     forward: tuple[float, ...] = ()
@@ -80,19 +80,19 @@ def layer_times(
     settings: Sequence[Setting],
     seconds: float = 20.0,
 ) -> dict[Setting, LayerTimes]:
-    """Measures every distinct layer and shape; the loss counts to the last layer.
+    """Measures every distinct layer and shape; the loss is included in the last layer.
 
-    All programs of all settings are run in turn, round after round, and the median of each counts,
-    so that a machine that changes its speed does so to all of them.
+    All programs of all settings run in interleaved rounds, and the median of each counts, so
+    changes of the machine's speed affect all of them equally.
 
     Args:
-      units: layers, input first, as `fdg_jax.partition.units_of` gives them.
+      units: layers, input first, as returned by `fdg_jax.partition.units_of`.
       batch: inputs and labels, arrays.
       loss_fn: of the network.
       optimizer: of every layer.
-      devices: at least as many as the settings ask for.
-      settings: which to measure.
-      seconds: after which no further round begins, once there are 3; 21 rounds at most.
+      devices: at least as many as the settings require.
+      settings: the settings to measure.
+      seconds: time after which no further round starts; at least 3 and at most 21 rounds.
 
     Returns:
       Times by setting.
@@ -137,9 +137,9 @@ def layer_times(
 
 
 def _sample(benches: Sequence[LayerBench], program: str, repeats: list[int]) -> float:
-    """Seconds of one program, run on all devices at once, over and over."""
+    """Seconds of one program, run repeatedly on all devices at once."""
     if not repeats:
-        # The first run compiles, and the second tells how many make a sample.
+        # The first run compiles; the second determines the number of repeats.
         _run(benches, program, 1)
         seconds = _run(benches, program, 1)
         repeats.append(min(math.ceil(SAMPLE_SECONDS / seconds), MOST_REPEATS))
@@ -151,8 +151,8 @@ def _run(benches: Sequence[LayerBench], program: str, repeats: int) -> float:
         for bench in benches:
             bench.gather(repeats)
     runs = [getattr(bench, program) for bench in benches]
-    # Two programs under way on the same group of CPU devices can wait for each other for ever.
-    # So each is waited for, which an empty program shows the cost of.
+    # Two concurrent programs on the same group of CPU devices can deadlock, so each is waited for.
+    # The cost of waiting is measured with an empty program and subtracted.
     waits = benches[0].stage.mesh.size > 1
     seconds = _timed(runs, repeats, waits)
     if waits:

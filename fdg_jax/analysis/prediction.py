@@ -1,4 +1,4 @@
-"""From measured times to the throughput of every method: sums over layers, then the simulator."""
+"""Throughput of every method, simulated from measured times of layers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from fdg_jax.analysis.simulate import simulate
 from fdg_jax.analysis.stage_bytes import StageBytes
 from fdg_jax.schedule import Schedule
 
-# What is predicted for K > 1: those without staleness first.
+# Methods predicted for K > 1; those without staleness first.
 METHODS = ("backprop", "data_parallel", "one_f_one_b", "ddg", "fdg")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What predictions are made from.
+    """The measurements that predictions are based on.
 
     Args:
-      layers: seconds of every layer by setting. ``Setting()`` is there; of the others, K pipelines
-        at once where devices share their cores, and those that a method asks for.
+      layers: seconds of every layer by setting. ``Setting()`` is required; others are K pipelines
+        at once, if devices share cores, and those required by methods.
       cuts: K-1 layer numbers for every K > 1.
       hops: seconds of a message of a whole mini-batch over each of the K-1 hops, for every K > 1.
-      latency: seconds of the smallest message, contained in those of every other.
-      sizes: what the stages hold, for every K, 1 included.
-      shared: what the whole network holds with the n-th part of a mini-batch, for every number n of
-        devices in data parallelism.
+      latency: seconds of the smallest message, included in those of all others.
+      sizes: sizes of the stages, for every K including 1.
+      shared: sizes of the whole network with 1/n of a mini-batch, for every number n of devices in
+        data parallelism.
       parts: micro-batches of a mini-batch in one_f_one_b.
     """
 
@@ -42,23 +42,23 @@ class Measured:
     parts: int = 4
 
     def beside(self, stages: int, parts: int = 1) -> LayerTimes | None:
-        """Times of the layers while so many stages are at work; None where nobody measured."""
+        """Times of the layers with this many stages running; None if not measured."""
         found = self.layers.get(Setting(pipelines=stages, parts=parts))
         return found or self.layers.get(Setting(parts=parts))
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is predicted of one method.
+    """The prediction for one method.
 
     Attributes:
       method: its name in `fdg_jax.methods`.
-      devices: how many; the number of stages but for data_parallel.
-      throughput: mini-batches a second.
+      devices: number of devices; equals the number of stages except for data_parallel.
+      throughput: mini-batches per second.
       speedup: over back-propagation on one device.
-      bytes: what each device holds at most: weights and their older versions, optimizer state,
-        inputs and residuals in flight; not what a program uses inside.
-      staleness: updates between a forward and the moment its gradient is applied, by stage.
+      bytes: peak memory of each device: weights and their versions, optimizer state, inputs and
+        residuals in flight; without temporary values of programs.
+      staleness: updates between a forward and the application of its gradient, by stage.
       cuts: K-1 layer numbers, for ``fdg_jax.partition(..., cost=cuts)``.
     """
 
@@ -72,9 +72,9 @@ class Row:
 
 
 def predict(measured: Measured) -> tuple[Row, ...]:
-    """Every method on 1 to D devices, as far as there are measurements for it.
+    """Predicts every method on 1 to D devices for which measurements exist.
 
-    Back-propagation with K > 1 is the same stages one after the other.
+    Back-propagation with K > 1 runs the same stages one after the other.
 
     Args:
       measured: times and sizes.
@@ -99,8 +99,8 @@ def costs_of(measured: Measured, method: str, stages: int) -> Costs | None:
         b_k = \\sum_i \\text{backward}_i, \\qquad
         f_{K-1} + b_{K-1} = \\sum_i \\text{together}_i
 
-    over the layers i of a stage: the engine makes one program of a backward and its update, and in
-    the last stage of all three. With M micro-batches seconds are M times those of one, and the
+    over the layers i of a stage. The engine compiles a backward and its update as one program, and
+    all three in the last stage. With M micro-batches the seconds are M times those of one, and the
     update counts once.
 
     Args:
@@ -109,10 +109,10 @@ def costs_of(measured: Measured, method: str, stages: int) -> Costs | None:
       stages: K.
 
     Returns:
-      The costs, or None where something was not measured.
+      The costs, or None if measurements are missing.
     """
     parts = measured.parts if method == "one_f_one_b" else 1
-    # Where stages take turns, the one that works has the machine for itself.
+    # In back-propagation only one stage runs at a time.
     alone = method == "backprop"
     times = measured.layers.get(Setting()) if alone else measured.beside(stages, parts)
     if times is None or stages not in measured.sizes:
@@ -120,7 +120,7 @@ def costs_of(measured: Measured, method: str, stages: int) -> Costs | None:
     cuts = measured.cuts.get(stages, ())
     forward, backward, together, update = (_by_stage(seconds, cuts) for seconds in times)
     if parts > 1:
-        # An accumulating backward has no update in it, and none makes one program of all.
+        # Accumulating backwards include no update, and no stage compiles all as one program.
         pure = [max(b - u, 0.0) for b, u in zip(backward, update, strict=True)]
         forward = [parts * seconds for seconds in forward]
         backward = [parts * seconds for seconds in pure]
@@ -142,21 +142,21 @@ def costs_of(measured: Measured, method: str, stages: int) -> Costs | None:
 
 
 def crossing(costs: Costs, gain: float = 0.05) -> float | None:
-    """How long messages must be for FDG to overtake DDG, by the simulator.
+    """The length of messages from which FDG is faster than DDG, by simulation.
 
-    Between K equal stages of T seconds and messages of m seconds
+    For K equal stages of T seconds and messages of m seconds
 
     .. math::
         t_{\\text{DDG}} = T + 2 \\frac{K-1}{K} m, \\qquad
         t_{\\text{FDG}} = T \\quad \\text{while } m \\le T/2
 
     Args:
-      costs: of the stages; transfer and latency do not count.
-      gain: from how much faster on FDG has overtaken.
+      costs: of the stages; transfer and latency are ignored.
+      gain: required speedup of FDG over DDG, minus 1.
 
     Returns:
-      Seconds of a message over those of the slowest stage, to four digits; None where FDG gains
-      less at any length.
+      Seconds of a message relative to the slowest stage, to four digits; None if FDG does not gain
+      as much at any length.
 
     Example:
       >>> [crossing(Costs([1] * k, [2] * k)) for k in (2, 4, 8)]

@@ -1,4 +1,4 @@
-"""How large the things are that a stage holds, from shapes alone."""
+"""Sizes of the data held by a stage, from shapes only."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fdg_jax.typing import PyTree
 
 
 class StageBytes(NamedTuple):
-    """Bytes by stage; of a mini-batch those of all its micro-batches together.
+    """Bytes by stage; per mini-batch, summed over its micro-batches.
 
     Attributes:
-      inputs: what a stage receives with a mini-batch.
-      kept: what it keeps of them where it reconstructs its inputs.
-      residuals: what a forward leaves for its backward beside input and weights; 0 where the
-        gradient rule does not keep them.
+      inputs: the stage's input.
+      kept: the part of the input stored if the stage reconstructs its inputs.
+      residuals: values stored by a forward for its backward, besides input and weights; 0 if the
+        gradient rule does not store them.
       parameters: one version of the weights.
       optimizer: the optimizer's state.
     """
@@ -34,14 +34,14 @@ class StageBytes(NamedTuple):
 
 
 def stage_bytes(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> StageBytes:
-    """The sizes of what the stages of a pipeline hold; nothing is computed.
+    """Computes the sizes of the data held by the stages of a pipeline, from shapes.
 
     Args:
       pipe: the pipeline, without tied arrays.
-      example: a batch ``(inputs, labels)``; only shapes and dtypes are looked at.
+      example: a batch ``(inputs, labels)``; only shapes and dtypes are used.
 
     Returns:
-      Bytes by stage; `Costs` asks for most of them.
+      Bytes by stage, as used by `Costs`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -73,11 +73,11 @@ def stage_bytes(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> StageBytes:
 
 
 def nbytes(tree: PyTree) -> int:
-    """Bytes of a tree's arrays or shapes; keys count nothing."""
+    """Bytes of a tree's arrays or shapes, not counting keys."""
     plain = (leaf for leaf in jax.tree.leaves(tree) if is_plain(leaf))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plain)
 
 
 def is_plain(leaf: Any) -> bool:
-    """Whether a leaf is an array of numbers, and no key: keys do not show their buffer."""
+    """Whether a leaf is an array of numbers; keys do not expose their buffer."""
     return hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,4 +1,4 @@
-"""A training state to disk and back, and to another number of stages."""
+"""Saves and restores training states, and converts them to another number of stages."""
 
 from fdg_jax.checkpoint.checkpointer import Checkpointer
 from fdg_jax.checkpoint.repartition import convert

@@ -1,4 +1,4 @@
-"""The arguments of a save, out of every form that they may have."""
+"""Validation of the arguments of a save."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fdg_jax.checkpoint import manifest
 
 
 def step_of(step: Any) -> int:
-    """The number that a checkpoint goes by, out of an integer of Python, numpy or JAX.
+    """The step of a checkpoint, from an integer of Python, numpy or JAX.
 
     Raises:
       ValueError: it is none, or none that can be read back.
@@ -30,7 +30,7 @@ def step_of(step: Any) -> int:
 
 
 def score_of(score: Any) -> float | None:
-    """The score of a state, None where it has none or is not a number.
+    """The score of a state, or None if it has none or is not a number.
 
     Raises:
       ValueError: it cannot become a number.

@@ -1,4 +1,4 @@
-"""The arrays of a stage on disk: one zarr3 array each, in one OCDBT store a stage.
+"""The arrays of a stage on disk: one zarr3 array each, in one OCDBT store per stage.
 
 The process that has a stage's first device writes the stage's store; it appears under its name when
 it is whole. Reading compares dtype and shape before it takes memory.
@@ -29,7 +29,7 @@ _FAILED = "failed"
 
 
 def check(dtypes: Iterable[Any]) -> None:
-    """Refuses what could not be read back.
+    """Rejects arrays that could not be restored.
 
     Args:
       dtypes: of arrays that are to be written.
@@ -55,7 +55,7 @@ def _open_spec(dtype: str) -> dict[str, Any]:
 
 
 def check_room(folder: pathlib.Path, sizes: Sequence[int]) -> None:
-    """Refuses to begin what the disk has no room for.
+    """Rejects a save that exceeds the free disk space.
 
     Args:
       folder: on the disk.
@@ -72,7 +72,7 @@ def check_room(folder: pathlib.Path, sizes: Sequence[int]) -> None:
 
 
 def write(folder: pathlib.Path, k: int, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a stage's arrays, on disk when this returns.
+    """Writes the arrays of a stage and returns when they are on disk.
 
     Args:
       folder: of the stores; it is made if it is not there.
@@ -104,7 +104,7 @@ def write(folder: pathlib.Path, k: int, arrays: Mapping[str, np.ndarray]) -> Non
 
 
 def read(folder: pathlib.Path, k: int, expected: Mapping[str, jax.ShapeDtypeStruct]) -> Any:
-    """The arrays of one stage.
+    """Reads the arrays of one stage.
 
     Args:
       folder: of the stores.
@@ -148,18 +148,18 @@ def read(folder: pathlib.Path, k: int, expected: Mapping[str, jax.ShapeDtypeStru
 
 
 def elsewhere(expected: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The arrays of a stage that another process has: here their shapes alone."""
+    """The arrays of a stage of another process, as shapes only."""
     return {name: absent(like, like.sharding) for name, like in expected.items()}
 
 
 def fail(folder: pathlib.Path) -> None:
-    """Lets the process that waits for this one's stores know that they will not come."""
+    """Reports to the waiting process that this process's stores will not be written."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _FAILED).touch()
 
 
 def wait(folder: pathlib.Path, stages: int, abandoned: threading.Event) -> None:
-    """Returns when the stores of all stages are there.
+    """Waits until the stores of all stages exist.
 
     Args:
       folder: the one given to `write`.
@@ -182,7 +182,7 @@ def wait(folder: pathlib.Path, stages: int, abandoned: threading.Event) -> None:
 
 
 def spec(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """Where TensorStore finds an array of a stage's store."""
+    """The TensorStore spec of an array in a stage's store."""
     files = {"driver": "file", "path": f"{folder}/"}
     return {
         "driver": "zarr3",
@@ -206,7 +206,7 @@ def names(sizes: Mapping[str, int]) -> list[str]:
 
 
 def remove(path: pathlib.Path) -> None:
-    """Whatever stands under the name of a checkpoint: a folder, or a file or link put there."""
+    """Removes a checkpoint, or a file or link of that name."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

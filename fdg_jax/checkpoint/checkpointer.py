@@ -1,14 +1,13 @@
-"""Checkpoints: a training state to disk and back, to the bit, while training goes on.
+"""Checkpoints: saves training states in the background and restores them bitwise.
 
     directory/step-000000500/
       manifest.json     configuration, counts, and the SHA-256 of every other file; written last
       arrays/stage_0/   one store per stage: the sections of its state (snapshot.py)
 
-Where a run has several processes, each writes the stages that it has (array_store.py), and the
-process of the last stage writes the manifest. They share the file system, and any number of
-processes, one too, can go on from it.
-A checkpoint is written under another name and renamed when it is whole. One that is not, for
-whatever reason, is recognised by its hashes and passed over. Arrays and JSON: nothing is unpickled.
+In a run with several processes, each process writes its own stages (array_store.py), and the
+process of the last stage writes the manifest to the shared file system. Any number of processes can
+resume the run. A checkpoint is written under a temporary name and renamed when complete. Hashes
+detect damaged checkpoints, which are ignored. Contents are arrays and JSON; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -40,17 +39,19 @@ _GRACE = 5.0  # seconds
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run.
+    """Saves and restores the checkpoints of one run.
 
-    In a run of several processes each makes one, and calls the same methods in the same order.
+    In a run with several processes, each process creates one and calls the same methods in the same
+    order.
 
     Args:
-      directory: where they are, in the local file system; made at the first `save`.
+      directory: a local directory; created by the first `save`.
       pipe: the pipeline whose states are saved and restored.
-      keep: how many of the newest stay, >= 1; beside them the one with the lowest score.
+      keep: the number of newest checkpoints to keep, >= 1, in addition to the one with the lowest
+        score.
 
     Raises:
-      ValueError: keep < 1; ``directory`` is no local folder.
+      ValueError: keep < 1; ``directory`` is not a local directory.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, optax
@@ -101,25 +102,24 @@ class Checkpointer:
     def save(
         self, state: PipelineState, step: int, extra: Any = None, score: float | None = None
     ) -> None:
-        """Begins to write a checkpoint, and returns before it is written.
+        """Starts saving a checkpoint in the background and returns.
 
-        The devices copy what is saved, in their own queues, so later steps may donate all of
-        ``state``. A thread fetches the copies and writes them. This waits only for the save before.
-        A pipeline that is to stop at what is not finite, and has met it, saves nothing more.
+        The devices copy the arrays in their own queues, so later steps may donate all of ``state``.
+        A thread fetches and writes the copies. `save` waits only for the previous save. With
+        ``on_nonfinite="stop"`` nothing is saved after a non-finite value.
 
         Args:
-          state: any state; it is not consumed.
-          step: the number that the checkpoint goes by, >= 0.
-          extra: what else belongs to the run, such as the position of a data iterator: bytes, or
-            what JSON can hold, as it is now. Tuples come back as lists, arrays as (lists of)
-            numbers, for which nobody waits here.
-          score: of this state, lower is better: the checkpoint with the lowest stays beside the
-            newest ones.
+          state: any state; not consumed.
+          step: the number of the checkpoint, >= 0.
+          extra: additional data of the run, such as the position of a data iterator: bytes or JSON
+            data, stored with its current values. Tuples are restored as lists, arrays as (lists of)
+            numbers; `save` does not wait for arrays.
+          score: lower is better; the checkpoint with the lowest score is kept with the newest.
 
         Raises:
-          ValueError: a step or score that is none; ``extra`` or an array of a dtype that could not
-            be read back; a state that has been consumed; at the first save, a directory that cannot
-            be written. Nothing is written then.
+          ValueError: an invalid step or score; ``extra`` or an array dtype that cannot be restored;
+            a consumed state; at the first save, a directory that is not writable. Nothing is
+            written.
         """
         step, score, extra = step_of(step), score_of(score), extras.frozen(extra)
         if self._mine and not self._begun:
@@ -156,21 +156,21 @@ class Checkpointer:
         finish_at_exit(self)
 
     def restore(self, example: tuple[PyTree, PyTree]) -> tuple[PipelineState, Any]:
-        """The state of the newest checkpoint that is whole, every array on its stage's devices.
+        """Restores the newest intact checkpoint, every array on its stage's devices.
 
-        Each one that is damaged or incomplete is named in a warning. So is a machine, or a JAX,
-        other than the one that saved: the run goes on, but its last bits may differ.
+        Damaged and incomplete checkpoints are reported as warnings. A different machine or JAX
+        version is a warning as well: the run continues, but results may differ in the last bits.
 
         Args:
-          example: a batch ``(inputs, labels)``, as large as any in flight; only shapes and dtypes
-            are looked at.
+          example: a batch ``(inputs, labels)``, at least as large as any in flight; only shapes and
+            dtypes are used.
 
         Returns:
-          The state, and ``extra`` as it was given to `save`.
+          The state, and the ``extra`` passed to `save`.
 
         Raises:
           FileNotFoundError: there is no checkpoint.
-          ValueError: none is whole; or it was made by a pipeline of another configuration.
+          ValueError: all checkpoints are damaged, or the pipeline's configuration differs.
         """
         self.wait()
         steps = manifest.steps(self.directory)
@@ -189,11 +189,11 @@ class Checkpointer:
         )
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint on disk, or None; not looked into, nor waited for."""
+        """The step of the newest checkpoint on disk, or None; not validated."""
         return max(manifest.steps(self.directory), default=None)
 
     def wait(self) -> None:
-        """Returns when the last save is on disk, and warns if it failed."""
+        """Waits until the last save is on disk, and warns if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -202,7 +202,7 @@ class Checkpointer:
             warnings.warn(failure, stacklevel=3)
 
     def tidy(self) -> None:
-        """Removes what a save that was killed has left, as every `save` does."""
+        """Removes the remains of interrupted saves, as every `save` does."""
         self.wait()
         try:
             self._tidy()
@@ -210,7 +210,7 @@ class Checkpointer:
             warnings.warn(f"{self.directory}: what is left stays ({error})", stacklevel=2)
 
     def close(self) -> None:
-        """Waits for the last save, at the end of a run."""
+        """Waits for the last save and ends saving."""
         self.wait()
 
     def __enter__(self) -> Self:
@@ -220,7 +220,7 @@ class Checkpointer:
         self.leave(failed=kind is not None)
 
     def leave(self, failed: bool) -> None:
-        """Waits for the last save, whatever ends the block or the program, but a second Ctrl-C.
+        """Waits for the last save after an error or at exit; a second Ctrl-C aborts the wait.
 
         Args:
           failed: whether an error may be the reason.
@@ -233,7 +233,7 @@ class Checkpointer:
         self.wait()
 
     def _check_dtypes(self, arrays: list[jax.Array]) -> None:
-        """Refuses dtypes that the store does not have; each is looked at once."""
+        """Rejects dtypes that the store does not support; checks each dtype once."""
         dtypes = {array.dtype for array in arrays} - self._stored
         array_store.check(d for d in dtypes if not jnp.issubdtype(d, jax.dtypes.prng_key))
         self._stored |= dtypes
@@ -306,7 +306,7 @@ class Checkpointer:
         self._tidy()
 
     def _write_arrays(self, folder: pathlib.Path, arrays: dict[int, dict[str, np.ndarray]]) -> None:
-        """This process's stages; the writer of the manifest waits for those of the others."""
+        """Writes this process's stages; the manifest's writer waits for the other processes."""
         self.directory.mkdir(parents=True, exist_ok=True)
         sizes = [array.nbytes for own in arrays.values() for array in own.values()]
         array_store.check_room(self.directory, sizes)

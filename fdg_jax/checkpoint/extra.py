@@ -1,4 +1,4 @@
-"""What a run keeps in a checkpoint beside its state, such as the position of a data iterator."""
+"""User data in a checkpoint, such as the position of a data iterator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EACH = 32  # of a number, at most
 
 
 def frozen(extra: Any) -> Any:
-    """A copy of ``extra`` that no later change reaches, and that `encoded` can write.
+    """An immutable copy of ``extra`` that `encoded` can write.
 
     Dictionaries and lists are copied, arrays of numpy become numbers. Arrays of JAX are copied on
     their devices, which nobody waits for.
@@ -96,14 +96,14 @@ def _check_array(value: Any) -> None:
 
 
 def encoded(copy: Any) -> str:
-    """What `frozen` returned as text: JSON, or bytes marked as such; waits for its arrays."""
+    """The result of `frozen` as text: JSON, or marked bytes; waits for its arrays."""
     if isinstance(copy, bytes):
         return "bytes:" + base64.b64encode(copy).decode()
     return "json:" + json.dumps(copy, default=lambda value: jax.device_get(value).tolist())
 
 
 def decoded(text: str) -> Any:
-    """What `frozen` was given.
+    """The inverse of `encoded`.
 
     Raises:
       Damaged: it was something else.

@@ -1,4 +1,4 @@
-"""Saves that are under way when a program ends."""
+"""Waits for saves in progress when a program ends."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Protocol
 
 
 class Saver(Protocol):
-    """What may have a save under way."""
+    """An object that may have a save in progress."""
 
     def leave(self, failed: bool) -> None:
-        """Waits for it.
+        """Waits for the save.
 
         Args:
           failed: whether an error ends the program, or what is known of it.
@@ -23,7 +23,7 @@ _savers: weakref.WeakSet[Saver] = weakref.WeakSet()
 
 
 def finish_at_exit(saver: Saver) -> None:
-    """The program's end, too, waits for the save of ``saver`` that is under way then.
+    """Makes the program's exit wait for the save of ``saver`` in progress.
 
     Called when a save begins, so that this comes before whatever was to come at the program's end.
 

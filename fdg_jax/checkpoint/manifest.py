@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what made it, what it holds, and whether it is whole."""
+"""The manifest of a checkpoint: configuration, contents and checksums."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST = 2**31 - 1  # of anything that is counted
 
 
 class Damaged(ValueError):
-    """A checkpoint is not whole, or is none: an older one is to be used. The message is one line.
+    """A checkpoint is damaged; an older one is used. The message is one line.
 
     Args:
       reason: what was found.
@@ -37,7 +37,7 @@ class Damaged(ValueError):
 
 
 def configuration(pipe: Pipeline) -> dict[str, Any]:
-    """What a checkpoint must agree on with the pipeline that restores it, fit for JSON.
+    """The configuration that a checkpoint and the restoring pipeline must share, as JSON data.
 
     Args:
       pipe: the pipeline.
@@ -61,19 +61,19 @@ def configuration(pipe: Pipeline) -> dict[str, Any]:
 
 
 def folder(directory: pathlib.Path, step: int) -> pathlib.Path:
-    """Where the checkpoint of a step is among those of a run."""
+    """The directory of the checkpoint of a step."""
     return directory / f"step-{step:09d}"
 
 
 def steps(directory: pathlib.Path) -> list[int]:
-    """The steps of what goes by the name of a checkpoint, newest first; it may be damaged."""
+    """The steps of all checkpoint directories, newest first; they may be damaged."""
     found = [path.name for path in directory.glob("step-*")]
     numbers = [int(name[5:]) for name in found if name[5:].isdecimal()]
     return sorted((n for n in numbers if folder(directory, n).name in found), reverse=True)
 
 
 def write(folder: pathlib.Path, body: dict[str, Any]) -> None:
-    """Adds the manifest to a checkpoint that is otherwise whole.
+    """Adds the manifest to an otherwise complete checkpoint.
 
     Args:
       folder: the checkpoint.
@@ -88,7 +88,7 @@ def write(folder: pathlib.Path, body: dict[str, Any]) -> None:
 
 
 def read(folder: pathlib.Path) -> dict[str, Any]:
-    """What the manifest says; the other files are not looked at, see `verify`.
+    """Reads the manifest; `verify` checks the other files.
 
     Args:
       folder: the checkpoint.
@@ -115,7 +115,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def check(body: dict[str, Any], step: int, stages: int) -> None:
-    """Whether all that a manifest says has the form that `write` gave it.
+    """Checks that a manifest has the form written by `write`.
 
     Hashes do not tell: whoever changes a field can make them fit again.
 
@@ -165,7 +165,7 @@ def check(body: dict[str, Any], step: int, stages: int) -> None:
 
 
 def verify(folder: pathlib.Path, body: dict[str, Any], most: int = sys.maxsize) -> None:
-    """Whether every file of a checkpoint is there and has not changed since it was written.
+    """Checks that every file of a checkpoint exists and is unchanged.
 
     Args:
       folder: the checkpoint.
@@ -189,7 +189,7 @@ def verify(folder: pathlib.Path, body: dict[str, Any], most: int = sys.maxsize) 
 
 
 def score(folder: pathlib.Path) -> float:
-    """The score that a checkpoint was saved with; infinite where it has none, or none to be read.
+    """The score of a checkpoint; infinite if it has none or cannot be read.
 
     Args:
       folder: the checkpoint; its other files are not looked at.
@@ -205,12 +205,12 @@ def score(folder: pathlib.Path) -> float:
 
 
 def signature(array: np.ndarray | jax.Array) -> list[Any]:
-    """Dtype and shape of an array, fit for JSON."""
+    """Dtype and shape of an array, as JSON data."""
     return [str(array.dtype), list(array.shape)]
 
 
 def fit(what: str, found: list[Any], template: PyTree, *, exact: bool) -> None:
-    """Checks the arrays of a section before any of them is read.
+    """Checks the arrays of a section before reading any.
 
     Args:
       what: begins the message.
@@ -244,13 +244,13 @@ def fit(what: str, found: list[Any], template: PyTree, *, exact: bool) -> None:
 
 
 def short(text: object) -> str:
-    """What a stranger may have written, on one line and not without end."""
+    """Untrusted text, on one line and truncated."""
     line = " ".join(str(text).split())
     return line if len(line) <= 300 else line[:300] + " ..."
 
 
 def random_key(saved: Any) -> Key:
-    """The root key out of the name of its kind and its numbers.
+    """The root key from its implementation and its data.
 
     Raises:
       Damaged: they are no key.
@@ -278,7 +278,7 @@ def _text(path: pathlib.Path) -> str:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """All files but the manifest; a link is one that has no business here."""
+    """All files except the manifest; a link is an error."""
     found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     for path in found:
         if path.is_symlink() or not path.is_file():

@@ -1,4 +1,4 @@
-"""Folders that a user names."""
+"""Validation of directories given by a user."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MISTAKES = {
 
 
 def local(path: str | os.PathLike[str], name: str) -> pathlib.Path:
-    """An absolute path in the local file system, ``~`` expanded.
+    """An absolute local path with ``~`` expanded.
 
     Args:
       path: of a folder or file, which need not exist.
@@ -52,7 +52,7 @@ def local(path: str | os.PathLike[str], name: str) -> pathlib.Path:
 
 
 def check_folder(path: pathlib.Path, name: str) -> None:
-    """Refuses what can be no folder, since it or one that it would lie in is a file.
+    """Rejects a path that is a file or lies below a file.
 
     Args:
       path: absolute.
@@ -72,7 +72,7 @@ def check_folder(path: pathlib.Path, name: str) -> None:
 
 
 def make(path: pathlib.Path, name: str) -> None:
-    """Makes a folder to write in.
+    """Creates a directory for writing.
 
     Args:
       path: absolute; may be there.

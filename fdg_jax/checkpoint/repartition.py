@@ -1,4 +1,4 @@
-"""A state made with K stages as one for another K.
+"""Converts a state from K stages to another K.
 
     source, K = 3    (A, B) │ (C, stacked(D, E)) │ (F,)    params, and all that mirrors them:
                        A, B, C, D, E, F                    model state, momentum ...
@@ -34,7 +34,7 @@ def convert(
     example_inputs: PyTree,
     example_labels: PyTree = None,
 ) -> PipelineState:
-    """The state of one pipeline as that of another, which cuts the same network elsewhere.
+    """Converts the state of one pipeline to another pipeline of the same network with other cuts.
 
     The state is drained first: gradients in flight are applied, and what is left of an
     accumulation. Then params, model state and optimizer state move, bit for bit, to the stages that
@@ -119,7 +119,7 @@ Arrays = tuple[PyTree, PyTree, optax.OptState]
 
 
 class _Parts(NamedTuple):
-    """The arrays of all stages, by name and without the cuts.
+    """The arrays of all stages by name, independent of the cuts.
 
     Attributes:
       layers: one pytree a layer of the whole network.
@@ -170,7 +170,7 @@ def _parts(pipe: Pipeline, arrays: Sequence[Arrays]) -> _Parts:
 
 
 def _abstract(pipe: Pipeline, arrays: Sequence[Arrays]) -> _Parts:
-    """The same in shapes and dtypes."""
+    """The same as shapes and dtypes."""
     parts: _Parts = jax.eval_shape(lambda own: _parts(pipe, own), arrays)
     return parts
 
@@ -198,7 +198,7 @@ def _is_tracked(node: Any) -> bool:
 
 
 def _untracked(opt_state: optax.OptState) -> optax.OptState:
-    """An optimizer state without averages of weight changes, which not every stage has."""
+    """An optimizer state without averages of weight changes, which only some stages have."""
 
     def inner(node: Any) -> Any:
         return _untracked(node.inner) if _is_tracked(node) else node
@@ -207,7 +207,7 @@ def _untracked(opt_state: optax.OptState) -> optax.OptState:
 
 
 def _tracked(opt_state: optax.OptState, like: optax.OptState) -> optax.OptState:
-    """The inverse of `_untracked`, with averages of zero of the shapes in ``like``."""
+    """The inverse of `_untracked`, with zero averages of the shapes in ``like``."""
 
     def outer(node: Any, inner: Any) -> Any:
         if not _is_tracked(node):
@@ -219,7 +219,7 @@ def _tracked(opt_state: optax.OptState, like: optax.OptState) -> optax.OptState:
 
 
 def _check_copy(name: str, tree: PyTree, params: PyTree) -> None:
-    """Whether a tree can be cut along with the params; a mask may have taken arrays out of it."""
+    """Checks that a tree can be cut like the params; masks may have removed arrays."""
     shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if leaf.shape != shapes.get(path):
@@ -231,7 +231,7 @@ def _check_copy(name: str, tree: PyTree, params: PyTree) -> None:
 
 
 def _check(ours: _Parts, theirs: _Parts) -> None:
-    """Whether everything has its place in the other pipeline."""
+    """Checks that everything has a place in the target pipeline."""
     counts = [len(side.layers["params"]) for side in (ours, theirs)]
     if counts[0] != counts[1]:
         raise ValueError(
@@ -257,7 +257,7 @@ def _check(ours: _Parts, theirs: _Parts) -> None:
 
 
 def _same(name: str, values: Sequence[Any]) -> Any:
-    """What all stages have."""
+    """The value that all stages share."""
 
     def bits(value: Any) -> bytes:
         key = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
@@ -272,5 +272,5 @@ def _same(name: str, values: Sequence[Any]) -> Any:
 
 
 def _own(stage: Stage, tree: PyTree) -> Any:
-    """Buffers of JAX's own on a stage's devices, which its programs may donate."""
+    """Buffers owned by JAX on a stage's devices, which may be donated."""
     return jax.jit(lambda v: jax.tree.map(jnp.copy, v))(jax.device_put(tree, stage.replicated))

@@ -1,4 +1,4 @@
-"""A checkpoint on disk to a state: checked against the pipeline first, then read.
+"""Restores a checkpoint: checked against the pipeline first, then read.
 
 Whoever made it may be a stranger. Sizes are those that the pipeline has, and are compared before
 memory is taken; nothing in a checkpoint names a file, a class or a program that would be used.
@@ -36,7 +36,7 @@ def load(
     example: tuple[PyTree, PyTree],
     copy: Callable[[list[jax.Array]], list[jax.Array]],
 ) -> tuple[PipelineState, Any]:
-    """The state in a checkpoint, every array on its stage's devices.
+    """Loads the state of a checkpoint, every array on its stage's devices.
 
     Args:
       pipe: the pipeline that goes on with it.
@@ -93,7 +93,7 @@ def load(
 
 
 def _agree(pipe: Pipeline, folder: pathlib.Path, body: dict[str, Any]) -> None:
-    """Refuses another configuration, and warns of another machine."""
+    """Rejects another configuration and warns about another machine."""
     for name, here in manifest.configuration(pipe).items():
         if (there := body.get(name)) != here:
             made = manifest.short(there)

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay."""
+"""Removal of old checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fdg_jax.checkpoint import array_store, manifest
 
 
 def tidy(directory: pathlib.Path, keep: int, damaged: Set[int], mark: str) -> None:
-    """Removes older checkpoints, and what a save that was killed has left.
+    """Removes older checkpoints and the remains of interrupted saves.
 
     Args:
       directory: of the run.

@@ -1,4 +1,4 @@
-"""What is kept of a state, so that all of it can be made again.
+"""The part of a state that is stored, from which the rest is rebuilt.
 
 Residuals are not kept: they follow from what a forward met (the stage's input, a version of the
 weights, a model state, the labels, the root key and a number), and the stage's own forward program
@@ -34,7 +34,7 @@ FIXED = (*_ALWAYS, "gradient", "versions", "record", "synthesizer")
 
 
 def sections(stage: StageState) -> dict[str, PyTree]:
-    """The arrays of one stage from which the rest follows, by the names above.
+    """The stored arrays of one stage, by section name.
 
     Args:
       stage: any state of a stage; nothing is copied or waited for.
@@ -78,7 +78,7 @@ def template(stage: StageState, name: str) -> PyTree:
 
 
 def numbers(stage: StageState) -> dict[str, Any]:
-    """What a stage counts, and what is in its slots, fit for JSON."""
+    """The counters of a stage and the numbers in its slots, as JSON data."""
     own = StageWork(stage)
     return {
         "pending": own.pending,
@@ -93,7 +93,7 @@ def numbers(stage: StageState) -> dict[str, Any]:
 def foretold(
     own: Holding, schedule: Schedule, rule: GradientRule, origin: int, base: int
 ) -> dict[str, Any]:
-    """What `numbers` are for a stage: they follow from the schedule alone.
+    """The `numbers` of a stage as they follow from the schedule.
 
     Args:
       own: what the stage holds, counted from the last drain (`Schedule.holdings`).
@@ -139,7 +139,7 @@ def rebuild(
     parts: dict[str, PyTree],
     record: Record,
 ) -> StageState:
-    """The state of a stage out of its sections.
+    """Rebuilds the state of a stage from its sections.
 
     Args:
       stage: whose forward program makes the residuals again, where it keeps any.

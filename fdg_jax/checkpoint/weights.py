@@ -1,4 +1,4 @@
-"""The weights in a checkpoint, without the pipeline that made it."""
+"""Reads the weights of a checkpoint without the pipeline that made it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fdg_jax.typing import PyTree
 
 
 class Weights(NamedTuple):
-    """What a network needs to predict.
+    """The arrays a network needs for prediction.
 
     Attributes:
       params, model_state: one pytree a stage, of numpy arrays.
@@ -39,7 +39,7 @@ def read(
     tie: Tie | None = None,
     averaged: bool = False,
 ) -> Weights:
-    """The weights in a checkpoint, as they are: what is in flight is left out, not applied.
+    """Reads the weights of a checkpoint; gradients in flight are not applied.
 
     Args:
       folder: one checkpoint, such as ``checkpoints/step-000000500``.

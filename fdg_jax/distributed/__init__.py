@@ -1,4 +1,4 @@
-"""Several processes: how they find one another, what they agree on, how they end."""
+"""Several processes: start, agreement on settings, exchange of arrays, shutdown."""
 
 from fdg_jax.distributed.collectives import CONNECT_SECONDS, agree, fetch, gather
 from fdg_jax.distributed.initialize import free_port, initialize

@@ -1,4 +1,4 @@
-"""What processes tell one another: values that all must agree on, and copies of arrays."""
+"""Collectives between processes: agreement on values and copies of arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONNECT_SECONDS = 120.0
 
 
 def agree(values: Mapping[str, Any], seconds: float = CONNECT_SECONDS) -> None:
-    """Compares what must be the same in every process; every process calls this.
+    """Checks that values are equal in every process; every process must call it.
 
     Args:
       values: by name, fit for JSON.
@@ -51,7 +51,7 @@ def agree(values: Mapping[str, Any], seconds: float = CONNECT_SECONDS) -> None:
 
 
 def gather(value: np.ndarray | np.generic) -> np.ndarray:
-    """What every process says; every process calls this, and waits for the others.
+    """Gathers a value from every process; every process must call it and waits for the others.
 
     Args:
       value: of the same shape and dtype in every process, of 32 bits or fewer an element.
@@ -70,7 +70,7 @@ def gather(value: np.ndarray | np.generic) -> np.ndarray:
 
 
 def fetch(tree: Any, sharding: NamedSharding) -> Any:
-    """Copies for the processes that have some devices of ``sharding``; every process calls this.
+    """Copies arrays to the processes with devices of ``sharding``; every process must call it.
 
     Args:
       tree: replicated arrays of any stage.

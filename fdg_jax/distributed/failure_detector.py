@@ -1,4 +1,4 @@
-"""Which processes of a run live: each holds a connection to process 0, and its end breaks it.
+"""Failure detection: each process holds a connection to process 0, which breaks when it ends.
 
 The kernel tells at once: it closes what the dead had open. Of a machine that is lost whole, it
 tells when nothing answers its probes. JAX's service (0.10.2) tells of a lost process when its
@@ -37,7 +37,7 @@ current: FailureDetector | None = None
 
 
 class FailureDetector:
-    """The connections of one process: its own to process 0, or process 0's to all others.
+    """The connections of one process: to process 0, or from process 0 to all others.
 
     Args:
       own: number of this process.
@@ -56,7 +56,7 @@ class FailureDetector:
         atexit.register(self._exit)
 
     def _follow(self, number: int, link: socket.socket) -> None:
-        """Hears what the process at the other end says; ends this one when that one is lost."""
+        """Reads messages of the other process; ends this one when the other is lost."""
         word = "lost"
         try:
             while said := re.fullmatch(r"(bye|failed|lost|silent) (\d+)", read_line(link)):
@@ -90,11 +90,11 @@ class FailureDetector:
         os._exit(LOST)
 
     def apart(self) -> bool:
-        """Whether a process at the other end of a connection is on another machine."""
+        """Whether the process at the other end is on another machine."""
         return any(map(_far, self._links.values()))
 
     def leave(self, failed: bool) -> None:
-        """Tells the others that this process is about to end; later calls say nothing.
+        """Announces that this process is about to end; later calls have no effect.
 
         Args:
           failed: whether they have to end too.
@@ -130,14 +130,14 @@ def _probe(link: socket.socket) -> None:
 
 
 def tell(links: dict[int, socket.socket], line: str) -> None:
-    """Says a line to all that still hear."""
+    """Sends a line to all connected processes."""
     for link in links.values():
         with contextlib.suppress(OSError):
             link.sendall(f"{line}\n".encode())
 
 
 def read_line(link: socket.socket, seconds: float | None = None) -> str:
-    """The next line; byte by byte, so that nothing after it is taken. Empty at the end."""
+    """Reads the next line byte by byte, consuming nothing after it. Empty at the end."""
     begin, line = time.monotonic(), b""
     while not line.endswith(b"\n"):
         if seconds is not None:

@@ -1,4 +1,4 @@
-"""One run in several processes: how they find one another, and what they tell one another.
+"""Start of a run in several processes.
 
 Every process runs the same program and dispatches the same actions in the same order. JAX runs, in
 each, the programs of the devices that are its own; of arrays elsewhere it has the shape alone. So
@@ -36,7 +36,7 @@ def initialize(
     process_id: int | None = None,
     seconds: float = CONNECT_SECONDS,
 ) -> None:
-    """Joins the processes of a run; before anything else that starts JAX's devices.
+    """Joins the processes of a run; must be called before JAX initialises its devices.
 
     Without arguments they are those that SLURM, Open MPI or Kubernetes started, as
     ``jax.distributed.initialize`` detects them. On CPUs it sets what transfers between processes
@@ -129,20 +129,20 @@ def initialize(
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on."""
+    """An unused port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as server:
         return int(server.getsockname()[1])
 
 
 def _call(own: int, count: int, coordinator: str, seconds: float, bind: str | None = None) -> str:
-    """Finds the others; from here on the end of any ends this process. This machine's address."""
+    """Connects the processes; from here on, the end of one ends all. This machine's address."""
     failure_detector.current, host = rendezvous.roll_call(own, count, coordinator, seconds, bind)
     return host
 
 
 def _facing(names: list[str]) -> str:
-    """The address by which the others reach this machine, the first of those with these names."""
+    """The address by which the other processes reach this machine."""
     try:
         address = str(rendezvous.addresses(names[0], 0)[0][1][0])
     except OSError:
@@ -159,7 +159,7 @@ def _facing(names: list[str]) -> str:
 
 
 def _cpu_alone() -> bool:
-    """Whether JAX can find nothing but CPUs."""
+    """Whether JAX has only CPU devices."""
     chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
     if chosen:
         return bool(chosen.split(",")[0] == "cpu")
@@ -168,7 +168,7 @@ def _cpu_alone() -> bool:
 
 
 def _check_name(name: str) -> None:
-    """Whether other machines can reach this one by what its own name stands for."""
+    """Checks that this machine's name resolves to an address reachable by others."""
     try:
         found = socket.gethostbyname(name)
     except OSError:
@@ -181,7 +181,7 @@ def _check_name(name: str) -> None:
 
 
 def _set_transfers(host: str) -> None:
-    """What device_put between processes needs on CPUs; accelerators bring their own."""
+    """Configures device_put between processes on CPUs; accelerators have their own transfers."""
     address = str(rendezvous.addresses(host, 0)[0][1][0])
     settings = {
         "jax_force_dcn_cross_host_transfers": True,

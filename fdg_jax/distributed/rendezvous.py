@@ -1,4 +1,4 @@
-"""How the processes of a run find one another: all come to process 0, which says who is missing.
+"""Rendezvous: all processes connect to process 0, which reports the missing ones.
 
 It listens at the coordinator's address alone, and not on the machine's other networks. What
 travels, a line each: "challenge NONCE" from process 0, "hello OWN COUNT PROOF" to it, and "here"
@@ -33,7 +33,7 @@ SILENT_SECONDS = 5.0
 def roll_call(
     own: int, count: int, coordinator: str, seconds: float, bind: str | None = None
 ) -> tuple[FailureDetector, str]:
-    """Waits until all processes have come; every process calls this.
+    """Waits until all processes have connected; every process must call it.
 
     Args:
       own: number of this process.
@@ -89,7 +89,7 @@ def roll_call(
 
 
 def address(value: str, name: str = "coordinator") -> tuple[str, int]:
-    """Host and port of "host:port"; ``name`` is that of the argument."""
+    """Host and port of "host:port"; ``name`` is the name of the argument."""
     host, _, port = value.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise ValueError(f"{name}={value}: give host:port, such as 10.0.0.1:1234")
@@ -97,7 +97,7 @@ def address(value: str, name: str = "coordinator") -> tuple[str, int]:
 
 
 def addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple]]:
-    """What a host stands for here, each with its family; IPv4 first."""
+    """The addresses of a host, each with its family; IPv4 first."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return sorted(((one[0], one[4]) for one in found), key=lambda f: f[0] != socket.AF_INET)
 
@@ -138,7 +138,7 @@ def _listen(name: str, value: str, patience: _Patience) -> socket.socket:
 
 
 def _hear(link: socket.socket, came: queue.SimpleQueue) -> None:
-    """Passes on one who has come, if it speaks as ours do."""
+    """Yields a connection if it speaks the protocol."""
     challenge, said = secrets.token_hex(16), None
     with contextlib.suppress(OSError):
         tell({0: link}, f"challenge {challenge}")
@@ -163,7 +163,7 @@ def _admit(
     count: int,
     links: dict[int, socket.socket],
 ) -> None:
-    """Adds one who has come, if it is one of ours."""
+    """Adds a connection if it belongs to the run."""
     link.settimeout(None)
     number, theirs = int(said[1]), int(said[2])
     ours = hmac.compare_digest(said[3], _proof(f"{challenge} {said[1]} {said[2]}"))
@@ -191,7 +191,7 @@ def _admit(
 def _come(
     claim: str, coordinator: str, place: tuple[str, int], patience: _Patience
 ) -> socket.socket:
-    """Connects to process 0, and waits until it says that all are here."""
+    """Connects to process 0 and waits until all processes are present."""
     while True:
         try:
             link = socket.create_connection(place, timeout=min(patience.seconds, CONNECT_SECONDS))
@@ -228,7 +228,7 @@ def _come(
 
 
 class _Patience:
-    """How long to wait, and a word to who sits before the screen when it has been a while."""
+    """A deadline that reports after a while what is being waited for."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

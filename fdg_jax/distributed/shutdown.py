@@ -1,4 +1,4 @@
-"""How a process of a run ends: with the others, or alone."""
+"""Shutdown of a process, together with the others or alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAUSED = 75
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process, at once if it is one of several: JAX would wait for the others first.
+    """Ends the process; in a run of several processes at once, without JAX's shutdown barrier.
 
     Args:
       status: 0, or PAUSED of a run that all processes stop; with any other the others end too.
@@ -37,14 +37,14 @@ def leave(status: int) -> NoReturn:
 
 
 def settle() -> None:
-    """Before a process says what failed in it: where another was lost, that ends this one first."""
+    """Called before an error is reported: ends this process if another one was lost."""
     if failure_detector.current is not None:
         time.sleep(2 * failure_detector.GRACE)
 
 
 @contextlib.contextmanager
 def deadline(seconds: float, message: str) -> Iterator[None]:
-    """Ends the process with ``message`` where what is inside takes longer; it waits in C++."""
+    """Ends the process with ``message`` if its body takes too long, even inside C++."""
 
     def end() -> None:
         if failure_detector.current is not None:

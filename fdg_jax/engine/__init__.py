@@ -1,4 +1,4 @@
-"""The pipeline at work: stages on devices, and the one thread that dispatches to them."""
+"""The engine: stages on devices and the single thread that dispatches their programs."""
 
 from fdg_jax.engine.pipeline import Pipeline
 from fdg_jax.engine.state import PipelineState

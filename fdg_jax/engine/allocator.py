@@ -1,4 +1,4 @@
-"""The C library's allocator: memory kept from step to step."""
+"""Retains memory in the C library's allocator between steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHOSEN_BY_USER = ("MALLOC_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep the memory that it frees, for its next step.
+    """Makes the C library retain freed memory, so that later steps have no page faults.
 
     A program of XLA on CPU allocates its intermediate values anew whenever it runs. By default the
     C library gives so large a block back to the system when it is freed, and the next run gets

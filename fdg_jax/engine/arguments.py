@@ -1,4 +1,4 @@
-"""The arguments of a pipeline, out of every form that they may have."""
+"""Normalisation and validation of the arguments of a pipeline."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Synthesizers: TypeAlias = Synthesizer | Callable[[int], Synthesizer] | None
 
 
 def check_arguments(num_stages: int, schedule: Schedule, max_ahead: int, on_nonfinite: str) -> None:
-    """Refuses arguments of `Pipeline` that do not fit together.
+    """Rejects invalid combinations of arguments of `Pipeline`.
 
     Raises:
       ValueError: the message names the argument and the remedy.
@@ -52,7 +52,7 @@ def check_arguments(num_stages: int, schedule: Schedule, max_ahead: int, on_nonf
 def losses_of(
     loss_fn: LossFn | Sequence[LossFn | None], schedule: Schedule
 ) -> list[LossOfPart | None]:
-    """The loss of every stage that has one, None for the others."""
+    """The loss of every stage, or None."""
     if callable(loss_fn):
         if len(schedule.losses) > 1:
             raise ValueError(
@@ -78,7 +78,7 @@ def losses_of(
 
 
 def optimizer_of(given: Optimizers, k: int, layers: range) -> StageOptimizer:
-    """The optimizer of stage k, which has these layers of the network, out of every form."""
+    """The optimizer of stage k with the given layers, from any accepted form."""
     if isinstance(given, (optax.GradientTransformation, StageOptimizer)):
         return StageOptimizer.of(given)
     if not callable(given):
@@ -109,7 +109,7 @@ def optimizer_of(given: Optimizers, k: int, layers: range) -> StageOptimizer:
 
 
 def optimizers_of(given: Optimizers, stages: Sequence[Layer]) -> list[NetworkOptimizer]:
-    """The optimizer of every stage, in its place in the network."""
+    """The optimizer of every stage, at its place in the network."""
     return [
         NetworkOptimizer.at(place, optimizer_of(given, k, place.layers))
         for k, place in enumerate(places_of(stages))
@@ -117,7 +117,7 @@ def optimizers_of(given: Optimizers, stages: Sequence[Layer]) -> list[NetworkOpt
 
 
 def places_of(stages: Sequence[Layer]) -> list[Place]:
-    """Where each stage stands in the network."""
+    """The place of each stage in the network."""
     starts = list(itertools.accumulate((stage.size for stage in stages), initial=0))
     headed = any(map(has_head, stages))
     return [
@@ -129,7 +129,7 @@ def places_of(stages: Sequence[Layer]) -> list[Place]:
 def synthesizers_of(
     given: Synthesizers, schedule: Schedule, rule: GradientRule
 ) -> list[Synthesizer | None]:
-    """The synthesizer of every stage that predicts, None for the others."""
+    """The synthesizer of every stage that predicts, or None."""
     if bool(schedule.predicts) != (given is not None) and schedule.num_stages > 1:
         needs = f"predicts in stages {schedule.predicts}" if schedule.predicts else "has none"
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether the arrays of a batch divide into micro-batches, and over the devices of a stage."""
+"""Checks that the arrays of a batch divide into micro-batches and over a stage's devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdg_jax.typing import PyTree
 
 
 def check_axes(batch: dict[str, PyTree], microbatches: int, devices: int) -> None:
-    """Refuses a batch that does not divide.
+    """Rejects a batch that cannot be divided.
 
     Micro-batches are cut along axis 0: all arrays need the same one, but for scalars and those that
     are marked with `fdg_jax.shared`. Devices only share out the work: an array that they do not
@@ -52,7 +52,7 @@ def check_axes(batch: dict[str, PyTree], microbatches: int, devices: int) -> Non
 
 
 def undivided(x: PyTree, devices: int) -> PyTree:
-    """Inputs that no schedule divides, without marks.
+    """Inputs of schedules without micro-batches, with marks removed.
 
     Args:
       x: inputs of a prediction.
@@ -66,7 +66,7 @@ def undivided(x: PyTree, devices: int) -> PyTree:
 
 
 def _shapes(batch: dict[str, PyTree]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the arrays that are not marked, by path."""
+    """The shapes of the unmarked arrays, by path."""
     found: list[tuple[Any, Any]] = jax.tree_util.tree_leaves_with_path(batch, is_leaf=is_shared)
     shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in found:

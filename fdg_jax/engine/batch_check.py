@@ -1,4 +1,4 @@
-"""Whether a batch fits the network, the loss and the optimizer, found out by tracing alone."""
+"""Checks by tracing that a batch fits the network, the loss and the optimizer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fit(
     labels: PyTree,
     known: set[Any],
 ) -> None:
-    """Traces the network, the losses and the updates; nothing is computed.
+    """Traces the network, losses and updates; computes nothing.
 
     Found in the middle of a tick, a batch that does not fit would take the donated weights of other
     stages with it.
@@ -93,11 +93,11 @@ def fit(
 
 
 class _WrongLossError(ValueError):
-    """What the loss function returns is not what it must return."""
+    """The loss function returned an invalid value."""
 
 
 def _check_loss(found: Any, microbatches: int) -> bool:
-    """Whether the loss has a weight of its own."""
+    """Checks the loss; returns whether it has a weight."""
     given, weighted = found, False
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Weighted):
         given, weighted = ((found[0], found[1].weight), found[1].metrics), True

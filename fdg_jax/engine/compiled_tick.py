@@ -1,8 +1,9 @@
-"""A tick of stages on one device as one program.
+"""A tick of all stages on one device, compiled as one program.
 
-The program is traced from what `fdg_jax.engine.dispatch.Tick` does: the programs of the stages
-become parts of it, in the same order. It takes what the actions of the tick use, and returns what
-they make. What merely waits, as most mini-batches in flight do, does not pass through it.
+The program is traced from `fdg_jax.engine.dispatch.Tick`, so it contains the programs of the stages
+in the same order. Its arguments are the values used by the actions of the tick, its results the
+values they make. Values that only wait, such as most mini-batches in flight, do not pass through
+it.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from fdg_jax.engine.state import PipelineState, StageState, StageWork
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import PyTree
 
-# Where a value stands: stage, what, and its number where there are several. What is an attribute of
-# `StageWork`, a port, or one of the names below.
+# The place of a value: stage, name, and number if there are several. The name is an attribute of
+# `StageWork`, a port, or one of the constants below.
 Place: TypeAlias = tuple[int, str, int]
 OWN = ("params", "model_state", "opt_state", "key", "number", "record", "gradient", "synthesizer")
 FLIGHT, VERSION, X, LABELS, REPORT = "flight", "version", "x", "labels", "report"
 
-# Stands for a leaf that the program does not take. (None would be no leaf.)
+# Placeholder for a leaf that is not an argument of the program. (None would not be a leaf.)
 _UNUSED = object()
 
 
 class Item(NamedTuple):
-    """A value that the program makes, or that moves.
+    """A value that is made by the program, or moves between places.
 
     Attributes:
-      place: where it goes.
-      structure: of the values of that place.
+      place: the destination.
+      structure: of the values at that place.
       sources: for each leaf, the position of an output of the program, or place and position of a
-        leaf that moves; None where the value is one output as it is.
-      output: that output.
+        leaf that moves; None if the value is a single output.
+      output: the position of that output.
     """
 
     place: Place
@@ -49,12 +50,12 @@ class Item(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What one tracing of a tick found.
+    """The result of tracing a tick.
 
     Attributes:
-      after: what every stage holds after the tick, without values.
+      after: contents of every stage after the tick, without values.
       metrics: batch and stage of each report.
-      items: places, structures and numbers of leaves of all values after the tick.
+      items: place, structure and number of leaves of every value after the tick.
     """
 
     after: list[StageWork]
@@ -63,22 +64,21 @@ class Trace(NamedTuple):
 
 
 class CompiledTick:
-    """The program of one tick, which is that of all later ones like it.
+    """The program of one tick, also used for all later ticks with the same actions.
 
     Args:
       programs: the stages, all on the same devices.
-      schedule: whose tick.
-      state: before it.
+      schedule: of the pipeline.
+      state: before the tick.
       x, labels: of the mini-batch that enters, on the devices.
 
     Attributes:
       batch: number of that mini-batch.
-      before, after: what every stage holds before and after the tick, without values.
-      donated, given: places of the program's arguments: those whose buffers it may take over, and
-        the others.
-      moving: places from which leaves move to others.
-      makes: what the program makes of the state.
-      reports: the losses and metrics that it makes, with batch and stage of each.
+      before, after: contents of every stage before and after the tick, without values.
+      donated, given: places of the program's arguments with donated buffers, and of the others.
+      moving: places whose leaves move to other places.
+      makes: the values of the new state.
+      reports: losses and metrics, with batch and stage of each.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class CompiledTick:
         self.program = jax.jit(self._run, donate_argnums=0)
 
     def _layout(self, state: PipelineState, leaves: list[Any]) -> None:
-        """Finds what of the state the tick uses, and what it makes."""
+        """Finds the values that the tick uses and makes."""
         traces: list[Trace] = []
 
         def tick(*leaves: Any) -> list[Any]:
@@ -165,13 +165,13 @@ class CompiledTick:
         self.given = [p for p in self._structures if p in taken and p not in self.donated]
 
     def _consumed(self, place: Place, changed: set[Place]) -> bool:
-        """Whether nothing but the state that the step consumes has these buffers."""
+        """Whether only the consumed state refers to these buffers."""
         k, what, _ = place
         if place not in changed:
             return False
         if what in ("opt_state", "gradient", "synthesizer"):
             return True
-        # Messages, flights and older versions may have those of the weights or the model state.
+        # Messages, flights and older versions may share buffers with weights or model state.
         alone = not self.after[k].flights and not self.before[k].flights
         if what == "params":
             kept = self._schedule.tied is not None or self._schedule.versions > 1
@@ -188,7 +188,7 @@ class CompiledTick:
         return [outputs[one] if isinstance(one, int) else after[one] for one in self._returned]
 
     def _tick(self, values: dict[Place, PyTree]) -> tuple[dict[Place, PyTree], Trace, list[Any]]:
-        """What there is after the tick, what is known of it, and its leaves."""
+        """The values after the tick, their description, and their leaves."""
         works = [_filled(own, k, values) for k, own in enumerate(self.before)]
         tick = Traced(self._programs, self._schedule, works, self.batch, self._origin)
         tick.enter(*(self._programs[0].placed(values[0, what, 0]) for what in (X, LABELS)))
@@ -206,7 +206,7 @@ class CompiledTick:
 
 
 class Traced(Tick):
-    """A tick of tracers, which are where all stages are."""
+    """A tick on tracers, without transfers."""
 
     def __init__(
         self,
@@ -221,12 +221,12 @@ class Traced(Tick):
         self.metrics, self.weight, self.done = MetricsList(), None, []
 
     def send(self, tree: PyTree, k: int) -> PyTree:
-        """It is there."""
+        """Returns the tree: all stages share their devices."""
         return tree
 
 
 def _values(works: Sequence[StageWork]) -> dict[Place, PyTree]:
-    """What stages hold, by place."""
+    """The contents of stages, by place."""
     found: dict[Place, PyTree] = {}
     for k, own in enumerate(works):
         found |= {(k, name, 0): getattr(own, name) for name in OWN}
@@ -238,7 +238,7 @@ def _values(works: Sequence[StageWork]) -> dict[Place, PyTree]:
 
 
 def _emptied(work: StageWork) -> StageWork:
-    """The bookkeeping of a stage alone."""
+    """A stage's bookkeeping without values."""
     own = copy.copy(work)
     for name in OWN:
         setattr(own, name, None)
@@ -262,7 +262,7 @@ def _filled(empty: StageWork, k: int, values: dict[Place, PyTree]) -> StageWork:
 
 
 def _structure(state: PipelineState, place: Place) -> Any:
-    """The structure that values of a place have in a state; None where none is there yet."""
+    """The structure of the values at a place in a state; None if there are none."""
     k, what, _ = place
     own: StageState = state.stages[k]
     if what == REPORT:

@@ -1,4 +1,4 @@
-"""Which outputs of a function depend on which of its inputs, found out by tracing alone."""
+"""Determines by tracing which outputs of a function depend on which inputs."""
 
 from __future__ import annotations
 

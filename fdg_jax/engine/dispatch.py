@@ -1,4 +1,4 @@
-"""What a tick does: actions become programs on devices, and messages between them.
+"""Executes a tick: dispatches actions as programs and sends messages between stages.
 
     F n@k    takes activation n of stage k  ──► output is activation n of stage k+1
     B n@k    takes cotangent n of stage k   ──► input's cotangent is cotangent n of stage k-1
@@ -60,7 +60,7 @@ class Tick:
         self.stages = [StageWork(s) for s in state.stages]
 
     def state(self, tick: int, origin: int) -> PipelineState:
-        """What it has become."""
+        """The resulting state."""
         pairs = zip(self.stages, self.programs, strict=True)
         stages = tuple(own.packed(program.zeros) for own, program in pairs)
         return PipelineState(scalar(tick), scalar(origin), self.key, stages)
@@ -71,7 +71,7 @@ class Tick:
         return tokens
 
     def enter(self, x: PyTree, labels: PyTree) -> None:
-        """One mini-batch: inputs to the first stage, labels to those that use them."""
+        """Enters one mini-batch: inputs to the first stage, labels to the stages that use them."""
         sent = self._enter(0, ACTIVATION, x)
         for k in self.schedule.labelled:
             self._enter(k, LABEL, labels)
@@ -90,7 +90,7 @@ class Tick:
         return sent
 
     def run(self, actions: Sequence[Action]) -> None:
-        """Dispatches actions in their order."""
+        """Dispatches actions in order."""
         for group in fuse(actions, self.schedule):
             first = group[0]
             k = first.stage
@@ -112,11 +112,11 @@ class Tick:
                 self.watch.dispatched(group, since, token)
 
     def batch_of(self, n: int) -> int:
-        """The mini-batch that micro-batch n is part of."""
+        """The mini-batch of micro-batch n."""
         return n // self.schedule.microbatches
 
     def dispatch(self, group: Sequence[Action], k: int, n: int) -> jax.Array:
-        """One program; returns its token."""
+        """Dispatches one program and returns its token."""
         kinds = [self.schedule.kind_of[action.kind] for action in group]
         first = kinds[0]
         if first.gradient == "applies":
@@ -186,7 +186,7 @@ class Tick:
         return token
 
     def backward_input(self, k: int, n: int, kind: Kind) -> jax.Array:
-        """The half of a backward that the stage before waits for."""
+        """The input half of a split backward, which the previous stage needs."""
         s, stage = self.stages[k], self.programs[k]
         message = ties.message_of(self.schedule, kind, k, s, n)
         version, stash = self.flight(k, n, kind)
@@ -199,7 +199,7 @@ class Tick:
         return token
 
     def teach(self, k: int, n: int, kind: Kind) -> jax.Array:
-        """Teaches a synthesizer the cotangent of an output."""
+        """Trains a synthesizer with the cotangent of an output."""
         s, stage = self.stages[k], self.programs[k]
         cotangent, output = (s.take(port.name, n) for port in kind.takes)
         s.synthesizer, token = stage.teach(s.synthesizer, output, s.key, cotangent)
@@ -217,12 +217,12 @@ class Tick:
         return own, self.programs[k].predict(*s.synthesizer[:2], own, s.key)[0]
 
     def flight(self, k: int, n: int, kind: Kind) -> tuple[int, Stash]:
-        """What a forward left, the version of its weights first."""
+        """The stored data of a forward, its weight version first."""
         flights = self.stages[k].flights
         return flights.pop(n) if kind.in_flight == "closes" else flights[n]
 
     def backward_update(self, k: int, n: int, kind: Kind) -> jax.Array:
-        """A backward and the update after it, as one program unless something is accumulated."""
+        """A backward and its update, as one program unless gradients are accumulated."""
         s, stage = self.stages[k], self.programs[k]
         if s.pending:
             self.backward(k, n, kind)
@@ -243,7 +243,7 @@ class Tick:
         return token
 
     def weights(self, k: int, version: int) -> tuple[PyTree, jax.Array]:
-        """The weights of a backward whose forward met ``version``, and of how many updates ago."""
+        """The weights of a backward whose forward used ``version``, and their age in updates."""
         s, stage, then = self.stages[k], self.programs[k], None
         rule = stage.rule
         old = rule.keeps_weights or rule.estimates_weights
@@ -255,7 +255,7 @@ class Tick:
         return rule.backward_params(then, s.params), late
 
     def held(self, k: int) -> set[int]:
-        """The versions of the weights that batches in flight keep."""
+        """The weight versions needed by mini-batches in flight."""
         if not self.programs[k].rule.keeps_weights:
             return set()
         return {version for version, _ in self.stages[k].flights.values()}
@@ -276,13 +276,13 @@ class Tick:
         return token
 
     def forget(self, k: int) -> None:
-        """Drops older weights that neither batches in flight nor the schedule need."""
+        """Drops weight versions that neither mini-batches in flight nor the schedule need."""
         s, needed = self.stages[k], self.held(k)
         needed.update(range(s.version + 1 - self.schedule.versions, s.version))
         s.versions = {v: w for v, w in s.versions.items() if v in needed}
 
     def finish(self) -> None:
-        """After the last backward: what is left of an accumulation; versions count from here."""
+        """Applies the rest of an accumulation after the last backward; resets versions."""
         for k, s in enumerate(self.stages):
             if s.pending:
                 self.update(k)
@@ -299,7 +299,7 @@ class Tick:
         down: PyTree = None,
         own: PyTree = None,
     ) -> None:
-        """Sends what an action makes where its kind says."""
+        """Sends the results of an action to the ports of its kind."""
         for name, stage in self.schedule.gives(kind, k):
             value = own if stage == k else up if stage > k else down
             if stage != k:

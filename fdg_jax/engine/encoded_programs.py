@@ -1,4 +1,4 @@
-"""A stage's functions where messages travel in fewer bits: decoded first, encoded last.
+"""A stage's functions for low-precision messages: decode first, encode last.
 
     inputs ──► decode ──► forward ──► encode ──► output
     message ──► decode ──► backward ──► encode ──► message
@@ -32,7 +32,7 @@ class EncodedFunctions(Functions):
     message_dtype: np.dtype | None = None
 
     def sent(self, tree: PyTree) -> PyTree:
-        """Shapes, dtypes and places of a message on its way to this stage.
+        """Shapes, dtypes and placement of a message to this stage.
 
         Args:
           tree: shapes and dtypes of what is in it.

@@ -1,4 +1,4 @@
-"""Messages between stages in fewer bits: what is sent, and what arrives.
+"""Low-precision encoding of messages between stages.
 
     sender's program                                 receiver's program
     ... ──► output ──► encode ──► Encoded ~~ sent ~~► decode ──► input ──► ...
@@ -30,7 +30,7 @@ LARGEST = 127  # of int8, with either sign
 )
 @dataclass(frozen=True)
 class Encoded:
-    """An array in fewer bits.
+    """An array in low precision.
 
     Args:
       values: of the array's shape; bfloat16, float16 or int8.
@@ -50,7 +50,7 @@ class Encoded:
 
 
 def message_dtype(given: DTypeLike | None) -> np.dtype | None:
-    """What an argument ``message_dtype=`` says.
+    """Validates the argument ``message_dtype=``.
 
     Args:
       given: a dtype or its name, or None.
@@ -80,7 +80,7 @@ def message_dtype(given: DTypeLike | None) -> np.dtype | None:
 
 
 def encode(tree: PyTree, dtype: np.dtype | None) -> PyTree:
-    """What is sent for a message.
+    """Encodes a message.
 
     A cast; int8 has one scale for each channel c, the last axis, over all rows r:
 
@@ -112,7 +112,7 @@ def encode(tree: PyTree, dtype: np.dtype | None) -> PyTree:
 
 
 def decode(tree: PyTree) -> PyTree:
-    """What arrives of a message: arrays of the dtypes that they had.
+    """Decodes a message to the original dtypes.
 
     .. math::
         \\tilde v_{rc} = s_c \\, q_{rc}, \\qquad |\\tilde v_{rc} - v_{rc}| \\le s_c / 2
@@ -133,7 +133,7 @@ def decode(tree: PyTree) -> PyTree:
 
 
 def rounded(tree: PyTree, dtype: np.dtype | None) -> PyTree:
-    """A message as it arrives, and its cotangent as it arrives on the way back.
+    """A message after encoding and decoding; its cotangent is rounded likewise.
 
     .. math::
         y = D(E(x)), \\qquad \\delta_x = D(E(\\delta_y))
@@ -160,7 +160,7 @@ def rounded(tree: PyTree, dtype: np.dtype | None) -> PyTree:
 
 
 def places(tree: PyTree, values: Any, scale: Any) -> PyTree:
-    """Something for every array of a message, by what it is.
+    """Maps every array of a message by its kind.
 
     Args:
       tree: a message, encoded or not.
@@ -198,7 +198,7 @@ _WHOLE: dict[str, Any] = {"is_leaf": _is_encoded}
 
 
 def _narrows(leaf: jax.Array, dtype: np.dtype) -> bool:
-    """Whether encoding makes an array's numbers narrower; the batch size has no say in it."""
+    """Whether encoding saves bits, independent of the batch size."""
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
     return floating and leaf.ndim > 0 and leaf.dtype.itemsize > dtype.itemsize
 

@@ -1,4 +1,4 @@
-"""The outputs of a network in evaluation mode, from stage to stage."""
+"""Evaluation of a network, stage by stage."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def evaluate(
     x: PyTree,
     params: Sequence[PyTree] | None = None,
 ) -> PyTree:
-    """Outputs of the network.
+    """The network's outputs.
 
     Args:
       stages: input first.
-      states: theirs.
+      states: their states.
       x: inputs, batch axis first.
-      params: weights, one pytree a stage, on its devices; None: the true ones.
+      params: weights, one pytree per stage, on its devices; None: the true weights.
 
     Returns:
-      The last stage's output, on its devices, perhaps not computed yet.
+      The last stage's output, as asynchronous arrays on its devices.
     """
     tied = None
     for k, (stage, own) in enumerate(zip(stages, states, strict=True)):

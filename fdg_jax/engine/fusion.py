@@ -1,4 +1,4 @@
-"""Which actions of a stage are one program."""
+"""Groups the actions of a stage that run as one program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fdg_jax.schedule.action import COTANGENT, OUTPUT
 
 
 def fuse(actions: Sequence[Action], schedule: Schedule) -> Iterator[tuple[Action, ...]]:
-    """Actions in groups that are one program: B, U; in a stage with a loss F, B, U of one batch."""
+    """Groups actions into programs: B, U; in a stage with a loss F, B, U of one mini-batch."""
     kinds = schedule.kind_of
     i = 0
     while i < len(actions):
@@ -32,7 +32,7 @@ def fuse(actions: Sequence[Action], schedule: Schedule) -> Iterator[tuple[Action
 
 
 def _learns(a: Action, b: Action | None, kinds: dict[str, Kind]) -> bool:
-    """Whether the two are a whole backward and the update with its gradient."""
+    """Whether two actions are a whole backward and the update with its gradient."""
     if b is None or (b.stage, b.batch) != (a.stage, a.batch):
         return False
     one = kinds[a.kind]

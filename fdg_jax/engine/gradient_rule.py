@@ -1,4 +1,4 @@
-"""Which weights a backward uses, and what is kept between a forward and its backward.
+"""Gradient rules: the weights of a backward, and what is stored for it.
 
     rule              kept for a batch in flight              weights of the backward
     stale             input, residuals, weights of forward    those of the forward
@@ -7,7 +7,7 @@
     reversible        nothing, of layers with an inverse      the newest
     reconstruct       input                                   an estimate of those of the forward
 
-Where residuals are not kept, the backward runs the forward again.
+Without residuals, the backward recomputes the forward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fdg_jax.typing import Key, PyTree
 
 
 class Stage(Protocol):
-    """What a rule asks of a stage; see `fdg_jax.engine.programs.Functions`."""
+    """The interface of a stage to a rule; see `fdg_jax.engine.programs.Functions`."""
 
     layer: Layer
     sends: bool
@@ -37,21 +37,20 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class GradientRule:
-    """Which weights a backward uses, and what is kept for it.
+    """Selects the weights of a backward and what is stored for it.
 
-    A rule of one's own is a frozen dataclass that extends this one; it is an argument of
-    `fdg_jax.Pipeline` like the names above. Its methods are traced by JAX, but for `of_stage`,
-    `optimizer` and `backward_params`.
+    A custom rule is a frozen dataclass that extends this one and is passed to `fdg_jax.Pipeline`.
+    Its methods are traced by JAX, except `of_stage`, `optimizer` and `backward_params`.
 
     Args:
-      name: stands in checkpoints and in error messages.
-      keeps_residuals: whether a forward leaves its residuals; if not, the backward runs the forward
-        again.
-      keeps_weights: whether a backward uses the weights of the batch's forward, which are then
-        kept; if not, the newest.
-      reconstructs: whether a layer with an inverse computes its input again from its output, which
-        the stage after it sends; then nothing of it is kept.
-      estimates_weights: whether a backward uses weights that `past_params` estimates.
+      name: used in checkpoints and error messages.
+      keeps_residuals: whether a forward stores its residuals; otherwise the backward recomputes the
+        forward.
+      keeps_weights: whether a backward uses the stored weights of the mini-batch's forward;
+        otherwise the newest.
+      reconstructs: whether layers with an inverse recompute their input from the output sent by the
+        next stage; nothing is then stored for them.
+      estimates_weights: whether a backward uses the estimate of `past_params`.
 
     Example:
       >>> RECOMPUTE.backward_params(then="old", now="new")
@@ -75,22 +74,22 @@ class GradientRule:
         return self
 
     def optimizer(self, optimizer: StageOptimizer) -> StageOptimizer:
-        """The optimizer of a stage, with what `past_params` reads in its state.
+        """The optimizer of a stage, extended by the state that `past_params` reads.
 
         Args:
-          optimizer: as it was given.
+          optimizer: the given optimizer.
         """
         return optimizer
 
     def past_params(
         self, params: PyTree, opt_state: optax.OptState, updates_ago: jax.Array
     ) -> PyTree:
-        """An estimate of earlier weights; asked for where the rule estimates weights.
+        """An estimate of earlier weights; called if the rule estimates weights.
 
         Args:
           params: the newest weights, as the optimizer sees them.
-          opt_state: of the optimizer that `optimizer` returned.
-          updates_ago: updates between the batch's forward and its backward, float32.
+          opt_state: the state of the optimizer returned by `optimizer`.
+          updates_ago: the number of updates between the forward and the backward, float32.
         """
         del opt_state, updates_ago
         return params
@@ -130,32 +129,32 @@ class GradientRule:
         return stage.pull_back(params, stash, key, message)
 
     def backward_params(self, then: PyTree, now: PyTree) -> PyTree:
-        """The weights that a backward uses.
+        """The weights used by a backward.
 
         Args:
-          then: of the batch's forward, kept or estimated; None where they are neither.
-          now: the newest.
+          then: the weights of the forward, stored or estimated; None if neither.
+          now: the newest weights.
         """
         return then if self.keeps_weights or self.estimates_weights else now
 
     def message(self, inputs: PyTree, cotangent: PyTree) -> PyTree:
-        """What a backward sends to the stage before.
+        """The message of a backward to the previous stage.
 
         Args:
-          inputs: of this stage, for the micro-batch.
-          cotangent: of those inputs.
+          inputs: the inputs of this stage for the micro-batch.
+          cotangent: the cotangent of those inputs.
 
         Returns:
-          A pytree of arrays; those with a batch axis are sharded over it.
+          A pytree of arrays, sharded over their batch axis if they have one.
         """
         del inputs
         return cotangent
 
     def cotangent(self, message: PyTree) -> PyTree:
-        """The cotangent of a stage's outputs in what the next stage sent.
+        """The cotangent of a stage's outputs from the next stage's message.
 
         Args:
-          message: of the next stage's `message`.
+          message: the result of the next stage's `message`.
         """
         return message
 

@@ -1,4 +1,4 @@
-"""How a state is born: fresh parameters, and slots that are empty."""
+"""Creates a state with fresh parameters and empty slots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def initial_state(
     labels: PyTree,
     record: np.ndarray | None,
 ) -> PipelineState:
-    """A state in which no batch has entered yet, each stage on its own devices.
+    """A state before the first mini-batch, each stage on its own devices.
 
     Args:
       stages: of the pipeline.
@@ -69,7 +69,7 @@ def initial_state(
 
 
 def blank(stage: Stage, own: StageState) -> StageState:
-    """A stage's part of a template with empty slots and no gradients; the rest is as it was."""
+    """A stage's template with empty slots and no gradients, otherwise unchanged."""
     return own._replace(
         gradient=stage.zeros(own.gradient),
         flights=stage.zeros_of(own.flights),

@@ -1,4 +1,4 @@
-"""Ctrl-C arrives between steps, when a state is whole.
+"""Defers Ctrl-C until a step has finished and the state is consistent.
 
 Python runs a signal's handler between two instructions of the main thread. Raised inside of a step,
 or before the caller has stored what it returns, an exception would take the state with it: its
@@ -27,7 +27,7 @@ _PATIENCE, _SOON = 0.2, 0.1
 
 
 class _Deferral:
-    """Whether signals have to wait, and which do; of the main thread."""
+    """The state of signal deferral in the main thread: whether active, and pending signals."""
 
     def __init__(self) -> None:
         self.inside = False
@@ -36,13 +36,13 @@ class _Deferral:
         self.files = {__file__}
 
     def wait(self, number: int, handler: _Handler) -> None:
-        """Lets a signal be heeded later."""
+        """Queues a signal."""
         if number not in self.pending:
             self.pending[number] = handler
             _thread.start_new_thread(self._again, (number,))
 
     def heed(self) -> None:
-        """Calls the handlers of the signals that wait."""
+        """Calls the handlers of queued signals."""
         while self.pending:
             number, handler = self.pending.popitem()
             handler.inner(number, None)
@@ -58,7 +58,7 @@ _deferral = _Deferral()
 
 
 class _Handler:
-    """A handler that waits while a state is not whole.
+    """A signal handler that is deferred while a state is inconsistent.
 
     Args:
       inner: the program's own, or Python's.
@@ -68,7 +68,7 @@ class _Handler:
         self.inner = inner
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Heeds the signal, or lets it wait."""
+        """Handles the signal, or queues it."""
         file = None if frame is None else frame.f_code.co_filename
         # Where a step begins soon, the caller expects an exception there. At a loop's jump back
         # CPython 3.11 does not see that a `try` is around it.
@@ -80,12 +80,12 @@ class _Handler:
 
 
 def protect(file: str) -> None:
-    """Holds signals back as long as a function of this file is being left, too."""
+    """Also defers signals while functions of this file return."""
     _deferral.files.add(file)
 
 
 class deferred:
-    """Holds back the handlers of signals while buffers are being donated.
+    """Defers signal handlers while buffers are being donated.
 
     A signal that comes inside is heeded when the next step begins, before it changes anything, or a
     moment later where no step follows: Python's KeyboardInterrupt, and what handlers of the

@@ -1,4 +1,4 @@
-"""The loss of a mini-batch from those of its parts: a mean, or sums over weights.
+"""The loss of a mini-batch from those of its micro-batches: a mean, or a weighted sum.
 
 loss_fn returns              loss of a mini-batch of M parts      its gradient
 mean, metrics                1/M sum_m mean_m                     1/M sum_m grad mean_m
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Weighted(NamedTuple):
-    """What a loss of a part returns beside its sum.
+    """The auxiliary output of the loss of a micro-batch.
 
     Attributes:
       weight: what the sum is to be divided by, together with those of the other parts.
@@ -34,7 +34,7 @@ class Weighted(NamedTuple):
 
 
 def loss_of_part(loss_fn: LossFn, parts: int) -> LossOfPart:
-    """A loss function with one form for one part: what is differentiated comes first.
+    """Normalises a loss function for one micro-batch; the differentiated value comes first.
 
     Args:
       loss_fn: returns ``(mean, metrics)`` or ``((sum, weight), metrics)``.
@@ -68,7 +68,7 @@ def loss_of_part(loss_fn: LossFn, parts: int) -> LossOfPart:
 def average(
     reports: Sequence[tuple[jax.Array, Any]],
 ) -> tuple[tuple[jax.Array, dict[str, Any]], jax.Array | None]:
-    """Loss and metrics of a mini-batch, and the weight that its gradient is to be divided by.
+    """Loss and metrics of a mini-batch, and the divisor of its gradient.
 
     Args:
       reports: what `loss_of_part` returned for each part.
@@ -98,7 +98,7 @@ def average(
 
 
 def check_weighted(stages: Sequence[Stage], schedule: Schedule) -> None:
-    """Refuses ``(sum, weight)`` where an update is not of one whole mini-batch.
+    """Rejects ``(sum, weight)`` if an update does not cover exactly one mini-batch.
 
     Args:
       stages: of a pipeline.

@@ -1,4 +1,4 @@
-"""What passes between stages, and what a pipeline says of its programs."""
+"""Messages between stages, and the metrics and events that a pipeline reports."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from fdg_jax.typing import PyTree
 
 
 class Metrics(NamedTuple):
-    """What is known of one mini-batch when it has reached a loss.
+    """The loss and metrics of one mini-batch.
 
-    ``metrics["error"]`` is ``metrics.aux["error"]``; "batch", "loss" and "stage" are names, too.
+    ``metrics["error"]`` is ``metrics.aux["error"]``; "batch", "loss" and "stage" are valid names as
+    well.
 
     Attributes:
-      batch: its number.
-      loss: a scalar, perhaps not computed yet.
-      aux: the dictionary that the loss function returned.
-      stage: whose loss it is; the last one's unless stages have losses of their own.
+      batch: the number of the mini-batch.
+      loss: a scalar, computed asynchronously.
+      aux: the dictionary returned by the loss function.
+      stage: the stage of the loss; the last one unless several stages have a loss.
     """
 
     batch: int
@@ -39,7 +40,7 @@ class Metrics(NamedTuple):
 
 
 class MetricsList(list[Metrics]):
-    """Metrics of the mini-batches that have reached a loss, in order; by a name, of the last.
+    """Metrics of mini-batches in order; indexing by name returns the last value.
 
     Example:
       >>> found = MetricsList([Metrics(3, np.float32(0.5), {"error": np.float32(0.25)}, 1)])
@@ -48,7 +49,7 @@ class MetricsList(list[Metrics]):
     """
 
     def __getitem__(self, key: Any) -> Any:
-        """One, several, or a value of the last one; NaN where none has reached a loss."""
+        """One or several entries, or a value of the last one; NaN if there is none."""
         if not isinstance(key, str):
             return super().__getitem__(key)
         return super().__getitem__(-1)[key] if self else np.float32(np.nan)
@@ -62,7 +63,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 class Done(NamedTuple):
-    """A program that was dispatched.
+    """A dispatched program.
 
     Attributes:
       stage: whose.
@@ -79,17 +80,17 @@ class Done(NamedTuple):
 
 
 class Watch(Protocol):
-    """An observer of what is dispatched, while it is; must not wait for a device."""
+    """An observer of dispatched programs; must not wait for a device."""
 
     def entered(self, batch: int, inputs: PyTree) -> None:
-        """A mini-batch enters; ``inputs`` are on the first stage's devices, never donated."""
+        """Called when a mini-batch enters; ``inputs`` are on the first stage, never donated."""
 
     def dispatched(self, actions: Sequence[Action], since: float, token: jax.Array) -> None:
         """A program, of actions of one stage, whose dispatch began at ``time.perf_counter()``."""
 
 
 def send(tree: PyTree, stage: Stage) -> PyTree:
-    """A message onto a stage's devices; numpy arrays are copied, CPU devices would alias them."""
+    """Sends a message to a stage's devices; copies numpy arrays, which CPU devices would alias."""
     leaves, structure = jax.tree.flatten(tree)
     places = jax.tree.leaves(stage.places(tree))
     pairs = zip(leaves, places, strict=True)
@@ -102,7 +103,7 @@ def send(tree: PyTree, stage: Stage) -> PyTree:
 def failure(
     programs: Sequence[Stage], k: int, what: str, batch: int, error: Exception
 ) -> Exception:
-    """An error that names where it came from."""
+    """An error that names the stage, layers and mini-batch."""
     if "has been deleted" in str(error):
         return ConsumedStateError()
     where = f"stage {k} ({programs[k].layers})"

@@ -1,4 +1,4 @@
-"""A stage's optimizer that sees the stage as a part of the whole network."""
+"""A stage's optimizer that sees the stage's parameters at their place in the network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fdg_jax.typing import PyTree
 
 
 class NetworkOptimizer(StageOptimizer):
-    """A `StageOptimizer` that takes and gives trees of its stage, and works with the network's.
+    """A `StageOptimizer` on trees of its stage that works with trees of the network.
 
     Its state holds trees as `fdg_jax.partition.network.Place.whole` makes them.
 

@@ -1,4 +1,4 @@
-"""What goes wrong inside a stage: numbers that are not finite, and programs that fail.
+"""Detection of non-finite values and failed programs inside a stage.
 
 A guarded stage keeps a small record on its own devices, an int32 array that every one of its
 programs takes and returns. The record is also the token by which the host sees that a program has
@@ -31,19 +31,19 @@ SKIPPED, FORWARD, BACKWARD, PENDING = range(4)
 
 
 def fresh() -> np.ndarray:
-    """The record of a stage in which nothing has gone wrong."""
+    """A record without failures."""
     return np.array([0, -1, -1, 0], np.int32)
 
 
 def finite(*trees: PyTree) -> jax.Array:
-    """Whether every number in the trees is finite; a boolean scalar, inside jit."""
+    """Whether all values in the trees are finite; a boolean scalar, inside jit."""
     leaves = [v for v in jax.tree.leaves(trees) if jnp.issubdtype(v.dtype, jnp.inexact)]
     found = [jnp.all(jnp.isfinite(v)) for v in leaves]
     return jnp.stack(found).all() if found else jnp.bool_(True)
 
 
 def choose(ok: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """``new`` where ok, else ``old``."""
+    """``new`` if ok, else ``old``."""
     return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
 
 
@@ -54,7 +54,7 @@ def note(record: jax.Array, place: int, ok: jax.Array, number: jax.Array) -> jax
 
 
 def leave_out(record: jax.Array, ok: jax.Array, number: jax.Array, place: int) -> jax.Array:
-    """The record after a backward: one more left out unless ok, counted at ``place``."""
+    """The record after a backward: counts a skip at ``place`` unless ok."""
     return note(record, BACKWARD, ok, number).at[place].add((~ok).astype(record.dtype))
 
 
@@ -87,7 +87,7 @@ def _nan(leaves: Sequence[jax.Array]) -> jax.Array:
 
 
 def changed(new: PyTree, old: PyTree) -> PyTree:
-    """What became another, and zero where an array's element is as it was.
+    """Maps unchanged elements to zero, keeping changed ones.
 
     A constant in the parameters or in a model state, such as -inf, is no failure.
     """
@@ -102,7 +102,7 @@ def changed(new: PyTree, old: PyTree) -> PyTree:
 
 
 def skipped(records: Sequence[Record]) -> list[int]:
-    """How many micro-batches each stage skipped; every process calls this, and waits for the rest.
+    """The number of micro-batches that each stage skipped; every process must call it and waits.
 
     Args:
       records: of the stages; None where it was not checked.

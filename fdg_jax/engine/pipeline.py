@@ -1,7 +1,8 @@
-"""The host-side asynchronous scheduler: one thread, state in, state out.
+"""The training loop: one thread that dispatches asynchronously; state in, state out.
 
-JAX dispatch is asynchronous: a call returns at once, and a device runs its own queue. So one loop
-that dispatches a tick's actions keeps all devices busy; it waits only to be ``max_ahead`` ahead.
+JAX dispatch is asynchronous: a call returns immediately, and each device runs its own queue. One
+  loop that dispatches the actions of a tick keeps all devices busy. It waits only if it is
+  ``max_ahead`` ticks ahead.
 """
 
 from __future__ import annotations
@@ -52,46 +53,47 @@ protect(__file__)
 
 
 class Pipeline(Views):
-    """Trains a network cut into K stages, each on its own devices, by a schedule.
+    """Trains a network cut into K stages, each on its own devices, with a schedule.
 
     Args:
-      stages: K layers, input first; `partition` makes them.
+      stages: K layers, input first, as returned by `fdg_jax.partition.partition`.
       loss_fn: ``loss_fn(outputs, labels) -> (mean loss, dict of metrics)``, or ``((sum, weight),
-        dict)``, a loss of sum / weight. Where a schedule divides mini-batches, their loss is the
-        mean of the parts' means, or all sums by all weights, and metrics must be scalars and means
-        over the batch, or over what the weight counts. Where stages have losses of their own
-        (`Schedule.losses`), K functions, None for a stage without.
-      optimizer: an optax transformation for every stage, or ``optimizer(k)``, that of stage k, or
-        ``optimizer(k, layers)``, with the ``range`` of the stage's layers in the network. It sees
-        the params at their places in the network (see `fdg_jax.per_layer`). A learning-rate
-        schedule in it counts the stage's own updates. Its ``update`` gets the extra arguments
-        ``stale_params`` and ``staleness`` (see `StageOptimizer`).
-      schedule: who does what when, for K stages.
-      devices: make K contiguous groups of equal size, or are shared by stages where they are fewer.
-        None: one device per stage, the first of ``jax.devices()``.
-      gradient: the gradient rule: which weights a backward uses, and what a batch in flight keeps
-        for it. "stale": those of the batch's own forward; its residuals and that weight version.
-        "recompute_stale": the same weights and the same gradient, but the forward is run again; the
-        stage's input and that weight version. "recompute": the newest weights; the stage's input.
-        "reversible": the newest weights; nothing where layers have an inverse. "reconstruct": those
-        of the forward, estimated; the stage's input. Or a `GradientRule`.
-      max_ahead: how many ticks the host may be ahead of the slowest stage, >= 1.
-      on_nonfinite: what becomes of a micro-batch whose loss, gradient, output or new model state is
-        not finite. "ignore": not checked. "skip": weights, optimizer state, model state and sums
-        of gradients go on without it; `skipped` counts. "stop": the same, and a later `step` or
-        `drain` raises a `NonFiniteError`, at most ``max_ahead`` ticks after it.
-      shard_optimizer: whether a stage's devices share out its optimizer's state instead of each
-        having all of it; arrays that they do not divide stay whole.
-      synthesizers: where a schedule has predictions (`Schedule.predicts`), a `Synthesizer` for each
-        of those stages: one for all, or ``synthesizers(k)``, that of stage k.
-      message_dtype: of activations and cotangents between stages: ``jnp.bfloat16``, ``float16``,
-        ``int8`` (`fdg_jax.engine.encoding.encode`), or None, as they are. `predict` does not round.
-      tie: an array that is used in two layers (`fdg_jax.tie`).
-      compile: whether a tick is one program once the pipeline is full. "auto": where several stages
-        share one device or one group. Results are the same to rounding.
+        dict)`` for the loss sum / weight. With micro-batches, the loss is the mean of their means,
+        or the total sum over the total weight; metrics must be scalars that are means over the
+        batch, or over what the weight counts. For schedules with a loss in several stages
+        (`Schedule.losses`), a list of K functions, None for a stage without a loss.
+      optimizer: an optax transformation used for every stage, or a function ``optimizer(k)``, or
+        ``optimizer(k, layers)`` with the ``range`` of the stage's layers in the network. It sees
+        the params at their position in the network (see `fdg_jax.per_layer`). Learning-rate
+        schedules count the updates of the stage. ``update`` receives the extra arguments
+        ``stale_params`` and ``staleness`` (see `fdg_jax.StageOptimizer`).
+      schedule: a schedule for K stages.
+      devices: split into K contiguous groups of equal size; if there are fewer than K, stages share
+        devices. None: one device per stage, the first of ``jax.devices()``.
+      gradient: the gradient rule: the weights used by a backward and the data stored per mini-batch
+        in flight. "stale": weights of the forward; stores residuals and the weight version.
+        "recompute_stale": the same weights and gradient with a recomputed forward; stores the
+        stage's input and the weight version. "recompute": newest weights; stores the stage's input.
+        "reversible": newest weights; stores nothing for layers with an inverse. "reconstruct": an
+        estimate of the forward's weights; stores the stage's input. Or a `fdg_jax.GradientRule`.
+      max_ahead: the number of ticks the host may run ahead of the slowest stage, >= 1.
+      on_nonfinite: handling of micro-batches with a non-finite loss, gradient, output or new model
+        state. "ignore": not checked. "skip": weights, optimizer state, model state and accumulated
+        gradients stay unchanged; `skipped` counts them. "stop": the same, and a `step` or `drain`
+        at most ``max_ahead`` ticks later raises `fdg_jax.NonFiniteError`.
+      shard_optimizer: whether the optimizer state is sharded over a stage's devices instead of
+        replicated; arrays that cannot be divided are replicated.
+      synthesizers: for schedules with predictions (`Schedule.predicts`): a `fdg_jax.Synthesizer`
+        used for each of those stages, or a function ``synthesizers(k)``.
+      message_dtype: dtype of activations and cotangents between stages: ``jnp.bfloat16``,
+        ``float16``, ``int8`` (with one scale per channel), or None for no conversion. `predict`
+        does not convert.
+      tie: an array used in two layers (`fdg_jax.tie`).
+      compile: whether a full pipeline's tick is compiled as one program: True, False, or "auto", if
+        stages share a device or a group. Results are the same up to rounding.
 
     Raises:
-      ValueError: arguments that do not fit together; the message names the argument and the remedy.
+      ValueError: invalid or inconsistent arguments; the message names the argument and the remedy.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -156,13 +158,13 @@ class Pipeline(Views):
 
     @no_active_mesh()
     def template(self, example: tuple[PyTree, PyTree]) -> PipelineState:
-        """The structure, shapes, dtypes and places of a state; nothing is computed.
+        """The structure, shapes, dtypes and placement of a state; computes nothing.
 
         Args:
-          example: a batch ``(inputs, labels)``; only shapes and dtypes are looked at.
+          example: a batch ``(inputs, labels)``; only shapes and dtypes are used.
 
         Returns:
-          A state of ``jax.ShapeDtypeStruct``, but for its counters, which are numpy zeros.
+          A state of ``jax.ShapeDtypeStruct``; counters are numpy zeros.
 
         Raises:
           ValueError: a parameter has no gradient.
@@ -174,16 +176,16 @@ class Pipeline(Views):
     def init(
         self, key: Key, example_inputs: PyTree, example_labels: PyTree = None
     ) -> PipelineState:
-        """A state with fresh parameters, each on its own stage's devices.
+        """Initialises a state with fresh parameters, each on its stage's devices.
 
         Args:
-          key: root of every random number of the run.
-          example_inputs: an input with its batch axis; only shapes and dtypes are looked at.
-          example_labels: labels of the batch, likewise. Without them the places of labels in flight
-            get their shapes with the first batches, and not before.
+          key: the root of all random numbers of the run.
+          example_inputs: an input with its batch axis; only shapes and dtypes are used.
+          example_labels: labels of a batch, likewise. Without them the shapes of labels in flight
+            are set by the first batches.
 
         Returns:
-          A state in which no batch has entered yet; its structure, shapes and dtypes stay.
+          A state before the first mini-batch. Its structure, shapes and dtypes are constant.
 
         Raises:
           ValueError: a parameter has no gradient.
@@ -199,23 +201,24 @@ class Pipeline(Views):
     def step(
         self, state: PipelineState, batch: tuple[PyTree, PyTree]
     ) -> tuple[PipelineState, MetricsList]:
-        """One tick: one mini-batch enters. Returns at once, before the devices are done.
+        """Runs one tick with one new mini-batch. Asynchronous: returns before the devices finish.
 
         Args:
-          state: consumed; its buffers may be donated.
+          state: consumed; its buffers are donated.
           batch: (inputs, labels), batch axis first, numpy or JAX arrays; see `fdg_jax.shared`.
 
         Returns:
-          The new state, and the metrics of the batches that reached a loss in this tick, as arrays
-          that may not be computed yet; empty while filling. ``metrics["loss"]`` is the last one's.
+          The new state, and the metrics of the mini-batches that reached a loss in this tick, as
+          asynchronous arrays; empty while the pipeline fills. ``metrics["loss"]`` is the last
+          value.
 
         Raises:
-          ValueError: the batch does not fit the network, the loss, or the devices; an optimizer
-            asks for what a stage does not have, or changes the shapes of params or state; the state
-            is whole then.
-          ConsumedStateError: the state was used before.
-          StageError: a stage's program failed, in this tick or in one of the last ``max_ahead``.
-          NonFiniteError: with ``on_nonfinite="stop"``; the state is whole then.
+          ValueError: the batch does not fit the network, the loss or the devices; an optimizer
+            requires unavailable arguments or changes the shapes of params or state. The state
+            remains valid.
+          ConsumedStateError: the state has been consumed.
+          StageError: a stage's program failed in this tick or one of the last ``max_ahead``.
+          NonFiniteError: with ``on_nonfinite="stop"``. The state remains valid.
         """
         with deferred(), no_active_mesh():
             check_state(state, self.num_stages, ())
@@ -235,16 +238,17 @@ class Pipeline(Views):
             return tick.state(tick.batch + 1, tick.origin), tick.metrics
 
     def drain(self, state: PipelineState) -> tuple[PipelineState, MetricsList]:
-        """Applies every gradient still in flight; no new batch enters.
+        """Applies all gradients in flight; no new mini-batch enters.
 
-        What is left of an accumulation is applied as the mean of what it holds. `step` after it
+        An incomplete accumulation is applied as the mean of its gradients. A subsequent `step`
         fills the pipeline again.
 
         Args:
           state: consumed.
 
         Returns:
-          The new state, with nothing in flight, and the metrics of the last batches, in order.
+          The new state without mini-batches in flight, and the metrics of the last mini-batches in
+          order.
         """
         with deferred(), no_active_mesh():
             check_state(state, self.num_stages)
@@ -266,14 +270,14 @@ class Pipeline(Views):
             return tick.state(tick.batch, tick.batch), tick.metrics
 
     def check(self) -> None:
-        """Waits for all that has been dispatched; raises as `step` does."""
+        """Waits for all dispatched programs; raises as `step` does."""
         self._ahead.wait(0)
 
     @property
     def idle(self) -> bool:
-        """Whether it is known that nothing of what was dispatched still runs."""
+        """Whether all dispatched programs are known to have finished."""
         return self._ahead.idle
 
     def record(self) -> np.ndarray | None:
-        """A stage's record in which nothing has gone wrong, or None where it is not checked."""
+        """A stage's record without failures, or None if non-finite values are ignored."""
         return None if self.on_nonfinite == "ignore" else nonfinite.fresh()

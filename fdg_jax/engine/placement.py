@@ -1,4 +1,4 @@
-"""Which devices a stage lives on, in this process or in another."""
+"""The devices of a stage, in this process or another."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def stage_meshes(num_stages: int, devices: Sequence[jax.Device] | None = None) -
 
 
 def _warn_of_sharing(groups: list[list[jax.Device]]) -> None:
-    """Says which stages share a device, where nobody has asked for it."""
+    """Warns which stages share a device if the user did not request it."""
     owners: dict[jax.Device, list[int]] = {}
     for k, (device,) in enumerate(groups):
         owners.setdefault(device, []).append(k)
@@ -90,7 +90,7 @@ def _warn_of_sharing(groups: list[list[jax.Device]]) -> None:
 
 
 def _check_processes(groups: list[list[jax.Device]]) -> None:
-    """JAX sends between processes, or inside one, but not both in one message."""
+    """Rejects messages both within and between processes, which JAX does not support."""
     owners = [frozenset(device.process_index for device in group) for group in groups]
     for k, (group, own) in enumerate(zip(groups, owners, strict=True)):
         for j in range(k):
@@ -103,7 +103,7 @@ def _check_processes(groups: list[list[jax.Device]]) -> None:
 
 
 def put(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Arrays onto devices that may be another process's; every process calls this.
+    """Puts arrays on devices that may be another process's; every process must call it.
 
     Args:
       tree: numpy arrays, the same in every process that has some of the devices, or arrays of JAX
@@ -138,7 +138,7 @@ def _put(leaf: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
 
 
 def absent(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """Arrays on another process's devices: here their shapes alone.
+    """Arrays on another process's devices, as shapes only.
 
     Args:
       shapes: and dtypes.
@@ -157,7 +157,7 @@ def absent(shapes: PyTree, shardings: PyTree) -> PyTree:
 
 
 def spread(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Where arrays go that devices share out: cut along the first axis that the devices divide.
+    """The sharding of arrays along the first axis that the devices divide.
 
     Args:
       tree: arrays, which may be abstract.
@@ -177,7 +177,7 @@ def spread(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def gather(value: np.ndarray) -> np.ndarray:
-    """What every process says; every process calls this, and waits for the others.
+    """Gathers a value from every process; every process must call it and waits for the others.
 
     Args:
       value: of the same shape and dtype in every process, of 32 bits or fewer an element.
@@ -192,7 +192,7 @@ def gather(value: np.ndarray) -> np.ndarray:
 
 
 class Placed:
-    """Where the arrays of a stage live: replicated over its devices, or sharded over the batch.
+    """The placement of a stage's arrays: replicated, or sharded over the batch.
 
     Args:
       mesh: the stage's devices, one axis.
@@ -208,17 +208,17 @@ class Placed:
         self.sharded = NamedSharding(mesh, over)
 
     def _whole(self, tree: PyTree) -> PyTree:
-        """Replicated over the group."""
+        """Replicated over the stage's devices."""
         if self.mesh.size == 1:
             return tree
         return jax.lax.with_sharding_constraint(tree, self.replicated)
 
     def _over_batch(self, tree: PyTree) -> PyTree:
-        """Batch axis sharded over the group."""
+        """Batch axis sharded over the stage's devices."""
         return tree if self.mesh.size == 1 else self.placed(tree)
 
     def placed(self, tree: PyTree) -> PyTree:
-        """Where the inputs, labels or messages of this stage live, inside of a program."""
+        """Constrains inputs, labels or messages to this stage's devices, inside a program."""
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.places(tree))
 
     def placement(self, leaf: Any) -> NamedSharding:
@@ -228,11 +228,11 @@ class Placed:
         return self.sharded if shape and shape[0] % self.mesh.size == 0 else self.replicated
 
     def places(self, tree: PyTree) -> PyTree:
-        """Where the leaves of such a tree live; the scales of encoded ones have no batch axis."""
+        """The placement of a tree's leaves; the scales of encoded arrays have no batch axis."""
         return encoding.places(tree, self.placement, self.replicated)
 
     def shared(self, opt_state: PyTree) -> PyTree:
-        """Where the optimizer's state lives."""
+        """The placement of the optimizer's state."""
         if self.shard_optimizer:
             return spread(opt_state, self.mesh)
         return jax.tree.map(lambda leaf: self.replicated, opt_state)

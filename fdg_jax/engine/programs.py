@@ -1,4 +1,4 @@
-"""What a stage computes, as pure functions: forward, backward, and both with the update.
+"""The computations of a stage as pure functions: forward, backward, and update.
 
     inputs ──► forward ──► output            params, model_state, opt_state
                   │                          live on this stage's devices and never leave
@@ -36,7 +36,7 @@ from fdg_jax.typing import Key, LossOfPart, PyTree
 
 
 class Forward(NamedTuple):
-    """What a forward makes.
+    """The results of a forward.
 
     Attributes:
       output: for the next stage; None in the last.
@@ -162,7 +162,7 @@ class Functions(Updates):
     def _backward(
         self, params: PyTree, stash: Stash, key: Key, message: PyTree
     ) -> tuple[PyTree, PyTree]:
-        """Gradient of the parameters, and the message to the stage before (None: sends none)."""
+        """Gradient of the parameters and message to the previous stage, None if it sends none."""
         gradient, down = self.rule.backward(self, params, stash, key, value_of(message))
         if isinstance(message, Paired) and isinstance(self.layer, Tied):
             gradient = self.layer.add(gradient, message.tied)
@@ -171,7 +171,7 @@ class Functions(Updates):
     def pull_back(
         self, params: PyTree, stash: Stash, key: Key, message: PyTree
     ) -> tuple[PyTree, PyTree]:
-        """The same from residuals; where they are not kept, the forward runs again."""
+        """The same from residuals, or from a recomputed forward."""
         residuals = stash.residuals
         if residuals is None:
             # The statistics that this second forward would leave are dropped: they have been
@@ -220,7 +220,7 @@ class Functions(Updates):
     def _backward_input(
         self, params: PyTree, stash: Stash, key: Key, message: PyTree
     ) -> tuple[PyTree, jax.Array]:
-        """Message and token; XLA leaves out what the weights' gradient alone would need."""
+        """Message and token; XLA eliminates the weight gradient."""
         return self._backward(params, stash, key, message)[1], stash.number + 1
 
     def _backward_update(
@@ -234,7 +234,7 @@ class Functions(Updates):
         staleness: jax.Array,
         record: nonfinite.Record,
     ) -> tuple[PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
-        """Backward at some version of the weights, update of the newest."""
+        """Backward at some weight version, update of the newest."""
         gradient, down = self._backward(backward_params, stash, key, message)
         extra = {"stale_params": backward_params, "staleness": staleness}
         new, new_opt = self.apply_one(params, opt_state, gradient, **extra)
@@ -247,7 +247,7 @@ class Functions(Updates):
     def _backward_update_own(
         self, params: PyTree, opt_state: PyTree, *rest: PyTree
     ) -> tuple[PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
-        """The same where the two are one version, and nothing else holds it."""
+        """The same if both are one version that nothing else holds."""
         return self._backward_update(params, params, opt_state, *rest)
 
     def _train(
@@ -282,14 +282,14 @@ class Functions(Updates):
     def _predict(
         self, params: PyTree, state: PyTree, own: Output, key: Key
     ) -> tuple[list[jax.Array]]:
-        """The cotangent of an output that the synthesizer predicts."""
+        """The cotangent predicted by the synthesizer."""
         assert self.synthesizer is not None
         return (self._over_batch(self.synthesizer.predict(params, state, own, key)[0]),)
 
     def _teach(
         self, synthesizer: SynthesizerState, own: Output, key: Key, cotangent: list[jax.Array]
     ) -> tuple[SynthesizerState, jax.Array]:
-        """One update of the synthesizer; and a token."""
+        """One update of the synthesizer, and a token."""
         assert self.synthesizer is not None
         new = self.synthesizer.teach(synthesizer, own, cotangent, key)
         return self._whole(new), own.number + 1
@@ -305,7 +305,7 @@ class Functions(Updates):
         return self._over_batch(y)
 
     def _split(self, tree: PyTree, count: int) -> list[PyTree]:
-        """A mini-batch as ``count`` micro-batches; what has no batch axis goes to each."""
+        """Splits a mini-batch into ``count`` micro-batches; shared arrays go to each."""
 
         def part(leaf: PyTree, i: int) -> PyTree:
             if is_shared(leaf) or not leaf.ndim:

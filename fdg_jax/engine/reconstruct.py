@@ -1,4 +1,4 @@
-"""The gradient rule of PipeMare and LayerPipe2: old weights from an average of their changes."""
+"""The gradient rule of PipeMare and LayerPipe2: estimates old weights from average changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdg_jax.typing import PyTree
 
 @dataclass(frozen=True)
 class Reconstruct(GradientRule):
-    r"""The backward runs at weights that are reconstructed; no version is kept.
+    r"""Runs the backward at estimated weights; stores no versions.
 
     .. math::
         \hat w = w - n \, \delta, \qquad
@@ -59,7 +59,7 @@ class Reconstruct(GradientRule):
 
     @property
     def gamma(self) -> float:
-        """The decay of one update."""
+        """The decay per update."""
         return self.decay ** (1 / self.staleness) if self.staleness else 0.0
 
     def of_stage(self, has_loss: bool, staleness: int = 0) -> GradientRule:

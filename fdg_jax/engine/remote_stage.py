@@ -1,4 +1,4 @@
-"""Programs of a stage whose devices are other processes': here they have outputs without contents.
+"""Stand-ins for the programs of stages on devices of other processes.
 
 JAX would take such a call too, and compile the program, which every process would then do for
 every stage. What the others need of it are shapes and places.
@@ -24,7 +24,7 @@ def program(
     donated: tuple[str, ...] = (),
     static: str | None = None,
 ) -> Callable[..., Any]:
-    """A stage's function as a program: jitted where the stage is, else what stands for it.
+    """A stage's function as a program: jitted on its own process, otherwise a stand-in.
 
     Args:
       replicated, places, function, batched: see `Elsewhere`.
@@ -37,7 +37,7 @@ def program(
 
 
 def shapes(program: Callable[..., Any], *arrays: PyTree) -> PyTree:
-    """Shapes and dtypes of what a program returns; nothing is computed.
+    """Shapes and dtypes of a program's outputs; computes nothing.
 
     Args:
       program: of `program`.
@@ -48,7 +48,7 @@ def shapes(program: Callable[..., Any], *arrays: PyTree) -> PyTree:
 
 
 class Elsewhere:
-    """Stands for ``jax.jit(function)``; traces it once for all inputs of the same shapes.
+    """A stand-in for ``jax.jit(function)``; traces once per input shape.
 
     Args:
       replicated: where its outputs are.

@@ -1,4 +1,4 @@
-"""What a forward leaves behind for its backward."""
+"""The residuals of a forward, stored for its backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fdg_jax.typing import PyTree
 
 
 class Structure:
-    """How to put a VJP together again, from one tracing.
+    """The structure of a VJP, from one trace.
 
     It is compared by identity: JAX compares it at every call of a program, and two tracings of a
     function never have an equal VJP.
@@ -37,7 +37,7 @@ class Structure:
 )
 @dataclass(frozen=True)
 class Residuals:
-    """What the backward needs of the forward, less the weights and the input.
+    """The residuals of a forward, without the weights and the input.
 
     Most residuals of a layer are its weights and its input. Both are kept anyway (the weight
     version is shared by all batches that met it), so here they are only pointed to. What two layers
@@ -70,7 +70,7 @@ class Residuals:
 
 
 def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
-    """The leaves of ``tree`` that have a gradient, and a function that puts such leaves back."""
+    """The differentiable leaves of ``tree``, and a function that puts them back."""
     leaves, structure = jax.tree.flatten(tree)
     moving = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
@@ -84,7 +84,7 @@ def split_inexact(tree: PyTree) -> tuple[list[jax.Array], Callable[[list[jax.Arr
 
 
 class Stash(NamedTuple):
-    """What a batch in flight leaves behind for its backward, beside weights.
+    """The stored data of a mini-batch in flight, apart from weights.
 
     Attributes:
       inputs, labels, model_state, number: what its forward met; labels in the last stage only.

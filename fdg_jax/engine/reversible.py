@@ -1,4 +1,4 @@
-"""The gradient rule of PETRA: a stage keeps nothing that it can compute again from its output.
+"""The gradient rule of PETRA: a stage recomputes its input from its output.
 
     forward     x ──► layer ──► y           kept: the input of layers that have no inverse
     backward    (y~, cotangent) ──► (x~, cotangent of x), gradient, all at the newest weights
@@ -22,7 +22,7 @@ from fdg_jax.typing import Key, PyTree
 
 
 class Run(NamedTuple):
-    """Neighbouring layers of a stage that all have an inverse, or all have none.
+    """Adjacent layers of a stage that either all have an inverse or all have none.
 
     Attributes:
       layers: with their numbers in the network.
@@ -62,7 +62,7 @@ def runs(layer: Layer) -> list[Run]:
 
 
 def kept_by(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> list[PyTree]:
-    """What a stage of this layer keeps of a batch in flight; nothing is computed.
+    """The data that a stage stores per mini-batch in flight; computes nothing.
 
     Args:
       layer: the stage.
@@ -82,7 +82,7 @@ def kept_by(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> list[PyTr
 
 @dataclass(frozen=True)
 class Reversible(GradientRule):
-    """Inputs are reconstructed from outputs; nothing of a reversible layer is kept.
+    """Reconstructs inputs from outputs; stores nothing for reversible layers.
 
     .. math::
         \\tilde x = F^{-1}(\\tilde y, w_t), \\qquad
@@ -151,7 +151,7 @@ class Reversible(GradientRule):
 
 @dataclass(frozen=True)
 class _WithLoss(GradientRule):
-    """Of a stage with a loss: as "stale", but for what it sends."""
+    """For a stage with a loss: "stale", with PETRA's message."""
 
     name: str = "reversible"
     reconstructs: bool = True

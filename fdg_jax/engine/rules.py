@@ -1,4 +1,4 @@
-"""The gradient rules by name."""
+"""Gradient rules by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RULES = {rule.name: rule for rule in (STALE, RECOMPUTE_STALE, RECOMPUTE, REVERSI
 
 
 def gradient_rule(gradient: str | GradientRule) -> GradientRule:
-    """The rule that an argument ``gradient=`` names, or is.
+    """Resolves the argument ``gradient=``.
 
     Args:
       gradient: a key of `RULES`, or a rule.

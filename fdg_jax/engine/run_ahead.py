@@ -1,4 +1,4 @@
-"""How far the host is ahead of the devices: what was dispatched and may not have ended."""
+"""Limits how far the host runs ahead of the devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdg_jax.errors import NonFiniteError
 
 
 class RunAhead:
-    """The programs of the last ticks, with their tokens.
+    """The programs of the latest ticks, with their tokens.
 
     Args:
       stages: of the pipeline.
@@ -31,15 +31,15 @@ class RunAhead:
 
     @property
     def idle(self) -> bool:
-        """Whether all that was dispatched is known to have ended."""
+        """Whether all dispatched programs are known to have finished."""
         return not self._ticks
 
     def add(self, programs: list[Done]) -> None:
-        """The programs of one tick have been dispatched."""
+        """Adds the programs of one tick."""
         self._ticks.append(programs)
 
     def wait(self, allowed: int) -> None:
-        """Returns when fewer than ``allowed`` ticks may be under way; 0: none.
+        """Waits until fewer than ``allowed`` ticks are pending; 0: none.
 
         Raises:
           StageError: a program failed.
@@ -49,7 +49,7 @@ class RunAhead:
             self._look([p for p in self._ticks.popleft() if self._stages[p.stage].here])
 
     def _look(self, done: list[Done]) -> None:
-        """Waits for the programs of a tick, and looks at how they ended."""
+        """Waits for the programs of a tick and checks their results."""
         for program in done:
             try:
                 jax.block_until_ready(program.token)

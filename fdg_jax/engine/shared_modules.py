@@ -1,4 +1,4 @@
-"""One module in two layers: each has parameters of its own, which drift apart."""
+"""Warns of one module in two layers, whose parameters would drift apart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fdg_jax.tie import Tie
 
 
 def warn_of_shared(stages: Sequence[Layer], tie: Tie | None) -> None:
-    """Warns of layers that are made of one module, and not tied.
+    """Warns of untied layers made from the same module.
 
     Args:
       stages: of the network.

@@ -1,4 +1,4 @@
-"""One stage: its devices, its programs, and how its state is born.
+"""One stage: its devices, its jitted programs, and its initial state.
 
 The pure functions of programs.py become jitted programs over the stage's own mesh. An update that
 follows its backward at once is compiled with it, and in the last stage forward, loss, backward and
@@ -101,12 +101,12 @@ class Stage(EncodedFunctions):
 
     @property
     def owner(self) -> int:
-        """The process that speaks for the stage: the one with its first device."""
+        """The process that represents the stage: the one with its first device."""
         return int(self.mesh.devices.flat[0].process_index)
 
     @property
     def labelled(self) -> bool:
-        """Whether labels go to the stage."""
+        """Whether the stage uses labels."""
         return self.loss_fn is not None or self.synthesizer is not None
 
     @property
@@ -115,7 +115,7 @@ class Stage(EncodedFunctions):
         return bool(self.mesh.local_devices)
 
     def number_on_device(self, value: float, dtype: type = np.float32) -> jax.Array:
-        """A scalar on the stage's devices; sent once for each value."""
+        """A scalar on the stage's devices; sent once per value."""
         known = self._scalars.get((dtype, value))
         if known is None:
             with jax.ensure_compile_time_eval():  # a constant where a tick is being traced
@@ -123,7 +123,7 @@ class Stage(EncodedFunctions):
         return known
 
     def init(self, key: Key, x: PyTree) -> tuple[PyTree, PyTree, optax.OptState]:
-        """Parameters, model state and optimizer state, born on this stage's devices.
+        """Initialises parameters, model state and optimizer state on this stage's devices.
 
         Args:
           key: the root key.
@@ -152,7 +152,7 @@ class Stage(EncodedFunctions):
         return params, model_state, opt_state
 
     def init_synthesizer(self, key: Key, shapes: SynthesizerState | None, own: Output) -> PyTree:
-        """The synthesizer's state, born on this stage's devices; None where there is none.
+        """Initialises the synthesizer's state on this stage's devices; None if there is none.
 
         Args:
           key: the root key.
@@ -171,7 +171,7 @@ class Stage(EncodedFunctions):
             return put(made, self.replicated)
 
     def shapes(self, x: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        """Shapes and dtypes of what `init` returns for inputs like ``x``; nothing is computed."""
+        """Shapes and dtypes of the result of `init` for inputs like ``x``; computes nothing."""
         params, model_state = jax.eval_shape(self.layer.init, jax.random.key(0), x)
         opt_state = jax.eval_shape(self.optimizer.init, params)
         return params, model_state, opt_state
@@ -195,11 +195,11 @@ class Stage(EncodedFunctions):
         return made
 
     def zeros(self, tree: PyTree) -> PyTree:
-        """Zeros of the shapes, dtypes and places of a pytree of this stage's arrays."""
+        """Zeros with the shapes, dtypes and placement of a pytree of this stage."""
         return jax.tree.map(_zeros, tree)
 
     def zeros_of(self, slots: Slots) -> Slots:
-        """Empty slots of the shapes of a template's; all share one value."""
+        """Empty slots with the shapes of a template; all share one value."""
         if not slots.values:
             return slots
         return Slots(slots.numbers, (self.zeros(slots.values[0]),) * len(slots.values))

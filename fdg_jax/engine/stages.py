@@ -1,4 +1,4 @@
-"""The stages of a pipeline, out of its arguments."""
+"""Builds the stages of a pipeline from its arguments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build(
     synthesizers: Sequence[Synthesizer | None],
     message_dtype: np.dtype | None,
 ) -> list[Stage]:
-    """One `Stage` for every part of the network, numbered through; Args as those of `Pipeline`."""
+    """One `Stage` per part of the network; Args as those of `Pipeline`."""
     sends = any(name == COTANGENT for kind in schedule.kinds for name, hop in kind.gives if hop)
     stages: list[Stage] = []
     places = places_of(layers)

@@ -1,4 +1,4 @@
-"""The state of a pipeline: what every stage has, what is in flight, what is on its way.
+"""The state of a pipeline: stages, mini-batches in flight, pending messages.
 
 A state is an ordinary pytree. Its structure, shapes and dtypes are the same from `Pipeline.init` to
 the end of `Pipeline.drain`: what is numbered lies in slots, and empty slots hold zeros.
@@ -33,13 +33,13 @@ class Slots(NamedTuple):
     values: tuple[PyTree, ...]
 
     def items(self) -> list[tuple[int, PyTree]]:
-        """Number and value of every slot that is not empty, by number."""
+        """Number and value of every non-empty slot, by number."""
         # On the host already, but in a state that jax.tree.map has copied.
         pairs = zip(np.asarray(self.numbers).tolist(), self.values, strict=True)
         return sorted(((n, value) for n, value in pairs if n >= 0), key=lambda pair: pair[0])
 
     def filled(self, values: Mapping[int, PyTree], zeros: Callable[[PyTree], PyTree]) -> Slots:
-        """Slots of the same shapes that hold other values.
+        """Slots of the same shapes with other values.
 
         Args:
           values: by number; no two of them have one slot.
@@ -62,7 +62,7 @@ class Slots(NamedTuple):
 
 
 class StageState(NamedTuple):
-    """All that one stage has, on its own devices; counters are int32 scalars on the host.
+    """The state of one stage, on its own devices; counters are int32 scalars on the host.
 
     Micro-batches are numbered through: number m of mini-batch n is n * microbatches + m, and where
     mini-batches are not divided, that is n.
@@ -102,11 +102,11 @@ class StageState(NamedTuple):
 
 
 class PipelineState(NamedTuple):
-    """The state of a whole pipeline; a pytree. ``jax.tree.map(jnp.copy, state)`` copies it.
+    """The state of a pipeline, a pytree. ``jax.tree.map(jnp.copy, state)`` copies it.
 
     Attributes:
-      tick: mini-batches that have entered so far, which is the number of the next one; int32.
-      origin: the number of the first that entered after the last drain; int32.
+      tick: the number of mini-batches that have entered, int32.
+      origin: the number of the first mini-batch after the last drain, int32.
       key: the root key.
       stages: one `StageState` per stage.
     """
@@ -118,7 +118,7 @@ class PipelineState(NamedTuple):
 
 
 class StageWork(Holding):
-    """A stage's state while a tick changes it: a mutable copy with dictionaries for slots.
+    """A stage's state during a tick: a mutable copy with dictionaries instead of slots.
 
     The bookkeeping is that of `fdg_jax.schedule.ledger.Holding`, with arrays for values.
 
@@ -155,18 +155,18 @@ class StageWork(Holding):
         self.inbox = {port: dict(slots.items()) for port, slots in state.inbox.items()}
 
     def weights(self, version: int) -> PyTree:
-        """The weights after so many updates, the newest or kept ones."""
+        """The weights after the given number of updates."""
         return self.params if version == self.version else self.versions[version]
 
     def update(self, params: PyTree, opt_state: PyTree, record: Record) -> None:
-        """New weights: the old ones are an earlier version, and no gradient waits."""
+        """Sets new weights; keeps the old ones as an earlier version and clears the gradient."""
         self.versions[self.version] = self.params
         self.params, self.opt_state, self.record = params, opt_state, record
         self.gradient, self.pending = None, 0
         self.version += 1
 
     def packed(self, zeros: Callable[[PyTree], PyTree]) -> StageState:
-        """The state that it has become.
+        """The resulting `StageState`.
 
         Args:
           zeros: makes zeros of the shapes and places of a pytree.

@@ -1,4 +1,4 @@
-"""Whether a state is one of this pipeline, and still whole."""
+"""Checks that a state belongs to this pipeline and has not been consumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ READ = ("params", "model_state", "opt_state")
 
 
 def check_state(state: Any, num_stages: int, parts: Sequence[str] = TAKEN) -> None:
-    """Refuses what is no state, and a state that was used before, while nothing is dispatched yet.
+    """Rejects invalid and consumed states before anything is dispatched.
 
     Args:
       state: given in the place of one.

@@ -1,8 +1,8 @@
-"""Ticks as one program each, where all stages share one device or one group.
+"""Ticks compiled as one program, for stages that share one device or one group.
 
-A full pipeline does the same in every tick, or in every ``period`` ticks. Such ticks are compiled
-(`fdg_jax.engine.compiled_tick`); while it fills and drains, and where somebody watches its
-programs, they are dispatched as elsewhere.
+In a full pipeline every tick, or every ``period``-th tick, runs the same actions. These ticks are
+compiled (`fdg_jax.engine.compiled_tick`). While the pipeline fills or drains, and while its
+programs are recorded, the actions are dispatched one by one.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def compiles(stages: Sequence[Stage], wanted: str | bool) -> bool:
 
     Args:
       stages: of the pipeline.
-      wanted: True, False, or "auto": where several stages share a device or a group.
+      wanted: True, False, or "auto": if several stages share a device or a group.
 
     Raises:
-      ValueError: another value, or True where stages are on different devices.
+      ValueError: any other value, or True with stages on different devices.
     """
     if not any(wanted is allowed or wanted == allowed for allowed in COMPILE):
         raise ValueError(f'compile={wanted!r}: must be "auto", True or False')
@@ -51,7 +51,7 @@ class SteadyTicks:
 
     Args:
       stages: all on the same devices.
-      schedule: theirs.
+      schedule: of the pipeline.
     """
 
     def __init__(self, stages: Sequence[Stage], schedule: Schedule) -> None:
@@ -61,24 +61,24 @@ class SteadyTicks:
         self._devices = set(stages[0].mesh.devices.flat)
 
     def full(self, state: PipelineState) -> bool:
-        """Whether the pipeline is full, so that ticks repeat themselves."""
+        """Whether the pipeline is full, so that ticks repeat."""
         return int(state.tick) - int(state.origin) >= self._from
 
     def step(
         self, state: PipelineState, x: PyTree, labels: PyTree
     ) -> tuple[PipelineState, MetricsList, list[Done]]:
-        """One tick.
+        """Runs one tick.
 
         Args:
-          state: full; consumed.
+          state: of a full pipeline; consumed.
           x, labels: the mini-batch that enters.
 
         Returns:
-          The new state, the metrics, what `RunAhead` waits for.
+          The new state, the metrics, and tokens for `RunAhead`.
 
         Raises:
-          ConsumedStateError: the state was used before.
-          StageError: the program cannot be made.
+          ConsumedStateError: the state has been consumed.
+          StageError: tracing or compiling the program failed.
         """
         if self._schedule.microbatches == 1:
             x, labels = plain(x), plain(labels)
@@ -95,7 +95,7 @@ class SteadyTicks:
             raise failure(self._stages, 0, "tick", int(state.tick), error) from error
 
     def _near(self, tree: PyTree) -> PyTree:
-        """What the program takes as it is, else on the devices."""
+        """A batch that the program accepts, moved to the devices if necessary."""
         for leaf in jax.tree.leaves(tree):
             if isinstance(leaf, jax.Array) and leaf.sharding.device_set != self._devices:
                 return send(tree, self._stages[0])
@@ -108,7 +108,7 @@ class Steady:
     Args:
       tick: the program.
       stages, schedule: of the pipeline.
-      state: that it was made from.
+      state: from which the program was made.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ def _value(own: StageState, what: str, n: int) -> PyTree:
 
 
 class _Change:
-    """What a compiled tick does with the state of one stage."""
+    """The changes of one stage's state in a compiled tick."""
 
     def __init__(self, tick: CompiledTick, k: int, stage: Stage) -> None:
         before, after = tick.before[k], tick.after[k]
@@ -243,7 +243,7 @@ class _Change:
 
 
 class _Exchange:
-    """Which numbers leave the slots of a kind, and which come."""
+    """The numbers removed from and added to slots in a tick."""
 
     def __init__(
         self, places: Sequence[Place], what: str, before: dict[int, Any], after: dict[int, Any]

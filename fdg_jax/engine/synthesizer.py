@@ -1,4 +1,4 @@
-"""What predicts the cotangent of a stage's output, and how it learns to."""
+"""Synthesizers: predict the cotangent of a stage's output, and their training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SYNTHESIZER = 0x73796E74
 
 
 class SynthesizerState(NamedTuple):
-    """What a synthesizer has, on its stage's devices."""
+    """The state of a synthesizer, on its stage's devices."""
 
     params: PyTree
     model_state: PyTree
@@ -26,7 +26,7 @@ class SynthesizerState(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a synthesizer predicts from: a stage's output.
+    """The input of a synthesizer: a stage's output.
 
     Attributes:
       output: of the forward of one micro-batch.
@@ -48,9 +48,9 @@ class Synthesizer:
         \\min_S \\tfrac{1}{|h|} \\lVert S(h, \\text{labels}) - \\delta \\rVert^2
 
     Args:
-      layer: S, such as `fdg_jax.models.synthesizer`: from the pair of an output and the labels of
-        its batch to a pytree of the output's structure, shapes and dtypes.
-      optimizer: of its parameters, such as ``optax.adam(1e-4)``.
+      layer: S, such as `fdg_jax.models.synthesizer`: maps a pair of output and labels to a pytree
+        with the output's structure, shapes and dtypes.
+      optimizer: the optimizer of its parameters, such as ``optax.adam(1e-4)``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -69,7 +69,7 @@ class Synthesizer:
     optimizer: optax.GradientTransformation
 
     def init(self, key: Key, own: Output) -> SynthesizerState:
-        """Fresh parameters.
+        """Initialises the parameters.
 
         Args:
           key: the root key.
@@ -112,7 +112,7 @@ class Synthesizer:
     def teach(
         self, state: SynthesizerState, own: Output, cotangent: list[jax.Array], key: Key
     ) -> SynthesizerState:
-        """One update towards a cotangent.
+        """One update towards a target cotangent.
 
         Args:
           state: before it.

@@ -1,4 +1,4 @@
-"""The shapes, dtypes and places of a state, found by tracing alone."""
+"""The shapes, dtypes and placement of a state, determined by tracing."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def template(
 
 
 def _check_parameters(stage: Stage, params: PyTree) -> None:
-    """Refuses parameters that have no gradient.
+    """Rejects parameters without a gradient.
 
     Raises:
       ValueError: one is of integers or booleans; the message names it.
@@ -154,7 +154,7 @@ def _check_parameters(stage: Stage, params: PyTree) -> None:
 
 
 def _check_state(stage: Stage, k: int, params: PyTree, model_state: PyTree, x: PyTree) -> None:
-    """A guard chooses between the old state and the new: the two must be of one form."""
+    """Checks that model state keeps its form, as guards require."""
     key, number = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     *_, new = stage.output(params, model_state, x, key, number)
     try:
@@ -191,7 +191,7 @@ def _whole(tree: PyTree, stage: Stage) -> PyTree:
 
 
 def _residuals(tree: PyTree, batch: set[int], stage: Stage) -> PyTree:
-    """Residuals lie as XLA puts them; those with the batch axis most likely over it."""
+    """Residuals with XLA's placement; those with a batch axis are usually sharded over it."""
 
     def place(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         over = leaf.ndim and leaf.shape[0] in batch and leaf.shape[0] % stage.mesh.size == 0

@@ -1,4 +1,4 @@
-"""Tied weights in a pipeline: what goes beside activations and cotangents.
+"""Tied weights in a pipeline: the messages that carry them.
 
     forward of the owner    ──► tied n ──►            input of the user's forward
     backward of the owner   ◄── tied gradient n ◄──   message of the user's backward
@@ -25,7 +25,7 @@ from fdg_jax.typing import PyTree
 def tie_stages(
     stages: Sequence[Layer], schedule: Schedule, rule: GradientRule, tie: Tie | None
 ) -> tuple[list[Layer], Schedule]:
-    """The arguments of a pipeline with tied weights.
+    """The arguments of a pipeline, extended by tied weights.
 
     Args:
       stages, schedule, rule: as they were given.
@@ -51,25 +51,25 @@ def tie_stages(
 
 
 def inputs_of(stage: Stage, own: StageWork, n: int) -> PyTree:
-    """What a forward of micro-batch n takes."""
+    """The inputs of the forward of micro-batch n."""
     x = own.take(ACTIVATION, n)
     return Paired(x, own.take(TIED, n)) if borrows(stage.layer) else x
 
 
 def message_of(schedule: Schedule, kind: Kind, k: int, own: StageWork, n: int) -> PyTree:
-    """What a backward of micro-batch n takes."""
+    """The message for the backward of micro-batch n."""
     first, *more = (own.take(port.name, n) for port in schedule.takes(kind, k))
     return Paired(first, more[0]) if more and schedule.tied is not None else first
 
 
 def output_of(stage: Stage, params: PyTree, y: PyTree) -> PyTree:
-    """What a forward sends up."""
+    """The output that a forward sends."""
     tied = lent(stage.layer, params)
     return y if tied is None else Paired(y, tied)
 
 
 def part(name: str, value: PyTree) -> PyTree:
-    """Of what an action sends, what goes by one port."""
+    """The part of a result that is sent by one port."""
     if not isinstance(value, Paired):
         return value
     return value.tied if name in (TIED, TIED_GRADIENT) else value.value

@@ -1,4 +1,4 @@
-"""Whether updates can be made as a stage makes them, found out by tracing alone."""
+"""Checks an optimizer's update by tracing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MISSING = re.compile(r"missing \d+ required (?:keyword-only|positional) argumen
 
 
 def check_optimizers(stages: Sequence[Stage], schedule: Schedule, state: PipelineState) -> None:
-    """Traces an update of every stage; nothing is computed.
+    """Traces an update of every stage; computes nothing.
 
     Args:
       stages: whose optimizers are tried.
@@ -73,7 +73,7 @@ def _check_optimizer(stage: Stage, k: int, own: StageState, accumulates: bool) -
 
 
 def _missing(error: Exception) -> str | None:
-    """The arguments that a function was called without, by name."""
+    """The names of arguments that a function call lacked."""
     if isinstance(error, TypeError) and (found := _MISSING.search(str(error))):
         return found[1].replace("'", "")
     if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
@@ -82,7 +82,7 @@ def _missing(error: Exception) -> str | None:
 
 
 def check_model_state(old: PyTree, new: PyTree) -> None:
-    """Refuses a model state that changes in training.
+    """Rejects a model state that changes its form in training.
 
     Args:
       old: as the layers made it.
@@ -99,7 +99,7 @@ def check_model_state(old: PyTree, new: PyTree) -> None:
 
 
 def check_synthesizer(stage: Stage, k: int, own: StageState, y: PyTree, labels: PyTree) -> None:
-    """Traces what a synthesizer learns from a batch; nothing is computed.
+    """Traces the training of a synthesizer; computes nothing.
 
     Args:
       stage: whose synthesizer is tried, if it has one.

@@ -1,4 +1,4 @@
-"""What a stage does with its gradients: corrections, updates, the weights behind predictions."""
+"""Gradient corrections, updates, and the weights behind predictions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Updates(Placed):
     def correct(
         self, params: PyTree, opt_state: PyTree, gradient: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        """What is due for each gradient: the gradient, corrected, and the optimizer's state."""
+        """Applies the per-gradient part: the corrected gradient and the optimizer's state."""
         if self.optimizer.per_gradient is None:
             return gradient, opt_state
         first, second = opt_state
@@ -51,7 +51,7 @@ class Updates(Placed):
     def apply_one(
         self, params: PyTree, opt_state: PyTree, gradient: PyTree, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        """An update with one gradient: what is due for each gradient, and the update."""
+        """An update with one gradient: per-gradient correction, then the update."""
         gradient, opt_state = self.correct(params, opt_state, gradient, **extra)
         return self.apply(params, opt_state, gradient, **extra)
 

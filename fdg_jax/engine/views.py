@@ -1,4 +1,4 @@
-"""What a state of a pipeline holds: weights, model state, outputs, counts."""
+"""Reading weights, model state, outputs and counts from a pipeline's state."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fdg_jax.typing import PyTree
 
 
 class Views:
-    """The part of `fdg_jax.Pipeline` that reads states, and replaces their weights.
+    """The methods of `fdg_jax.Pipeline` that read states or replace their weights.
 
     Attributes:
-      stages: its stages, input first.
+      stages: the stages, input first.
       num_stages: K.
-      network: all of it as one layer, whose params and state are ``tuple(pipe.true_params(state))``
-        and ``tuple(pipe.model_state(state))``, brought to one device.
+      network: the whole network as one layer, with params ``tuple(pipe.true_params(state))`` and
+        state ``tuple(pipe.model_state(state))``, moved to one device.
     """
 
     stages: list[Stage]
@@ -38,41 +38,41 @@ class Views:
     def predict(
         self, state: PipelineState, x: PyTree, params: Sequence[PyTree] | None = None
     ) -> PyTree:
-        """Outputs in evaluation mode, through the stages where they are.
+        """The network's outputs in evaluation mode, computed by the stages on their devices.
 
         Args:
           state: any state; it is not consumed.
           x: inputs, batch axis first.
-          params: weights, one pytree per stage, on its devices, such as `averaged_params` returns.
-            None: the true ones.
+          params: weights, one pytree per stage, on its devices, for example from
+            `averaged_params`. None: the true weights.
 
         Returns:
-          The network's outputs, on the last stage's devices, perhaps not computed yet.
+          The network's outputs, as asynchronous arrays on the last stage's devices.
 
         Raises:
-          ValueError: the batch does not fit, or does not divide over a stage's devices.
-          ConsumedStateError: the state was used before.
+          ValueError: the batch does not fit, or cannot be divided over a stage's devices.
+          ConsumedStateError: the state has been consumed.
         """
         check_state(state, self.num_stages, READ)
         x = undivided(x, self.stages[0].mesh.size)
         return evaluate(self.stages, state.stages, x, params)
 
     def params(self, state: PipelineState) -> list[PyTree]:
-        """The parameters of each stage, where they are, as its next forward uses them.
+        """The parameters of each stage, as used by its next forward, on the stage's devices.
 
         Args:
           state: any state; it is not consumed.
 
         Returns:
-          K pytrees, valid until the next step; predictions of the weights where the optimizer
-          makes them such (`fdg_jax.predict_weights`). A tied array is in its owner's stage alone.
+          K pytrees, valid until the next step. With weight prediction (`fdg_jax.predict_weights`)
+          they are predicted weights. A tied array is in its owner's stage only.
         """
         check_state(state, self.num_stages, ("params",))
         return [stage.params for stage in state.stages]
 
     @no_active_mesh()
     def true_params(self, state: PipelineState) -> list[PyTree]:
-        """The weights of each stage, to evaluate and to keep: `params` without prediction.
+        """The weights of each stage without prediction, for evaluation and export.
 
         Args:
           state: any state; it is not consumed.
@@ -86,7 +86,7 @@ class Views:
 
     @no_active_mesh()
     def averaged_params(self, state: PipelineState) -> list[PyTree]:
-        """The average of the weights that `fdg_jax.average_weights` keeps.
+        """The moving average of the weights kept by `fdg_jax.average_weights`.
 
         Args:
           state: any state; it is not consumed.
@@ -95,27 +95,27 @@ class Views:
           K pytrees, on the stages' devices, valid until the next step.
 
         Raises:
-          ValueError: the optimizer keeps no average.
+          ValueError: the optimizer does not keep an average.
         """
         check_state(state, self.num_stages, READ)
         pairs = zip(self.stages, state.stages, strict=True)
         return [stage.averaged_params(own.params, own.opt_state)[0] for stage, own in pairs]
 
     def skipped(self, state: PipelineState) -> list[int]:
-        """How many micro-batches each stage skipped, since they were not finite.
+        """The number of non-finite micro-batches skipped by each stage.
 
         Args:
-          state: any state; this waits for it, and every process calls it.
+          state: any state. Waits for it; must be called by every process.
 
         Returns:
-          K counts; zeros where it was not checked.
+          K counts; zeros without ``on_nonfinite``.
         """
         return nonfinite.skipped([own.record for own in state.stages])
 
     left_out = skipped  # the name of earlier versions
 
     def model_state(self, state: PipelineState) -> list[PyTree]:
-        """The model state of each stage, such as batch statistics, where it is.
+        """The model state of each stage, such as batch statistics, on its devices.
 
         Args:
           state: any state; it is not consumed.
@@ -128,23 +128,22 @@ class Views:
 
     @no_active_mesh()
     def replace_params(self, state: PipelineState, params: Sequence[PyTree]) -> PipelineState:
-        """A state with other weights, such as those of a trained model; all else stays.
+        """Replaces the weights of a state, for example by pretrained ones.
 
-        Optimizers go on with their moments and counts; predictions and averages of weights begin
-        anew.
+        Moments and counts of optimizers are kept; predictions and averages of weights restart.
 
         Args:
-          state: with nothing in flight, as `init` and `drain` return it; consumed.
-          params: true weights, one pytree per stage, as `true_params` returns them: arrays of JAX
-            or numpy, which are copied.
+          state: without mini-batches in flight, as returned by `init` and `drain`; consumed.
+          params: true weights, one pytree per stage, as returned by `true_params`: JAX or numpy
+            arrays, which are copied.
 
         Returns:
           The new state.
 
         Raises:
-          ValueError: mini-batches are in flight; or structure, shapes or dtypes are others. The
-            state is whole then.
-          ConsumedStateError: the state was used before.
+          ValueError: mini-batches are in flight, or structure, shapes or dtypes differ. The state
+            remains valid.
+          ConsumedStateError: the state has been consumed.
 
         Example:
           >>> import jax.numpy as jnp, optax

@@ -1,4 +1,4 @@
-"""The networks of the papers, each as a list of layers that `partition` cuts into stages."""
+"""The networks of the papers, each as a list of layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def create(
     compute: Compute = DEFAULT,
     dropout: float = 0.0,
 ) -> list[Layer]:
-    """A network by its name.
+    """Creates a network by name.
 
     Args:
       name: "small_resnet"; "resnet20", 32, 44, 56, 110, 1202 (thin); "resnet18", 34, 50, 101;

@@ -1,4 +1,4 @@
-"""A classifier beside a stage, which gives it a loss of its own (decoupled greedy learning)."""
+"""Auxiliary classifiers that give a stage its own loss (decoupled greedy learning)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = ("mlp-sr", "mlp")
 def auxiliary_head(
     num_classes: int = 10, kind: str = "mlp-sr", compute: Compute = DEFAULT
 ) -> Layer:
-    """A classifier on the output of a stage, for a loss that needs no later stage.
+    """A classifier on a stage's output, for a loss independent of later stages.
 
     Images are pooled to a quarter of their height and width (means, rounded up) and pass three 1x1
     convolutions; they are pooled to 2x2 and pass three dense layers of 4C, and a last one. Batch
@@ -104,7 +104,7 @@ class DenseNorm(nnx.Module):
 
 
 class Logits(nnx.Module):
-    """A dense layer in float32 at least; ``norm`` puts a layer normalisation before it."""
+    """A dense layer in at least float32; ``norm`` adds a layer normalisation before it."""
 
     def __init__(
         self, inputs: int, num_classes: int, *, norm: bool = False, rngs: nnx.Rngs
@@ -118,7 +118,7 @@ class Logits(nnx.Module):
 
 
 def mean_pool(x: jax.Array, height: int, width: int) -> jax.Array:
-    """Means over windows that cover an image evenly, in ``height`` rows and ``width`` columns.
+    """Means over windows that cover an image evenly, ``height`` rows by ``width`` columns.
 
     Args:
       x: images, [B, H, W, C]; a window begins at pixel ``i * H // height``, and ends before

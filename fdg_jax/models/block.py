@@ -1,4 +1,4 @@
-"""The blocks that residual networks are built from, in nnx."""
+"""Blocks of residual networks, in nnx."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ConvNorm(nnx.Module):
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016a).
+    """Two 3x3 convolutions with a shortcut (He et al. 2016a).
 
     Args:
       projection: where the shape changes, the shortcut is a 1x1 convolution with batch
@@ -69,7 +69,7 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3 and 1x1 convolutions beside a shortcut (He et al. 2016a); 4 times as wide.
+    """1x1, 3x3 and 1x1 convolutions with a shortcut (He et al. 2016a); 4 times as wide.
 
     The stride is in the 3x3 convolution, as in most implementations since; the paper's is in the
     first 1x1.
@@ -132,7 +132,7 @@ class PreactivationBlock(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Mean over all pixels, then one dense layer; ``norm`` puts batch norm and ReLU before it."""
+    """Mean over all pixels and a dense layer; ``norm`` adds batch norm and ReLU before it."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ def shortcut(
     compute: Compute = DEFAULT,
     rngs: nnx.Rngs,
 ) -> Activation:
-    """The identity where nothing changes, else option B (``projection``) or option A."""
+    """The identity if shapes agree, else option B (``projection``) or option A."""
     if stride == 1 and inputs == outputs:
         return _identity
     if projection:

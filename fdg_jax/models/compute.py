@@ -1,4 +1,4 @@
-"""How a network is computed, apart from what it computes."""
+"""Numerical settings of the models: dtype and derivatives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Compute:
-    """Choices that change neither a network's parameters nor, beyond rounding, its gradients.
+    """Settings that change neither parameters nor, up to rounding, gradients.
 
     Args:
       dtype: of activations and their cotangents, such as ``jnp.bfloat16``; parameters, batch

@@ -101,7 +101,7 @@ conv2d.defvjp(_forward, _backward)
 
 
 def _computed_once(arrays: Any, witness: jax.Array) -> Any:
-    """``arrays``, which no fusion after this point computes again.
+    """``arrays``, protected from recomputation by fusion.
 
     An optimization barrier would say so, but XLA drops those before it fuses on CPU.
     """

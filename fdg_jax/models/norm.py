@@ -1,4 +1,4 @@
-"""Batch normalisation and ReLU that keep no more for their backward than they need."""
+"""Batch normalisation with ReLU that stores only what its backward needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdg_jax.models.compute import DEFAULT, Compute
 def batch_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = 1e-5, relu: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    r"""Batch normalisation with the statistics of this batch, and a ReLU after it if asked for.
+    r"""Batch normalisation with the statistics of the batch, optionally followed by a ReLU.
 
     .. math::
         \hat x = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}, \quad y = \gamma \hat x + \beta
@@ -87,7 +87,7 @@ batch_norm.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0); its backward needs the output, which the next convolution keeps anyway."""
+    """max(x, 0); its backward uses the output, which the next convolution stores anyway."""
     return jnp.maximum(x, 0)
 
 
@@ -95,7 +95,7 @@ relu.defvjp(lambda x: (relu(x),) * 2, lambda y, g: (jnp.where(y > 0, g, 0),))
 
 
 class Norm(nnx.BatchNorm):
-    """Batch normalisation with the running mean of the papers' framework (new value: 0.1).
+    """Batch normalisation with PyTorch's running average (new value: 0.1).
 
     Args:
       features: channels.

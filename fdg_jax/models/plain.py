@@ -1,4 +1,4 @@
-"""A plain convolutional network: equal layers, so that it can be cut into equal stages."""
+"""A plain convolutional network of equal layers."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def wide_resnet(
 def small_resnet(
     num_classes: int = 10, channels: int = 3, compute: Compute = DEFAULT
 ) -> list[Layer]:
-    """A residual network that a CPU trains in minutes: 0.3 million parameters.
+    """A residual network that trains on a CPU in minutes: 0.3 million parameters.
 
     A 3x3 stem with stride 2, three blocks of 32, 64 and 128 channels, head.
 
@@ -198,7 +198,7 @@ def _group(
     unroll: bool | None,
     **options: Any,
 ) -> list[Layer]:
-    """The first block, which changes the shape, and the equal ones after it."""
+    """The first block, which changes the shape, followed by equal blocks."""
     outputs = getattr(block, "expansion", 1) * width
     first = from_nnx(lambda rngs: block(inputs, width, stride, rngs=rngs, **options))
     rest = from_nnx(lambda rngs: block(outputs, width, rngs=rngs, **options))

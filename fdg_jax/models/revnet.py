@@ -27,7 +27,7 @@ def revnet(
     unroll: bool | None = None,
     compute: Compute = DEFAULT,
 ) -> list[Layer]:
-    r"""The reversible form of `resnet`: blocks on two streams, each as wide as the ResNet's one.
+    r"""The reversible version of `resnet`: two streams, each as wide as the ResNet's.
 
     .. math::
         (x, t) \mapsto (t + F(x), \; x)
@@ -71,7 +71,7 @@ def revnet(
 def small_revnet(
     num_classes: int = 10, channels: int = 3, compute: Compute = DEFAULT
 ) -> list[Layer]:
-    """A reversible network that a CPU trains in minutes: 0.3 million parameters.
+    """A reversible network that trains on a CPU in minutes: 0.3 million parameters.
 
     A 3x3 stem with stride 2; 4, 5 and 3 blocks on streams of 16, 32 and 64 channels, of which the
     first of 32 and of 64 cannot be inverted; head.
@@ -197,7 +197,7 @@ class BasicTransition(nnx.Module):
 
 
 class BottleneckTransition(nnx.Module):
-    """The first bottleneck of a group: each stream has a 1x1 convolution of its own beside F."""
+    """The first bottleneck of a group: each stream has its own 1x1 convolution beside F."""
 
     def __init__(
         self, inputs: int, width: int, stride: int, *, compute: Compute = DEFAULT, rngs: nnx.Rngs

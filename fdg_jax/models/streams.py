@@ -1,4 +1,4 @@
-"""What small networks beside a stage read: an array, or streams along its last axis."""
+"""Inputs of auxiliary networks: an array, or streams joined along the last axis."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fdg_jax.typing import PyTree
 
 
 def position(owner: str, y: PyTree) -> tuple[int, ...]:
-    """The axes before the last, which all arrays of ``y`` share.
+    """The common leading axes of all arrays of ``y``.
 
     Raises:
       ValueError: they do not; ``owner`` is named in it.
@@ -24,7 +24,7 @@ def position(owner: str, y: PyTree) -> tuple[int, ...]:
 
 
 def shapes(y: PyTree) -> str:
-    """The shapes of all arrays, to be read."""
+    """The shapes of all arrays, as text."""
     return ", ".join(str(list(leaf.shape)) for leaf in jax.tree.leaves(y)) or "no array"
 
 
@@ -34,5 +34,5 @@ def widths(y: PyTree) -> list[int]:
 
 
 def joined(y: PyTree) -> jax.Array:
-    """All arrays as one, side by side."""
+    """All arrays concatenated along the last axis."""
     return jnp.concatenate(jax.tree.leaves(y), axis=-1)

@@ -24,7 +24,7 @@ KINDS = ("conv", "mlp")
 def synthesizer(
     kind: str = "conv", labels: int | None = None, width: int = 128, compute: Compute = DEFAULT
 ) -> Layer:
-    r"""Predicts the cotangent of a stage's output from that output, and from the label if asked to.
+    r"""Predicts the cotangent of a stage's output from the output and optionally the label.
 
     .. math::
         \hat\delta = S(y, \; \mathrm{onehot}(c)), \qquad \hat\delta = 0 \text{ at first}
@@ -124,7 +124,7 @@ def synthesizer(
 
 
 class ConvSynthesizer(nnx.Module):
-    """Three 5x5 convolutions, batch normalisation and ReLU between them; the last is 0 at first."""
+    """Three 5x5 convolutions with batch normalisation and ReLU; the last is initialised to 0."""
 
     def __init__(
         self, inputs: int, width: int, outputs: int, *, compute: Compute, rngs: nnx.Rngs
@@ -139,7 +139,7 @@ class ConvSynthesizer(nnx.Module):
 
 
 class DenseSynthesizer(nnx.Module):
-    """Two dense layers on the last axis, a ReLU between them; the second is 0 at first."""
+    """Two dense layers on the last axis with a ReLU; the second is initialised to 0."""
 
     def __init__(
         self, inputs: int, width: int, outputs: int, *, compute: Compute, rngs: nnx.Rngs
@@ -153,7 +153,7 @@ class DenseSynthesizer(nnx.Module):
 
 
 def _with_labels(x: jax.Array, labels: jax.Array, classes: int) -> jax.Array:
-    """``x`` with the labels' one-hot vectors as further channels, each at all places it is for."""
+    """``x`` with one-hot labels as additional channels."""
     one_hot = jax.nn.one_hot(labels, classes, dtype=x.dtype)
     places = (1,) * (x.ndim - 1 - labels.ndim)
     channels = one_hot.reshape(*labels.shape, *places, classes)

@@ -1,4 +1,4 @@
-"""What an optimizer does about late gradients: optax transformations, each useful alone.
+"""Optax transformations for stale gradients; each works alone.
 
     fdg_shrink                             first in a chain
     delay_compensation, gap_aware          first in a chain, or per gradient in a StageOptimizer

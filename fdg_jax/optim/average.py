@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept by the optimizer."""
+"""An exponential moving average of the weights in the optimizer state."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class AverageState(NamedTuple):
     """State of `average_weights`.
 
     Attributes:
-      inner: of the optimizer.
-      average: of the weights; like the params.
+      inner: state of the wrapped optimizer.
+      average: average of the weights, like params.
     """
 
     inner: optax.OptState
@@ -28,25 +28,25 @@ class AverageState(NamedTuple):
 def average_weights(
     optimizer: optax.GradientTransformation, decay: float
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps an exponential moving average of the weights; the updates stay as they are.
+    r"""Keeps an exponential moving average of the weights; does not change the updates.
 
     .. math::
         \bar{w}_0 = w_0, \qquad \bar{w}_{t+1} = d \, \bar{w}_t + (1 - d) \, w_{t+1}
 
-    The average begins with the initial weights. It takes the memory of the weights once more, and
-    is a part of the optimizer's state: a stage keeps it on its own devices, and checkpoints contain
-    it. Where the optimizer predicts weights (`fdg_jax.predict_weights`, `fdg_jax.delayed_sgd`),
-    inside of this or around it, the average is of the true ones. It counts the stage's updates.
+    The average starts at the initial weights and uses the memory of one copy of the weights. It is
+    part of the optimizer state: each stage keeps its part on its own devices, and checkpoints
+    include it. With weight prediction (`fdg_jax.predict_weights`, `fdg_jax.delayed_sgd`), inside or
+    outside, the average is of the true weights. It counts the stage's updates.
 
     Args:
-      optimizer: makes the updates.
-      decay: d, 0 to less than 1; such as 0.999.
+      optimizer: the wrapped optimizer.
+      decay: d, in [0, 1), for example 0.999.
 
     Returns:
-      The transformation; `averaged_params` reads the average.
+      A transformation; `averaged_params` reads the average.
 
     Raises:
-      ValueError: decay is out of range; or (from update) params are missing.
+      ValueError: decay is out of range, or ``update`` is called without params.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -85,17 +85,17 @@ def average_weights(
 
 
 def averaged_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
-    """The average of the weights that `average_weights` keeps.
+    """The average of the weights kept by `average_weights`.
 
     Args:
-      params: what was trained with the optimizer whose state this is.
-      opt_state: its state; `average_weights` may stand anywhere in it.
+      params: parameters trained with this optimizer.
+      opt_state: the optimizer's state, with `average_weights` anywhere in it.
 
     Returns:
       A pytree like ``params``.
 
     Raises:
-      ValueError: there is no average in the state, or more than one.
+      ValueError: the state contains no average, or more than one.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -114,14 +114,14 @@ def averaged_params(params: optax.Params, opt_state: optax.OptState) -> optax.Pa
 
 
 def restarted_average(params: optax.Params, opt_state: optax.OptState) -> optax.OptState:
-    """The state of an optimizer whose average, if it keeps one, begins with other weights.
+    """Restarts the average of an optimizer state, if it has one, at given weights.
 
     Args:
       params: true weights.
-      opt_state: of an optimizer of such params.
+      opt_state: the state of an optimizer of such params.
 
     Returns:
-      The state; all else in it stays.
+      The state, otherwise unchanged.
     """
 
     def one(node: Any) -> Any:

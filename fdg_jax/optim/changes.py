@@ -1,4 +1,4 @@
-"""Weights of earlier, reconstructed from an average of the weight changes; none are kept."""
+"""Estimates earlier weights from an average of weight changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ChangesState(NamedTuple):
 def track_changes(
     optimizer: optax.GradientTransformation, decay: float
 ) -> optax.GradientTransformationExtraArgs:
-    r"""An optimizer that keeps an average of its updates, and leaves them as they are.
+    r"""Wraps an optimizer to keep an average of its updates, which it leaves unchanged.
 
     .. math::
         \delta \leftarrow \gamma \, \delta + (1 - \gamma) \, (w_\text{new} - w_\text{old})
@@ -86,7 +86,7 @@ def track_changes(
 def past_params(
     params: optax.Params, opt_state: optax.OptState, updates_ago: jax.Array | float
 ) -> optax.Params:
-    r"""An estimate of the weights of some updates ago: :math:`\hat w = w - n \, \delta`.
+    r"""Estimates the weights of n updates ago: :math:`\hat w = w - n \, \delta`.
 
     Exact where all updates are equal, once the average has forgotten its beginning.
 

@@ -1,4 +1,4 @@
-"""Corrections of a gradient that was taken at older weights.
+"""Corrections of gradients that were computed at older weights.
 
 They read the weights of the gradient's own forward, which `fdg_jax.Pipeline` hands to an
 optimizer's ``update`` as ``stale_params``. With accumulation they are due for each gradient:
@@ -101,7 +101,7 @@ class GapAwareState(NamedTuple):
 def gap_aware(
     learning_rate: float, decay: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Gap-Aware: divides a gradient by how far the weights have moved since it was taken.
+    r"""Gap-Aware: divides a gradient by the distance its weights have moved since its forward.
 
     .. math::
         \frac{g}{1 + |w_\text{now} - w_\text{then}| / C}, \qquad
@@ -161,7 +161,7 @@ def gap_aware(
 
 
 def _stale(name: str, params: Any, extra: dict[str, Any]) -> Any:
-    """The weights of a gradient's own forward."""
+    """The weights of a gradient's forward."""
     if params is None or "stale_params" not in extra:
         raise ValueError(
             f"{name}: needs params and stale_params, the weights at which the gradient was taken; "

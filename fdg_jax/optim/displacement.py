@@ -1,4 +1,4 @@
-"""Displacements: how far an optimizer's state foretells that the weights will have moved."""
+"""Displacements: the predicted movement of the weights, from an optimizer's state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def adam_displacement(
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> Displacement:
-    r"""The displacement of Adam and AdamW whose second moment stands still.
+    r"""The displacement of Adam and AdamW with a constant second moment.
 
     .. math::
         p \leftarrow (1 - \eta_i \lambda) p - \frac{\eta_i}{1 - b_1^{t+i}}
@@ -87,6 +87,6 @@ def adam_displacement(
 
 
 def states_of(opt_state: optax.OptState, kind: Any) -> list[Any]:
-    """The states of one kind, or of some kinds, wherever they stand in an optimizer's state."""
+    """All states of the given types within an optimizer's state."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in nodes if isinstance(node, kind)]

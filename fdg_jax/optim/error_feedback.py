@@ -1,4 +1,4 @@
-"""Error feedback: corrects every update by how much it differs from the one before."""
+"""Error feedback: corrects every update by its difference to the previous one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGD whose momentum suits a late gradient: stretched, spike-compensated, predicted."""
+"""SGD with momentum adapted to stale gradients: stretched, compensated, predicted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fdg_jax.optim.staleness import Staleness, checked_number, updates_late
 
 
 class Stretched(NamedTuple):
-    """What `stretched_momentum` returns.
+    """The result of `stretched_momentum`.
 
     Attributes:
       momentum: of the stage.
@@ -26,7 +26,7 @@ class Stretched(NamedTuple):
 
 
 def stretched_momentum(momentum: float, staleness: Staleness, stretch: float = 0.5) -> Stretched:
-    r"""A longer momentum for a stage whose gradients are late, with the same total response.
+    r"""A longer momentum for a stage with stale gradients, with the same total response.
 
     .. math::
         1 - m_k = \frac{1 - m}{1 + c d}, \qquad \eta_k = \eta \, \frac{1 - m_k}{1 - m}
@@ -67,7 +67,7 @@ def stretched_momentum(momentum: float, staleness: Staleness, stretch: float = 0
 def scale_by_spike_compensation(
     momentum: float, staleness: Staleness
 ) -> optax.GradientTransformation:
-    r"""Momentum that gives a late gradient at once what it would have given since its forward.
+    r"""Momentum that immediately applies the response a stale gradient has missed.
 
     .. math::
         v \leftarrow m v + g, \qquad u = a v + b g, \qquad
@@ -125,7 +125,7 @@ def delayed_sgd(
     spike: bool = True,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    r"""SGD for late gradients: predicted weights, stretched momentum, spike compensation.
+    r"""SGD for stale gradients: weight prediction, stretched momentum, spike compensation.
 
     .. math::
         g' &= f_k (g + \lambda w), \qquad v' = m_k v + g' \\
@@ -215,7 +215,7 @@ def delayed_sgd(
 def _compensated(
     gradient: optax.Updates, trace: optax.Updates, m: float, late: float
 ) -> optax.Updates:
-    """a v + b g, of a momentum buffer that has g already."""
+    """a v + b g, for a momentum buffer that already contains g."""
     if not late:
         return trace
     a, b = m**late, (1 - m**late) / (1 - m)

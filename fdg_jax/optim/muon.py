@@ -1,4 +1,4 @@
-"""Which arrays Muon takes, and as which matrices."""
+"""Selects the arrays that Muon optimizes, and their shapes as matrices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optax.contrib import MuonDimensionNumbers
 def muon_dimension_numbers(
     include: str = "kernel", exclude: str = ""
 ) -> Callable[[optax.Params], optax.Params]:
-    """What ``optax.contrib.muon(muon_weight_dimension_numbers=...)`` takes, for networks of layers.
+    """The argument ``muon_weight_dimension_numbers`` of ``optax.contrib.muon`` for lists of layers.
 
     Left alone Muon takes every array of two axes: embeddings, and the biases that
     `fdg_jax.repeat` stacks along a first axis; but none of the matrices it stacks, and no

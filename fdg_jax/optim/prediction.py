@@ -58,7 +58,7 @@ def predict_weights(
     displacement: Literal["last_update", "momentum"] | Displacement = "last_update",
     horizon: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Makes the parameters a prediction of the weights that the gradient will meet.
+    r"""Makes the parameters a prediction of the weights at which the gradient will be applied.
 
     .. math::
         p = w + \varphi_{hd}(s), \qquad w' = w + u, \qquad p' = p + u + \varphi(s') - \varphi(s)
@@ -188,7 +188,7 @@ def _displacement(
 
 
 def true_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
-    r"""The weights themselves, of parameters that are a prediction: :math:`w = p - \varphi(s)`.
+    r"""The true weights of parameters that are a prediction: :math:`w = p - \varphi(s)`.
 
     For evaluation, export, and wherever a trained model is looked at. Where the next rate is zero
     `delayed_sgd` and ``"momentum"`` foretell nothing, and the two coincide.
@@ -221,7 +221,7 @@ def true_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params
 def without_prediction(
     params: optax.Params, opt_state: optax.OptState
 ) -> tuple[optax.Params, optax.OptState]:
-    """The true weights, and a state from which the prediction begins anew.
+    """The true weights, and a state that restarts the prediction.
 
     For a change of K or of the schedule: both change how far a stage looks ahead. A momentum buffer
     stays as it is; that of `delayed_sgd` means the same whatever its stretch.

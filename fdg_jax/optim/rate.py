@@ -1,4 +1,4 @@
-"""Learning rates of stages whose gradients are late."""
+"""Learning rates for stages with stale gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def staleness_rate(
     anneal_steps: float,
     power: float = 1.0,
 ) -> optax.ScalarOrSchedule:
-    r"""A rate that begins divided by the staleness, and grows to what it is without.
+    r"""A learning rate that starts divided by the staleness and grows to its full value.
 
     .. math::
         \eta_k(t) = \eta(t) \, / \, \max(d, 1)^{\, q \, (1 - \min(t / T, 1))}

@@ -1,8 +1,8 @@
-"""The optimizer of a stage, tuned for late gradients: one call each for SGD, AdamW and Muon.
+"""Optimizers tuned for stale gradients: one call each for SGD, AdamW and Muon.
 
-For ``Pipeline(stages, loss_fn, lambda k: recipes.sgd(0.1, (rule, k)), rule)``, best with
-``rule = schedule.fdg(K, order="backward_first")``, which has one update less of staleness for
-nothing. With staleness 0 each is the plain optimizer that it is named after.
+Usage: ``Pipeline(stages, loss_fn, lambda k: recipes.sgd(0.1, (rule, k)), rule)``, preferably with
+``rule = schedule.fdg(K, order="backward_first")``, which reduces staleness by one update. With
+staleness 0 each recipe equals the plain optimizer.
 """
 
 from __future__ import annotations
@@ -33,32 +33,33 @@ def sgd(
     anneal_steps: float | None = None,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """SGD for late gradients: `delayed_sgd`, and an optional warm-up from 1 / d.
+    """SGD for stale gradients: `delayed_sgd` and an optional warm-up from 1 / d.
 
-    The chain of a stage: clipping by its own norm, if any; linear prediction, momentum stretched
-    by 2, spike compensation, L2 decay at the true weights; the rate of `staleness_rate`. Shrinking
-    (`fdg_shrink`) goes before it.
+    The chain of a stage: optional clipping by the stage's norm; linear prediction, momentum
+      stretched by 2, spike compensation, L2 decay at the true weights; the learning rate of
+      `fdg_jax.staleness_rate`. Place shrinking (`fdg_jax.fdg_shrink`) before it.
 
-    Measured on a fifth of CIFAR-10 (JPEG) in 1,500 steps, K = 4, rate 0.4, annealed over 750: test
-    error 32.0 %, where back-propagation at its best rate, 0.2, has 31.1 % and plain FDG 38.0 %;
-    K = 2, rate 0.2, stretch 0.5: 31.1 %, plain 32.8 % (EXPERIMENTS.md).
+    Results on a fifth of CIFAR-10 (JPEG), 1,500 steps (EXPERIMENTS.md): K = 4, learning rate 0.4,
+    annealed over 750 steps: test error 32.0 %; back-propagation with learning rate 0.2 31.1 %,
+    plain FDG 38.0 %. K = 2, learning rate 0.2, stretch 0.5: 31.1 %, plain FDG 32.8 %.
 
     Args:
-      learning_rate: a number, or a schedule of the stage's updates; one to two times that of
+      learning_rate: a number or a schedule of the stage's updates; one to two times that of
         back-propagation.
-      staleness: updates between forward and use of a gradient, or ``(schedule, k)``.
-      momentum: that of back-propagation, in [0, 1).
+      staleness: updates between the forward and the application of a gradient, or ``(schedule,
+        k)``.
+      momentum: as for back-propagation, in [0, 1).
       weight_decay: added to the gradient at the true weights (L2), >= 0.
-      stretch: by how much the time of response grows for every update of delay, >= 0.
-      horizon: how far prediction looks ahead, as a multiple of the staleness, >= 0.
-      spike: whether spike compensation is on.
-      anneal_steps: the stage's updates until the full rate (`staleness_rate`); half of a short run
-        is a start. None: from the first.
-      clip_norm: the stage's share of the largest norm of a gradient, or None.
+      stretch: the relative increase of the response time per update of delay, >= 0.
+      horizon: the prediction horizon as a multiple of the staleness, >= 0.
+      spike: whether to use spike compensation.
+      anneal_steps: the number of updates until the full learning rate (`fdg_jax.staleness_rate`),
+        for example half of a short run. None: no annealing.
+      clip_norm: the stage's share of the maximal gradient norm, or None.
 
     Returns:
-      A transformation for the stage. With staleness 0 it is ``optax.sgd`` with weight decay, bit
-      for bit.
+      A transformation for the stage. With staleness 0 it is bitwise identical to ``optax.sgd`` with
+      weight decay.
 
     Raises:
       ValueError: a number outside its bounds.
@@ -89,21 +90,22 @@ def adamw(
     clip_norm: float | None = None,
     scale: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW for late gradients: predicted weights, and an optional warm-up from 1 / d.
+    """AdamW for stale gradients: weight prediction and an optional warm-up from 1 / d.
 
-    The chain of a stage: clipping by its own norm, if any; AdamW; ``scale``; around all, prediction
-    by the last update, ``horizon`` times the staleness ahead.
+    The chain of a stage: optional clipping by the stage's norm; AdamW; ``scale``; wrapped by
+      prediction from the last update, ``horizon`` times the staleness ahead.
 
-    Measured on text in 1,000 steps, K = 4: no better than AdamW with b1 = 0.5 and no prediction,
-    and 25 % above back-propagation. Take Muon where you can (EXPERIMENTS.md).
+    Results on text, 1,000 steps, K = 4 (EXPERIMENTS.md): no better than AdamW with b1 = 0.5 without
+    prediction, and 25 % above back-propagation. Prefer Muon if possible.
 
     Args:
       learning_rate: a number, or a schedule of the stage's updates.
       staleness: updates between forward and use of a gradient, or ``(schedule, k)``.
       b1, b2: decay of the moments, in [0, 1).
       weight_decay: decoupled, at the true weights, >= 0.
-      mask: which parameters decay, as `optax.adamw` takes it.
-      horizon: how far ahead, as a multiple of the staleness; None: no prediction, and no buffer.
+      mask: the parameters that decay, as in `optax.adamw`.
+      horizon: the prediction horizon as a multiple of the staleness; None: no prediction and no
+        buffer.
       anneal_steps: the stage's updates until the full rate (`staleness_rate`), or None.
       clip_norm: the stage's share of the largest norm of a gradient, or None.
       scale: factor on the stage's updates in (0, 1]: shrinking where the optimizer cancels a factor
@@ -144,7 +146,7 @@ def muon(
     clip_norm: float | None = None,
     scale: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Muon for late gradients: predicted weights, and an optional warm-up from 1 / sqrt(d).
+    """Muon for stale gradients: weight prediction and an optional warm-up from 1 / sqrt(d).
 
     The chain of a stage: clipping by its own norm, if any; ``optax.contrib.muon`` for kernels
     (`muon_dimension_numbers`) and ``optax.nadamw`` for the rest, both with a stretched momentum;

@@ -1,4 +1,4 @@
-"""Adam in a rotated basis, where the curvature of a matrix is nearly diagonal."""
+"""Adam in the eigenbasis of the gradient's second moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdg_jax.optim.staleness import checked_number
 
 
 class BasisRotationState(NamedTuple):
-    """State of `scale_by_basis_rotation`; a field that a leaf has no use for is a scalar zero.
+    """State of `scale_by_basis_rotation`; unused fields of a leaf are scalar zeros.
 
     Attributes:
       count: updates made so far, int32.
@@ -42,7 +42,7 @@ def scale_by_basis_rotation(
     sides: Literal["one", "both"] = "one",
     include: str = "",
 ) -> optax.GradientTransformation:
-    r"""Adam in the eigenbasis of each matrix's gradients, with a first moment that is not rotated.
+    r"""Adam in the eigenbasis of each matrix's gradients; the first moment is not rotated.
 
     .. math::
         L &\leftarrow b_2 L + (1 - b_2) G G^\top, \qquad Q_L \approx \mathrm{eigenvectors}(L) \\
@@ -184,7 +184,7 @@ def _power_iteration(
 def _turn(
     matrix: jax.Array, bases: list[jax.Array], sides: tuple[bool, bool], *, back: bool
 ) -> jax.Array:
-    """Into the rotated basis, or back."""
+    """Rotates into the basis, or back."""
     if sides[0]:
         matrix = (bases[0] if back else bases[0].mT) @ matrix
     if sides[1]:

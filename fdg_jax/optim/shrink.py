@@ -11,7 +11,7 @@ import optax
 
 
 class ShrinkState(NamedTuple):
-    """Number of updates made so far; kept only where beta is a schedule."""
+    """Number of updates so far; stored only if beta is a schedule."""
 
     count: jax.Array  # type: ignore[assignment]  # optax's name for it
 
@@ -19,7 +19,7 @@ class ShrinkState(NamedTuple):
 def fdg_shrink(
     beta: float | jax.Array | optax.Schedule, hops: int | jax.Array
 ) -> optax.GradientTransformation:
-    r"""Shrinks a stage's gradient by one factor beta for every hop to the loss.
+    r"""Multiplies a stage's gradient by beta ** hops, for its hops to the loss.
 
     .. math::
         u_k \leftarrow \beta^{h_k} \, u_k, \qquad h_k = K - 1 - k

@@ -1,4 +1,4 @@
-"""The optimizer of a stage: what is due for each gradient, and what is due for each update."""
+"""The optimizer of a stage: a part per gradient and a part per update."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import optax
 
 
 class StageOptimizer(NamedTuple):
-    """An optimizer in two parts, for schedules that accumulate gradients.
+    """An optimizer in two parts, for schedules with gradient accumulation.
 
-    A correction that depends on the weights of a gradient's own forward is due before gradients are
-    summed. Where nothing is accumulated, ``optax.chain(per_gradient, per_update)`` is the same.
+    Corrections that depend on the weights of a gradient's forward must be applied before gradients
+    are summed. Without accumulation this equals ``optax.chain(per_gradient, per_update)``.
 
-    Both are called with the extra arguments ``stale_params``, the weights at which the gradient was
-    taken, and ``staleness``, the updates since then, float32; ``per_update`` only where an update
-    has one gradient.
+    Both receive the extra arguments ``stale_params``, the weights at which the gradient was
+    computed, and ``staleness``, the number of updates since then, float32; ``per_update`` receives
+    them only if an update has one gradient.
 
     Args:
-      per_update: from the reduced gradient to the update.
-      per_gradient: from one gradient to a corrected one; None: as it is.
+      per_update: maps the reduced gradient to the update.
+      per_gradient: maps one gradient to a corrected one; None: no correction.
 
     Example:
       >>> import optax
@@ -34,7 +34,7 @@ class StageOptimizer(NamedTuple):
 
     @staticmethod
     def of(optimizer: Any) -> StageOptimizer:
-        """An optimizer in two parts from one of either form, that takes extra arguments.
+        """Converts either form of an optimizer to two parts with extra arguments.
 
         Raises:
           ValueError: it is no optimizer.
@@ -57,12 +57,12 @@ class StageOptimizer(NamedTuple):
         )
 
     def init(self, params: Any) -> Any:
-        """The state: that of ``per_update``, or a pair of both."""
+        """Initialises the state: that of ``per_update``, or a pair of both."""
         state = self.per_update.init(params)
         return state if self.per_gradient is None else (self.per_gradient.init(params), state)
 
     def update(self, gradient: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
-        """One update from a gradient that has been corrected.
+        """One update from a corrected gradient.
 
         Args:
           gradient: the sum or mean.

@@ -1,4 +1,4 @@
-"""How many updates late a stage's gradient is: a number, or counted from its schedule."""
+"""The staleness of a stage: a number of updates, or counted from a schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Schedule(Protocol):
-    """What is asked of a schedule; `fdg_jax.schedule.Schedule` has it."""
+    """The interface of a schedule; implemented by `fdg_jax.schedule.Schedule`."""
 
     def mean_staleness(self, k: int) -> float: ...
 
@@ -51,7 +51,7 @@ def updates_late(staleness: Staleness) -> float:
 
 
 def checked_number(name: str, value: float, least: float, most: float, hint: str) -> float:
-    """``value`` where it is a number with least <= value < most; else a `ValueError` says so."""
+    """``value`` if it is a number with least <= value < most; otherwise raises `ValueError`."""
     known = as_float(name, value)
     if not least <= known < most:
         bounds = f"at least {least:g}" + (f" and below {most:g}" if most < math.inf else "")
@@ -60,7 +60,7 @@ def checked_number(name: str, value: float, least: float, most: float, hint: str
 
 
 def as_float(name: str, value: object) -> float:
-    """The number that a value is, or NaN."""
+    """A value as a float, or NaN."""
     if isinstance(value, jax.core.Tracer):
         raise ValueError(
             f"{name}: must be a Python number, which decides what is compiled; name it in "

@@ -1,4 +1,4 @@
-"""How the network is cut: layers into stages of equal cost."""
+"""Partitions layers into stages of equal cost."""
 
 from fdg_jax.partition.cuts import Cost, Partition, optimal_cuts, partition, units_of
 from fdg_jax.partition.per_layer import per_layer

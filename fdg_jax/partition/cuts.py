@@ -1,4 +1,4 @@
-"""Layers into stages of equal cost: the optimal contiguous split."""
+"""The optimal contiguous partition of layers into stages."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ Cost = Literal["flops", "time"] | Sequence[float]
 
 
 class Partition(list[Layer]):
-    """K stages, and what the split is worth; an ordinary list of layers besides.
+    """A list of K stages with its cuts, costs and balance.
 
     Attributes:
-      cuts: K-1 numbers; stage k+1 begins with layer ``cuts[k]`` (equal layers of a `repeat` counted
-        one by one).
-      unit: of the costs: "FLOPs" (also where the cuts were given), "seconds", or "" where the
-        caller gave the costs.
-      layers: how many layers there are to cut between.
+      cuts: K-1 numbers; stage k+1 begins with layer ``cuts[k]`` (the layers of a `repeat` are
+        counted individually).
+      unit: the unit of the costs: "FLOPs" (also for given cuts), "seconds", or "" for given costs.
+      layers: the number of layers between which cuts are possible.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Partition(list[Layer]):
 
     @functools.cached_property
     def layer_costs(self) -> tuple[float, ...]:
-        """The cost of every layer; where the cuts were given, counted when first asked for."""
+        """The cost of every layer; computed on demand if the cuts were given."""
         return tuple(self._count_costs())
 
     @property
@@ -59,7 +58,7 @@ class Partition(list[Layer]):
 
     @property
     def balance(self) -> float:
-        """Mean over largest stage cost: 1 where all are equal, 1/K where one has all of it."""
+        """Mean over largest stage cost: 1 if all are equal, 1/K if one stage has all of it."""
         largest = max(self.costs)
         return statistics.fmean(self.costs) / largest if largest else 1.0
 
@@ -83,26 +82,24 @@ def partition(
     example: PyTree,
     cost: Cost = "flops",
 ) -> Partition:
-    r"""Splits layers into contiguous stages such that the slowest stage is as fast as can be.
+    r"""Partitions layers into K contiguous stages, minimising the cost of the slowest stage.
 
     .. math::
         \min_{0 < c_1 < \dots < c_{K-1} < n} \; \max_k \sum_{i=c_k}^{c_{k+1}-1} w_i
 
-    Found exactly, by dynamic programming; among the optimal splits the one with the smallest sum of
-    squares is taken.
+    Solved exactly by dynamic programming; ties are broken by the smallest sum of squares.
 
     Args:
       layers: the network, input first.
       num_stages: K, at most the number of layers.
-      example: an input with its batch axis: arrays or ``jax.ShapeDtypeStruct``. FLOPs and time are
-        taken at these shapes.
-      cost: "flops": of forward and backward, as XLA counts them before it optimises, with every
-        iteration of a loop; "time": of forward and backward, every distinct layer measured on the
-        default device (see `fdg_jax.partition.layer_cost`); or one number per layer; or the K-1
-        cuts themselves.
+      example: an input with its batch axis: arrays or ``jax.ShapeDtypeStruct``. Costs are
+        determined at these shapes.
+      cost: "flops": FLOPs of forward and backward as counted by XLA before optimisation, with every
+        iteration of a loop; "time": measured seconds of forward and backward of every distinct
+        layer on the default device; or one number per layer; or the K-1 cuts.
 
     Returns:
-      A list of K layers (each a `chain`) that also carries `cuts`, `costs` and `balance`.
+      A list of K layers with the attributes `cuts`, `costs` and `balance`.
 
     Raises:
       ValueError: layers do not fit together, K is not in 1..number of layers, or ``cost`` is none
@@ -167,7 +164,7 @@ def partition(
 
 
 def optimal_cuts(costs: Sequence[float], num_stages: int) -> list[int]:
-    """The cuts of the contiguous split with the smallest largest sum, then smallest squares.
+    """The contiguous partition with the smallest maximum, then the smallest sum of squares.
 
     Args:
       costs: n numbers >= 0.
@@ -198,7 +195,7 @@ def _best(
     join: Callable[[np.ndarray, np.ndarray], np.ndarray],
     score: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[float, list[int]]:
-    """The smallest join of the stages' scores, and the cuts that give it: dynamic programming."""
+    """The smallest joint score of the stages, and its cuts: dynamic programming."""
     n = len(prefix) - 1
     best = np.array(score(prefix))  # of the first j layers in one stage
     best[0] = np.inf

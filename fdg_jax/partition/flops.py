@@ -1,4 +1,4 @@
-"""FLOPs of a function as XLA counts them, with every iteration of a loop."""
+"""FLOPs of a function as counted by XLA, with every iteration of a loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdg_jax.typing import PyTree
 
 
 def flops(function: Callable[..., PyTree], *arguments: PyTree) -> float:
-    r"""FLOPs of a function, loops of known length included.
+    r"""FLOPs of a function, including loops of known length.
 
     XLA's cost analysis counts the body of a loop as often as it is written out, mostly once. With x
     for its number, scans s of length n(s) with bodies b(s), and conds d with branches b_i(d),
@@ -54,7 +54,7 @@ def _counted(jaxpr: ClosedJaxpr) -> float:
 
 
 def _missed(jaxpr: Jaxpr) -> float:
-    """What is to be added to XLA's number."""
+    """The FLOPs missing from XLA's count."""
     missed = 0.0
     for equation in jaxpr.eqns:
         params = equation.params
@@ -70,7 +70,7 @@ def _missed(jaxpr: Jaxpr) -> float:
 
 
 def _alone(equation: JaxprEqn) -> float:
-    """XLA's number for one equation."""
+    """XLA's count for one equation."""
     avals: list[Any] = [v.aval for v in equation.invars]
     shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
     bind = functools.partial(equation.primitive.bind, **equation.params)
@@ -78,7 +78,7 @@ def _alone(equation: JaxprEqn) -> float:
 
 
 def _length(equation: Any) -> int | None:
-    """How often a ``while_loop`` runs that counts from a number to a number; else None."""
+    """The trip count of a counting ``while_loop``; otherwise None."""
     condition, body = equation.params["cond_jaxpr"].jaxpr, equation.params["body_jaxpr"].jaxpr
     consts = equation.params["cond_nconsts"], equation.params["body_nconsts"]
     match [(one.primitive.name, *one.invars) for one in condition.eqns]:

@@ -1,4 +1,4 @@
-"""What a layer costs: its FLOPs, or its seconds on a device."""
+"""The cost of a layer: FLOPs, or seconds on a device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMIT_SECONDS = 10.0
 
 
 class _Part(NamedTuple):
-    """A layer with the shapes that it meets."""
+    """A layer with its input shapes."""
 
     layer: Layer
     params: PyTree
@@ -31,7 +31,7 @@ class _Part(NamedTuple):
 
 
 def layer_costs(units: Sequence[Layer], example: PyTree, cost: str) -> list[float]:
-    """Forward plus backward cost of every layer, each distinct layer and shape looked at once.
+    """Forward plus backward cost of every layer; each distinct layer and shape is evaluated once.
 
     The seconds are those of a layer alone, in training. All distinct layers are run in turn, up to
     15 rounds or 10 s, so that another program's bursts hit none of them more than the others, and

@@ -1,4 +1,4 @@
-"""How a network's arrays are laid out, and layer by layer without any layout.
+"""Parameters layer by layer, independent of cuts and stacking.
 
     chain([a, repeat(b, 2), c])     a network of four layers
     (A, B, C)                       its params: B has those of two layers, stacked
@@ -24,7 +24,7 @@ from fdg_jax.typing import PyTree
 
 
 def separate(layer: Layer, tree: PyTree) -> list[PyTree]:
-    """The params of a network, or what mirrors them, layer by layer.
+    """Splits the params of a network, or a tree of the same form, into layers.
 
     Args:
       layer: the network: any nesting of `chain` and `repeat`. For all stages of a pipeline it is
@@ -76,7 +76,7 @@ def separate(layer: Layer, tree: PyTree) -> list[PyTree]:
 
 
 def join(layer: Layer, parts: Sequence[PyTree]) -> PyTree:
-    """The params of a network, or what mirrors them, out of those of its layers.
+    """Joins the params of layers to those of a network; the inverse of `separate`.
 
     Args:
       layer: the network: any nesting of `chain` and `repeat`.
@@ -121,7 +121,7 @@ def join(layer: Layer, parts: Sequence[PyTree]) -> PyTree:
 
 
 def difference(a: PyTree, b: PyTree) -> str | None:
-    """What two pytrees differ in, their values apart; None: in nothing.
+    """The first structural difference of two pytrees, ignoring values; None if there is none.
 
     Args:
       a, b: pytrees of arrays, which may be abstract.
@@ -144,7 +144,7 @@ def difference(a: PyTree, b: PyTree) -> str | None:
 
 
 def change(old: PyTree, new: PyTree) -> str | None:
-    """What became another in a pytree that should have kept its form; None: nothing.
+    """The part of a pytree that changed its form; None if unchanged.
 
     Args:
       old, new: pytrees of arrays, which may be abstract.
@@ -166,7 +166,7 @@ def change(old: PyTree, new: PyTree) -> str | None:
 
 
 def _differing(a: PyTree, b: PyTree) -> tuple[str, str, str] | None:
-    """The first array that differs, and what it is on both sides."""
+    """The first differing array, and both versions."""
     ours, theirs = _signatures(a), _signatures(b)
     for name in [*ours, *theirs]:
         found = [side.get(name, "missing") for side in (ours, theirs)]

@@ -1,4 +1,4 @@
-"""A stage's params as a part of the whole network's.
+"""A stage's parameters as part of the network's.
 
     stage 0: (A, B)    stage 1: (C, stack of D and E)    network: layers 0 to 4
     (A, B, None, None, None)    (None, None, C, stack, InStack())
@@ -25,7 +25,7 @@ class InStack(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage stands in the network.
+    """The place of a stage in the network.
 
     Args:
       layer: the stage.
@@ -45,7 +45,7 @@ class Place:
         return range(self.start, self.start + self.layer.size)
 
     def whole(self, tree: PyTree) -> PyTree:
-        """A tree like the stage's params as one like the network's.
+        """Converts a tree of the stage's form to one of the network's.
 
         Args:
           tree: params of the stage, or what mirrors them.
@@ -111,7 +111,7 @@ def units(layer: Layer, number: int = 0) -> Iterator[tuple[int, Layer]]:
 
 
 def has_head(layer: Layer) -> bool:
-    """Whether a stage has a head of its own (`fdg_jax.with_head`)."""
+    """Whether a stage has its own head (`fdg_jax.with_head`)."""
     return isinstance(layer, Headed) or isinstance(getattr(layer, "body", None), Headed)
 
 

@@ -1,4 +1,4 @@
-"""Labels by the layer's number or by name in the whole network, for `optax.partition`."""
+"""Labels by layer number or name in the network, for `optax.partition`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rule: TypeAlias = Mapping[int | range | str, Hashable] | Callable[[int, str], Ha
 
 
 def per_layer(rule: Rule, default: Hashable = "default") -> Callable[[PyTree], PyTree]:
-    r"""Labels for `optax.partition`, the same for every K and every cut.
+    r"""Labels for `optax.partition` by layer, independent of K and the cuts.
 
     .. math::
         \text{label}(a) = \text{rule}(n, \text{name}), \qquad a \text{ an array of layer } n

@@ -1,4 +1,4 @@
-"""The oracle: training with delayed gradients, written from the equations.
+"""Reference implementation of training with delayed gradients, from the equations.
 
 With :math:`w_k^{(v)}` the weights of stage k after v updates and :math:`v_k(n)` the number of
 updates that stage k had made when it forwarded batch n, the gradient of batch n is the ordinary

@@ -1,4 +1,4 @@
-"""Averages of weight changes, for rules whose backwards use estimated weights."""
+"""Averages of weight changes, for rules with estimated weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Changes:
             self.gammas = {k: rule.decay ** (1 / tau) for k, tau in late.items() if tau}
 
     def add(self, k: int, old: PyTree, new: PyTree) -> None:
-        """An update of stage k."""
+        """Adds an update of stage k."""
         if k in self.gammas:
             gamma = self.gammas[k]
             self.average[k] = jax.tree.map(
@@ -39,5 +39,5 @@ class Changes:
             )
 
     def ago(self, k: int, now: PyTree, updates: int) -> PyTree:
-        """The weights that a backward uses in the place of those of so many updates ago."""
+        """The weights used instead of those of the given number of updates ago."""
         return jax.tree.map(lambda w, d: w - updates * d, now, self.average[k])

@@ -1,4 +1,4 @@
-"""The oracle of delayed gradients: the whole network at weights of mixed age."""
+"""Reference of delayed gradients: the whole network at weights of mixed age."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(
     message_dtype: DTypeLike | None = None,
     tie: Tie | None = None,
 ) -> Result:
-    """Trains on ``batches`` as ``schedule`` says, from the fill to the drain, exactly.
+    """Trains on ``batches`` with ``schedule``, from fill to drain.
 
     Args:
       stages: K layers, input first.
@@ -190,7 +190,7 @@ def train(
 
 
 def _pin(y: jax.Array, value: jax.Array) -> jax.Array:
-    """The value, with the gradient of y."""
+    """The value of x with the gradient of y."""
     if not jnp.issubdtype(y.dtype, jnp.inexact):
         return value
     return y - jax.lax.stop_gradient(y) + value

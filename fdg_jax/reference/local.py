@@ -1,4 +1,4 @@
-"""The oracle of stages that learn from losses of their own."""
+"""Reference of stages with their own losses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train(
     batches: Sequence[tuple[PyTree, PyTree]],
     narrow: np.dtype | None,
 ) -> Result:
-    """Every stage alone: its input a constant, its loss its own, one update a mini-batch."""
+    """Trains every stage separately: constant input, own loss, one update per mini-batch."""
     key = typed_key(key)
     values, state, found = list(params), list(model_state), []
     optimizers = optimizers_of(optimizer, stages)

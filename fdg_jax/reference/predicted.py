@@ -1,4 +1,4 @@
-"""The oracle of stages that learn from predicted cotangents."""
+"""Reference of stages with predicted cotangents."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train(
     batches: Sequence[tuple[PyTree, PyTree]],
     narrow: np.dtype | None,
 ) -> Result:
-    """Every action from its definition, one derivative at a time."""
+    """Evaluates every action from its definition, one derivative at a time."""
     key, last = typed_key(key), len(stages) - 1
     placed = [s.at(sum(stage.size for stage in stages[:k])) for k, s in enumerate(stages)]
     values, state = list(params), list(model_state)

@@ -1,4 +1,4 @@
-"""What a reference run gives, and what every one of them needs."""
+"""The result of a reference run, and shared helpers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdg_jax.typing import PyTree
 
 
 class Result(NamedTuple):
-    """What a reference run gives.
+    """The result of a reference run.
 
     Attributes:
       params: final parameters, one pytree per stage.
@@ -26,7 +26,7 @@ class Result(NamedTuple):
 
 
 def total_of(found: tuple[Any, Any], parts: int) -> tuple[jax.Array, Any]:
-    """What is differentiated for one part of a mini-batch, and the weight of it, or None.
+    """The differentiated value of one part of a mini-batch, and its weight or None.
 
     A mini-batch that is not divided has its loss, sum / weight.
     """
@@ -51,7 +51,7 @@ def reduced(values: list[tuple[PyTree, Any]], mean: bool = True) -> PyTree:
 
 
 def part_of(batch: tuple[PyTree, PyTree], micro: int, count: int) -> tuple[PyTree, PyTree]:
-    """One of the micro-batches of a mini-batch; what has no batch axis goes to each."""
+    """One micro-batch of a mini-batch; shared arrays go to each."""
 
     def one(v: Any) -> Any:
         if is_shared(v):

@@ -1,4 +1,4 @@
-"""The oracle of stages that reconstruct their inputs."""
+"""Reference of stages that reconstruct their inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def train(
     batches: Sequence[tuple[PyTree, PyTree]],
     narrow: np.dtype | None,
 ) -> Result:
-    """Inverses and derivatives run by run, each from its definition."""
+    """Evaluates inverses and derivatives run by run, from their definitions."""
     key, last, count = typed_key(key), len(stages) - 1, schedule.microbatches
     placed = [s.at(sum(stage.size for stage in stages[:k])) for k, s in enumerate(stages)]
     parts = [_runs(stage) for stage in placed]
@@ -106,7 +106,7 @@ def train(
 
 
 def _runs(stage: Layer) -> list[tuple[slice | None, Layer]]:
-    """The layers of a stage, those without an inverse joined where they are neighbours."""
+    """The layers of a stage; adjacent layers without an inverse are joined."""
     if not isinstance(stage, Chain):
         return [(None, stage)]
     groups: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""The oracle's tied weights: one array in two places."""
+"""Reference of tied weights: one array used in two layers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Shared:
         self.user = max(self._tied, default=-1)
 
     def array(self, params: PyTree) -> jax.Array | None:
-        """The array, out of the params of the owner's stage, where the user is in another."""
+        """The tied array from the params of the owner's stage, if the user is in another."""
         if self.owner == self.user:
             return None
         return self._tied[self.owner].lent(params).array
 
     def filled(self, params: Sequence[PyTree], lent: jax.Array | None) -> list[PyTree]:
-        """All params, with an array where it is used; None: that of these params."""
+        """All params with the array inserted where it is used."""
 
         def borrowed(node: object) -> bool:
             return isinstance(node, Borrowed)
@@ -52,6 +52,6 @@ class Shared:
         return found
 
     def sum(self, gradient: PyTree, lent: jax.Array) -> PyTree:
-        """The gradient of the owner's stage, and that of the array's other use."""
+        """Adds the gradient of the array's other use to that of the owner's stage."""
         own = self.array(gradient)
         return jax.tree.map(lambda v: v + lent if id(v) == id(own) else v, gradient)

@@ -1,4 +1,4 @@
-"""Who does what when: schedules as streams of actions.
+"""Schedules as streams of actions: which stage does what in which tick.
 
 A schedule is a rule that maps a tick to actions. ``F3@1``: stage 1 forwards batch 3; ``B1@0``:
 stage 0 back-propagates batch 1; ``U@0``: stage 0 applies the gradient that it has accumulated.
@@ -48,7 +48,7 @@ NAMED: dict[str, Callable[..., Schedule]] = {
 
 
 def create(name: str, num_stages: int, **options: Any) -> Schedule:
-    """A schedule by its name.
+    """Creates a schedule by name.
 
     Args:
       name: one of `NAMED`.

@@ -1,4 +1,4 @@
-"""Prints a schedule: its grid, and what is counted from it.
+"""Prints a schedule as a grid, with the delay, staleness and memory counted from it.
 
 python -m fdg_jax.schedule --name=fdg --stages=4 --ticks=14
 """

@@ -1,4 +1,4 @@
-"""What one stage does, and what each kind of action takes, gives and keeps.
+"""Actions, and what each kind of action consumes, produces and stores.
 
     kind   takes                  gives                        in flight   gradient
     F      activation of hop 0    activation to hop +1         opens
@@ -23,7 +23,7 @@ OUTPUT = "output"  # of the stage itself, and the labels, for its synthesizer
 
 
 class Port(NamedTuple):
-    """A message of one micro-batch.
+    """A type of message of one micro-batch.
 
     Attributes:
       name: such as "activation" or "cotangent".
@@ -98,7 +98,7 @@ LATE_KINDS = (
 
 
 class Action(NamedTuple):
-    """One thing that one stage does.
+    """One action of one stage.
 
     Attributes:
       kind: name of its `Kind`: "F" forward, "B" backward, "U" update.
@@ -123,7 +123,7 @@ class Action(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The action without its stage, as it stands in a cell of the grid."""
+        """The action without its stage, as in a cell of the grid."""
         if self.kind == UPDATE.name:
             return UPDATE.name
         micro = "" if self.micro is None else f".{self.micro}"
@@ -135,7 +135,7 @@ class Action(NamedTuple):
 
     @staticmethod
     def parse(text: str, batch: int = -1) -> Action:
-        """The action that prints as ``text``.
+        """Parses the printed form of an action.
 
         Args:
           text: such as "F3@1".

@@ -1,4 +1,4 @@
-"""What is counted from a schedule's stream: delay, staleness, what is in flight, what is kept."""
+"""Counts derived from a schedule: delay, staleness, mini-batches in flight, slots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WINDOW = 12
 
 @dataclass
 class Counts:
-    """Of one stage.
+    """Counts of one stage.
 
     Attributes:
       delay: ticks between the forward and the backward of a batch, the largest in steady state.
@@ -38,7 +38,7 @@ class Counts:
 
 
 def fill_of(schedule: Plan) -> int:
-    """The first tick in which stage 0 closes a micro-batch: the fill is over.
+    """The first tick in which stage 0 finishes a micro-batch, which ends the fill.
 
     Raises:
       ValueError: it never does.
@@ -54,7 +54,7 @@ def fill_of(schedule: Plan) -> int:
 
 
 def stream(schedule: Plan, batches: int) -> Iterator[list[Action]]:
-    """A whole run, tick by tick; see `fdg_jax.schedule.Schedule.stream`."""
+    """The actions of a run, tick by tick; see `fdg_jax.schedule.Schedule.stream`."""
     checker = Checker(schedule)
     adding = {kind.name for kind in schedule.kind_of.values() if kind.gradient == "adds"}
     t = idle = gradients = 0
@@ -77,7 +77,7 @@ def stream(schedule: Plan, batches: int) -> Iterator[list[Action]]:
 
 
 def count(schedule: Plan, fill: int) -> list[Counts]:
-    """The counts of every stage, from one walk through the fill and some periods after it."""
+    """The counts of every stage, from the fill and a few periods after it."""
     kinds, micro = schedule.kind_of, schedule.microbatches
     ledger = Ledger(schedule)
     found = [Counts() for _ in ledger.stages]
@@ -121,7 +121,7 @@ def count(schedule: Plan, fill: int) -> list[Counts]:
 
 
 def _widen(counts: Counts, own: Holding, versions: int, steady: bool) -> None:
-    """Makes the slots large enough for what a stage holds after a tick."""
+    """Enlarges the slots to what a stage holds after a tick."""
     held: dict[str, Collection[int]] = {"flight": own.flights, **own.inbox}
     if steady:
         kept = range(max(own.version - versions + 1, 0), own.version)
@@ -146,7 +146,7 @@ def _endless(schedule: Plan) -> Iterator[list[Action]]:
 
 
 class Checker:
-    """Whether a stream is a pipeline: nothing comes twice, or before what it needs."""
+    """Validates a stream: no action occurs twice or before its dependencies."""
 
     def __init__(self, schedule: Plan) -> None:
         self._schedule = schedule
@@ -155,7 +155,7 @@ class Checker:
         self.pending = [-1] * schedule.num_stages  # the last batch whose gradient waits
 
     def check(self, t: int, actions: list[Action]) -> None:
-        """One tick.
+        """Validates one tick.
 
         Raises:
           ValueError: it does what no pipeline can do.

@@ -1,4 +1,4 @@
-"""Schedules with delayed gradients: no stage waits for the whole network."""
+"""Schedules with delayed gradients."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Locked:
 
 @dataclass(frozen=True)
 class Local:
-    """Tick t of local learning: stage k forwards batch t-k, and learns from it at once."""
+    """Tick t of local learning: stage k forwards batch t-k and trains on it immediately."""
 
     num_stages: int
 
@@ -57,17 +57,17 @@ class Local:
 
 
 def fdg(num_stages: int, order: Order = "forward_first") -> Schedule:
-    """Fully decoupled learning with delayed gradients: no lock is left.
+    """Fully decoupled learning with delayed gradients: no locks.
 
-    In tick t stage k forwards batch t-k, back-propagates batch t-2(K-1)+k and updates. What a stage
-    sends in a tick is used by its neighbour in the next. The last stage does forward, backward and
-    update of one batch in one tick.
+    In tick t stage k forwards batch t-k, back-propagates batch t-2(K-1)+k and updates. A message
+    sent in one tick is used in the next. The last stage runs forward, backward and update of one
+    batch in one tick.
 
     Args:
       num_stages: K.
-      order: what the stages below the last do first in a tick. "forward_first" is the paper's
-        figure, staleness 2(K-1-k); "backward_first" is the authors' released code, staleness
-        2(K-1-k)-1 for k < K-1.
+      order: the first action of a tick in all stages but the last. "forward_first" is the paper's
+        figure, staleness 2(K-1-k); "backward_first" is the authors' code, staleness 2(K-1-k)-1 for
+        k < K-1.
 
     Returns:
       Delay 2(K-1-k) in stage k.
@@ -96,15 +96,15 @@ def adl(
     reduction: Reduction = "mean",
     order: Order = "forward_first",
 ) -> Schedule:
-    """Accumulated decoupled learning: FDG that updates after every M-th backward only.
+    """Accumulated decoupled learning: FDG with one update per M backwards.
 
-    The weights then change M times less often, and the mean staleness of stage k falls from
-    2(K-1-k) to about 2(K-1-k)/M.
+    The weights change M times less often, which reduces the mean staleness of stage k from 2(K-1-k)
+    to about 2(K-1-k)/M.
 
     Args:
       num_stages: K.
       accumulate: M; 1 is FDG.
-      reduction: "mean" of the M gradients, as in the paper, or "sum", as in its authors' code.
+      reduction: "mean" of the M gradients, as in the paper, or "sum", as in the authors' code.
       order: as in `fdg`.
 
     Returns:
@@ -132,12 +132,12 @@ def adl(
 
 
 def ddg(num_stages: int) -> Schedule:
-    """Decoupled backward: delayed gradients, half as late as FDG's.
+    """Decoupled backward: delayed gradients with half of FDG's staleness.
 
     In tick t every stage forwards batch t, one stage after the other; then stage k back-propagates
-    batch t-(K-1-k) with the error gradient that the next stage made in the tick before. The paper's
-    own code keeps the forward locked: a batch passes all stages before the next one enters. Here a
-    stage's forward waits for its own input only.
+    batch t-(K-1-k) using the error gradient computed by the next stage in the previous tick. The
+    authors' code locks the forward: a batch passes all stages before the next one enters. Here a
+    stage's forward waits only for its own input.
 
     Args:
       num_stages: K.
@@ -164,13 +164,12 @@ def ddg(num_stages: int) -> Schedule:
 
 
 def pipedream(num_stages: int) -> Schedule:
-    """PipeDream: one forward, one backward, no flush, the weights of a forward stashed.
+    """PipeDream: alternating forwards and backwards without a flush, with weight stashing.
 
-    Stage k forwards K-k batches and then back-propagates and forwards in turn, updating after every
-    backward: the same stream of actions per stage as `ddg`, found independently. They differ in
-    what is around it. `ddg` was published with a forward that is locked, and leaves open how the
-    weights of a forward are kept for its backward; PipeDream never locked it, and stashes the
-    weights, which is this engine's ``gradient="stale"``.
+    Stage k forwards K-k batches, then alternates backwards and forwards, updating after every
+    backward. The actions per stage equal those of `ddg`. DDG was published with a locked forward
+    and does not specify how the weights of a forward are kept for its backward; PipeDream does not
+    lock the forward and stashes the weights (``gradient="stale"``).
 
     Args:
       num_stages: K.
@@ -195,11 +194,11 @@ def pipedream(num_stages: int) -> Schedule:
 
 
 def pipedream_2bw(num_stages: int, accumulate: int | None = None) -> Schedule:
-    """PipeDream-2BW: two weight versions, and every gradient is one update late in every stage.
+    """PipeDream-2BW: two weight versions; every gradient is one update old in every stage.
 
-    The stream is `pipedream`'s, with an update after every m-th backward. All m batches of a group
-    use the same weights in all stages, those before the last update: ``F5v1`` forwards batch 5 with
-    the weights that one update made.
+    `pipedream` with one update per m backwards. All m batches of a group use the same weights in
+    all stages, those before the last update: ``F5v1`` is the forward of batch 5 with the weights
+    after one update.
 
     .. math::
         w^{(t+1)} = w^{(t)} - \\eta \\, \\nabla f\\left(w^{(t-1)}\\right)
@@ -236,7 +235,7 @@ def pipedream_2bw(num_stages: int, accumulate: int | None = None) -> Schedule:
 
 
 def local(num_stages: int) -> Schedule:
-    """Decoupled greedy learning: every stage learns from a loss of its own, at once.
+    """Decoupled greedy learning: every stage trains on its own loss.
 
     Messages go up only. The pipeline needs a loss for every stage.
 

@@ -1,4 +1,4 @@
-"""A schedule as a grid: ticks down, stages across; printed, and read back."""
+"""Schedules as printed grids, with ticks down and stages across; writing and parsing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Stages with the same mini-batch in one tick wait for each other; all else runs a
 
 
 def write(ticks: Sequence[Sequence[Action]], num_stages: int) -> str:
-    """Actions as text.
+    """Formats actions as text.
 
     Args:
       ticks: the actions of each tick.
@@ -45,7 +45,7 @@ def write(ticks: Sequence[Sequence[Action]], num_stages: int) -> str:
 
 
 def parse(text: str) -> list[list[Action]]:
-    """The actions of a printed grid.
+    """Parses a printed grid.
 
     Args:
       text: as `Schedule.grid` prints it.

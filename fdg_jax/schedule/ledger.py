@@ -1,4 +1,4 @@
-"""What every stage holds, kept up to date action by action.
+"""Bookkeeping of what every stage holds, action by action.
 
 The bookkeeping is written once, here, and follows from the kinds of action alone. The engine runs
 it with arrays, checkpoints with names, the simulator with bytes, and counting with nothing.
@@ -15,7 +15,7 @@ LABEL, METRIC = "label", "metric"
 
 
 class Plan(Protocol):
-    """What bookkeeping asks of a schedule; see `fdg_jax.schedule.Schedule`."""
+    """The interface of a schedule to the bookkeeping; see `fdg_jax.schedule.Schedule`."""
 
     @property
     def name(self) -> str: ...
@@ -43,7 +43,7 @@ class Plan(Protocol):
 
 
 class Holding:
-    """What one stage holds.
+    """The contents of one stage.
 
     Attributes:
       version: updates made.
@@ -63,16 +63,16 @@ class Holding:
         self.inbox: dict[str, dict[int, Any]] = {}
 
     def put(self, port: str, n: int, value: Any = None) -> None:
-        """A message of micro-batch n arrives."""
+        """Stores a message of micro-batch n."""
         self.inbox.setdefault(port, {})[n] = value
 
     def take(self, port: str, n: int) -> Any:
-        """The message of micro-batch n, which is consumed."""
+        """Removes and returns the message of micro-batch n."""
         return self.inbox[port].pop(n)
 
 
 class Ledger:
-    """What all stages hold.
+    """The contents of all stages.
 
     Micro-batches are numbered through: number m of mini-batch n is n * microbatches + m.
 
@@ -87,14 +87,14 @@ class Ledger:
         self.stages = [Holding() for _ in range(schedule.num_stages)]
 
     def enter(self, batch: int) -> None:
-        """A mini-batch: inputs for the first stage, labels for those that use them."""
+        """Enters a mini-batch: inputs to the first stage, labels to the stages that use them."""
         for n in range(batch * self._microbatches, (batch + 1) * self._microbatches):
             self.stages[0].put(ACTIVATION, n)
             for k in self._schedule.labelled:
                 self.stages[k].put(LABEL, n)
 
     def apply(self, action: Action) -> None:
-        """Does the bookkeeping of one action."""
+        """Records one action."""
         kind: Kind = self._kinds[action.kind]
         k, own = action.stage, self.stages[action.stage]
         if kind.gradient == "applies":
@@ -118,7 +118,7 @@ class Ledger:
             self.stages[stage].put(name, n)
 
     def _report(self, own: Holding, n: int) -> None:
-        """Metrics of a part wait until those of the whole mini-batch are there."""
+        """Collects metrics of micro-batches until the mini-batch is complete."""
         first = n - n % self._microbatches
         parts = range(first, first + self._microbatches)
         own.put(METRIC, n)
@@ -127,13 +127,13 @@ class Ledger:
                 own.take(METRIC, part)
 
     def run(self, actions: Iterable[Action]) -> None:
-        """Does the bookkeeping of several actions."""
+        """Records several actions."""
         for action in actions:
             self.apply(action)
 
 
 def holdings(schedule: Plan, batches: int) -> Sequence[Holding]:
-    """What each stage holds after so many mini-batches.
+    """The contents of each stage after the given number of mini-batches.
 
     Args:
       schedule: whose.
@@ -169,7 +169,7 @@ def holdings(schedule: Plan, batches: int) -> Sequence[Holding]:
 
 
 def shift(own: Holding, parts: int, updates: int) -> None:
-    """Makes of a holding the same, so many micro-batches and updates later."""
+    """Shifts a holding by a number of micro-batches and updates."""
     own.version += updates
     own.flights = {n + parts: (v + updates, value) for n, (v, value) in own.flights.items()}
     own.inbox = {

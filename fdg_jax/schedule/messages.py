@@ -1,4 +1,4 @@
-"""Which messages an action of a stage gives and takes."""
+"""The messages that an action sends and consumes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fdg_jax.schedule.action import COTANGENT, OUTPUT, TIED, TIED_GRADIENT, Kind
 
 
 class Plan(Protocol):
-    """What the messages depend on; see `fdg_jax.schedule.Schedule`."""
+    """The properties that messages depend on; see `fdg_jax.schedule.Schedule`."""
 
     @property
     def num_stages(self) -> int: ...

@@ -1,4 +1,4 @@
-"""Schedules with predicted cotangents: a stage learns before its gradient is there."""
+"""Schedules with predicted cotangents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fdg_jax.schedule.schedule import Schedule
 
 @dataclass(frozen=True)
 class Predicted:
-    """Tick t of DNI: stage k forwards batch t-k and learns; it is taught by batch t-k-2."""
+    """Tick t of DNI: stage k forwards and trains on batch t-k; the target is of batch t-k-2."""
 
     num_stages: int
 
@@ -25,7 +25,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Late:
-    """Tick t of DNI with a late teacher: stage k is taught by batch t-2(K-1)+k, as in FDG."""
+    """Tick t of DNI with late targets: those of stage k are of batch t-2(K-1)+k, as in FDG."""
 
     num_stages: int
     predicted: int
@@ -47,12 +47,12 @@ class Late:
         return actions
 
     def predicts(self, batch: int) -> bool:
-        """Whether the stages learn from the predicted cotangent of a batch."""
+        """Whether the stages use the predicted cotangent for a mini-batch."""
         return batch % (self.predicted + self.true) < self.predicted
 
 
 def dni(num_stages: int) -> Schedule:
-    """Decoupled neural interfaces: a stage learns at once from a predicted cotangent.
+    """Decoupled neural interfaces: a stage trains immediately on a predicted cotangent.
 
     A synthesizer in every stage but the last predicts the cotangent of the stage's output. Its
     teacher is the cotangent that the next stage computes, itself from a prediction,
@@ -92,18 +92,18 @@ def dni(num_stages: int) -> Schedule:
 
 
 def dni_late(num_stages: int, predicted: int = 1, true: int = 0) -> Schedule:
-    """DNI whose teacher is the true cotangent, which FDG delivers 2(K-1-k) ticks later.
+    """DNI with the true cotangent as target, which FDG delivers 2(K-1-k) ticks later.
 
     The true cotangent passes down as in `fdg`, through the stages at the weights of the batch's
     forward, and teaches every synthesizer on its way. In predicted batches the stages learn at once
     from the synthesizers, and the true cotangent only passes on (D); in true ones they learn from
-    it as in `fdg`, with its delay (B). The late teacher is this project's own and, to our
+    it as in `fdg`, with its delay (B). Late targets are specific to this project and, to our
     knowledge, unpublished; the phases are those of ADA-GP.
 
     Args:
       num_stages: K; its pipeline needs K-1 synthesizers.
-      predicted: so many mini-batches learn from the prediction,
-      true: and then so many from the true cotangent, in turn.
+      predicted: the number of consecutive mini-batches trained with predictions.
+      true: the number of mini-batches trained with the true cotangent after them.
 
     Returns:
       Delay 2(K-1-k) in stage k; staleness 0 of predicted batches, about 2(K-1-k) of true ones.

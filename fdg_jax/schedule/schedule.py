@@ -1,4 +1,4 @@
-"""A schedule: a rule from ticks to actions, and what is counted from it."""
+"""Schedules: a rule from ticks to actions, and the counts derived from it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ Reduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """A rule from ticks to actions, and what follows from it.
+    """A rule from ticks to actions, and the counts derived from it.
 
-    A schedule is a value: two with equal fields are equal, and one whose rule can be pickled can be
-    pickled.
+    Schedules are values: schedules with equal fields are equal; a schedule can be pickled if its
+    rule can.
 
     Args:
-      name: as the field calls it.
+      name: the common name of the schedule.
       num_stages: K.
-      rule: the actions of a tick in an order in which they can be dispatched. It may name batches
-        that do not exist (numbers below 0 during the fill, beyond the last during the drain): those
-        actions fall away. A frozen dataclass with ``__call__`` is compared by its fields.
-      microbatches: into how many parts a mini-batch is divided.
-      reduction: what an update applies of the gradients since the last: "mean" or "sum".
-      versions: how many versions of its weights a stage keeps for forwards that name theirs.
-      period: after how many ticks the rule repeats itself.
-      kinds: of its actions.
-      losses: the stages that have a loss; empty: the last one.
-      predicts: the stages that have a synthesizer, which predicts the cotangent of their output.
-      tied: the stage that has an array and a later one that uses it, too; None: there is none.
+      rule: a function from a tick to its actions in dispatch order. Actions of batches that do not
+        exist (numbers below 0 during the fill, beyond the last during the drain) are dropped. A
+        frozen dataclass with ``__call__`` is compared by its fields.
+      microbatches: the number of micro-batches per mini-batch.
+      reduction: how an update combines the gradients since the last: "mean" or "sum".
+      versions: the number of weight versions a stage keeps for forwards that name their version.
+      period: the number of ticks after which the rule repeats.
+      kinds: the kinds of its actions.
+      losses: the stages with a loss; empty: the last stage.
+      predicts: the stages whose output cotangent is predicted by a synthesizer.
+      tied: the stage that owns a tied array and the later stage that uses it, or None.
 
     Raises:
       ValueError: a number or a name out of bounds.
@@ -76,21 +76,21 @@ class Schedule:
 
     @functools.cached_property
     def kind_of(self) -> dict[str, Kind]:
-        """The kinds by their names."""
+        """The kinds of action by name."""
         return {kind.name: kind for kind in self.kinds}
 
     @functools.cached_property
     def splits_backward(self) -> bool:
-        """Whether a backward comes in two halves, for the input and for the weights."""
+        """Whether backwards are split into an input and a weight half."""
         return any(kind.in_flight == "reads" and kind.gradient == "none" for kind in self.kinds)
 
     @functools.cached_property
     def labelled(self) -> tuple[int, ...]:
-        """The stages to which labels go: those with a loss or a synthesizer."""
+        """The stages that use labels: those with a loss or a synthesizer."""
         return tuple(sorted({*self.losses, *self.predicts}))
 
     def gives(self, kind: Kind, k: int) -> Iterator[tuple[str, int]]:
-        """The messages that an action of stage k sends: ports, and the stages that get them."""
+        """The messages that an action of stage k sends: pairs of port and receiving stage."""
         return given(self, kind, k)
 
     def takes(self, kind: Kind, k: int) -> tuple[Port, ...]:
@@ -125,7 +125,7 @@ class Schedule:
         return found
 
     def needs(self, action: Action) -> list[Action]:
-        """What must have been done before an action: where its inputs come from.
+        """The dependencies of an action.
 
         Where one of several actions may give an input, all of them are named.
 
@@ -163,7 +163,7 @@ class Schedule:
         return [a for a in self.rule(t) if a.batch >= 0 and (end is None or a.batch < end)]
 
     def stream(self, batches: int) -> Iterator[list[Action]]:
-        """A whole run, tick by tick, from the fill to the drain.
+        """The actions of a run, tick by tick, from the fill to the drain.
 
         Args:
           batches: how many enter.
@@ -179,7 +179,7 @@ class Schedule:
 
     @functools.cached_property
     def fill(self) -> int:
-        """Ticks before the first in which stage 0 back-propagates.
+        """The number of ticks before the first backward of stage 0.
 
         Raises:
           ValueError: there is none.
@@ -188,7 +188,7 @@ class Schedule:
 
     @functools.cached_property
     def counts(self) -> list[Counts]:
-        """What is counted of every stage; see `Counts`.
+        """The counts of every stage; see `Counts`.
 
         Raises:
           ValueError: the rule is no pipeline, as in `stream`.
@@ -197,11 +197,11 @@ class Schedule:
 
     @property
     def start(self) -> int:
-        """The tick at which what is counted begins; 0 but for `then`."""
+        """The tick at which counting begins; 0 except for `then`."""
         return 0
 
     def holdings(self, batches: int) -> Sequence[Holding]:
-        """What each stage holds after so many mini-batches; see `fdg_jax.schedule.ledger`.
+        """The contents of each stage after the given number of mini-batches.
 
         Args:
           batches: how many have entered since the last drain.
@@ -226,7 +226,7 @@ class Schedule:
         return self._of(k).delay
 
     def staleness(self, k: int) -> int:
-        """Updates of a stage between a batch's forward and the moment its gradient is applied.
+        """Updates of a stage between a batch's forward and the application of its gradient.
 
         Args:
           k: the stage, 0..K-1.
@@ -240,7 +240,7 @@ class Schedule:
         return self._of(k).staleness
 
     def mean_staleness(self, k: int) -> float:
-        """The mean of what `staleness` is the largest of.
+        """The mean staleness, of which `staleness` is the maximum.
 
         Args:
           k: the stage, 0..K-1.
@@ -254,7 +254,7 @@ class Schedule:
         return self._of(k).mean_staleness
 
     def in_flight(self, k: int) -> int:
-        """The most mini-batches that a stage has forwarded and whose gradient it has not applied.
+        """The maximum number of mini-batches that are forwarded but not yet applied in a stage.
 
         Args:
           k: the stage, 0..K-1.
@@ -268,7 +268,7 @@ class Schedule:
         return self._of(k).in_flight
 
     def gradients(self, k: int) -> int:
-        """The most gradients that one update of a stage has.
+        """The maximum number of gradients in one update of a stage.
 
         Args:
           k: the stage, 0..K-1.
@@ -288,7 +288,7 @@ class Schedule:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash that differs between schedules that differ in anything.
+        """A short hash of all properties of the schedule.
 
         A rule that is a dataclass enters by its fields, any other by the actions of the fill and of
         the ticks after it.
@@ -301,7 +301,7 @@ class Schedule:
         return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
     def grid(self, ticks: int) -> str:
-        """The schedule as text: ticks down, stages across.
+        """The schedule as text, with ticks down and stages across.
 
         Args:
           ticks: how many, from the start of the fill.

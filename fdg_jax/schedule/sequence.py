@@ -1,4 +1,4 @@
-"""One schedule after another in a run."""
+"""Sequences of two schedules in one run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Phases:
 
     @functools.cached_property
     def drain(self) -> list[Action]:
-        """What the first schedule has left to do when its last batch has entered."""
+        """The actions left to the first schedule after its last mini-batch."""
         left: list[Action] = []
         longest = 2 * (self.first.fill + self.first.period) + 2
         for t in range(self.steps, self.steps + longest):
@@ -47,7 +47,7 @@ class Phases:
 
 @dataclass(frozen=True)
 class Then(Schedule):
-    """Two schedules, one after the other; made by `then`."""
+    """Two schedules in sequence; made by `then`."""
 
     @property
     def phases(self) -> Phases:
@@ -65,7 +65,7 @@ class Then(Schedule):
 
     @functools.cached_property
     def counts(self) -> list[Counts]:
-        """Delay and staleness of the second schedule; what is held, the larger of both."""
+        """Delay and staleness of the second schedule; contents as the larger of both."""
         found = []
         both = (self.phases.first, self.phases.second)
         for one, two in zip(*(count(part, part.fill) for part in both), strict=True):
@@ -97,7 +97,7 @@ class Then(Schedule):
 
 
 def then(first: Schedule, steps: int, second: Schedule) -> Schedule:
-    """Begins with one schedule and goes on with another; in between the pipeline is drained.
+    """Switches from one schedule to another; the pipeline is drained in between.
 
     The usual start of asynchronous training: synchronous while the weights change fast, then
     without waiting. What the first schedule has in flight after ``steps`` mini-batches is finished

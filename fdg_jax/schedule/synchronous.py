@@ -1,4 +1,4 @@
-"""Schedules without staleness: every update waits for its own mini-batch."""
+"""Synchronous schedules: every update waits for its own mini-batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fdg_jax.schedule.schedule import Schedule
 
 @dataclass(frozen=True)
 class Sequential:
-    """Tick t of back-propagation: batch t goes all the way up, and all the way down."""
+    """Tick t of back-propagation: batch t passes forward and backward through all stages."""
 
     num_stages: int
 
@@ -25,7 +25,7 @@ class Sequential:
 
 @dataclass(frozen=True)
 class Microbatched:
-    """Tick t: all micro-batches of batch t, each stage in an order of its own, then updates."""
+    """Tick t: all micro-batches of batch t, in an order per stage, followed by updates."""
 
     name: Literal["gpipe", "one_f_one_b", "zero_bubble"]
     num_stages: int
@@ -36,7 +36,7 @@ class Microbatched:
 
     @functools.cached_property
     def _plan(self) -> list[Action]:
-        """The actions of batch 0 in an order in which they can be dispatched.
+        """The actions of batch 0 in a valid dispatch order.
 
         In every round each stage does the next action of its order if its inputs were there before.
         """
@@ -85,7 +85,7 @@ def _one_f_one_b(k: int, num_stages: int, microbatches: int) -> Order:
 
 
 def _zero_bubble(k: int, num_stages: int, microbatches: int) -> Order:
-    """1F1B whose W of micro-batch m comes k backwards later, so that stage 0 never has to wait."""
+    """1F1B with W of micro-batch m delayed by k backwards, so that stage 0 never waits."""
     order: Order = []
     for kind, m in _one_f_one_b(k, num_stages, microbatches):
         order.append((kind, m))
@@ -95,7 +95,7 @@ def _zero_bubble(k: int, num_stages: int, microbatches: int) -> Order:
 
 
 def backprop(num_stages: int) -> Schedule:
-    """Ordinary back-propagation: every stage waits for its neighbours (all three locks).
+    """Back-propagation: every stage waits for its neighbours (all three locks).
 
     Args:
       num_stages: K.
@@ -122,7 +122,7 @@ def backprop(num_stages: int) -> Schedule:
 
 
 def gpipe(num_stages: int, microbatches: int = 4) -> Schedule:
-    """Back-propagation of M micro-batches in a pipeline that empties at every update.
+    """Back-propagation of M micro-batches in a pipeline that is flushed at every update.
 
     All forwards, then all backwards in the opposite order, then one update with the mean. A tick is
     one mini-batch; on equal stages it takes (M + K - 1) / M times as long as one stage alone.
@@ -151,7 +151,7 @@ def gpipe(num_stages: int, microbatches: int = 4) -> Schedule:
 
 
 def one_f_one_b(num_stages: int, microbatches: int = 4) -> Schedule:
-    """One forward, one backward: as `gpipe`, but a stage holds at most K-k micro-batches.
+    """One forward, one backward: like `gpipe`, but a stage holds at most K-k micro-batches.
 
     Stage k forwards K-1-k micro-batches, then forwards and back-propagates in turn, then finishes
     the backwards and updates with the mean: PipeDream-flush.
@@ -182,7 +182,7 @@ def one_f_one_b(num_stages: int, microbatches: int = 4) -> Schedule:
 
 
 def zero_bubble(num_stages: int, microbatches: int = 4) -> Schedule:
-    """ZB-H1: `one_f_one_b` with every backward split, which fills a part of the bubble.
+    """ZB-H1: `one_f_one_b` with split backwards, which fill part of the bubble.
 
     B is the half of a backward that the stage before waits for, W the half that only the stage's
     own update waits for; W is done where the stage would idle. With equal times of F, B and W the

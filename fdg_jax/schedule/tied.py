@@ -1,4 +1,4 @@
-"""A schedule whose stages also send each other an array that two of them use."""
+"""Schedules that also send a tied array between two stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fdg_jax.schedule.sequence import Then, then
 
 
 def tied(schedule: Schedule, owner: int, user: int) -> Schedule:
-    """The same actions with two more messages a micro-batch, for `fdg_jax.tie`.
+    """The same actions with two more messages per micro-batch, for `fdg_jax.tie`.
 
     A forward of the owner's stage gives the array to the user's stage, whose forward takes it; the
     backward there gives its gradient to the owner's, whose backward takes it. Both messages are

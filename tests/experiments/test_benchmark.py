@@ -167,7 +167,7 @@ def test_torch_is_left_out_of_other_networks(tiny, capsys):
     chosen = dataclasses.replace(tiny, contenders=("backprop", "backprop_torch"), rounds=1)
     results = benchmark.run(chosen)
     assert [row["name"] for row in results["contenders"]] == ["backprop"]
-    note = "backprop_torch is left out: tiny is not written in PyTorch here, plain16 is"
+    note = "backprop_torch is skipped: tiny is not written in PyTorch here, plain16 is"
     assert results["notes"] == [note]
     assert note in capsys.readouterr().out
 

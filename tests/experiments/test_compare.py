@@ -231,7 +231,7 @@ def test_the_time_limit_and_report_only(tmp_path, capsys):
         compare.run(parse(*lists, "--report_only"), fake)
     assert compare.run(parse(*lists, "--limit_minutes=1e-9"), fake) == 0
     assert fake.folders == []
-    assert "2 runs to do" in capsys.readouterr().out
+    assert "2 runs remaining" in capsys.readouterr().out
     write(parse(*lists).configs((1.0,), (0,))[0], 0.2)
     assert compare.run(parse(*lists, "--report_only"), fake) == 0
     assert fake.folders == []

@@ -115,7 +115,7 @@ def test_the_overhead_by_hand(path, tmp_path, capsys):
     assert fdg["last"] == [2.5, 2.0]
     table = (folder / "table.md").read_text()
     assert "| FDG, K = 2 | 2 | 0 | 2 | 2.250 ± 0.354 | 0.850 ± 0.495 | 1.75 (1 of 2 not" in table
-    assert "4 runs are there, 0 to do" in capsys.readouterr().out
+    assert "4 runs finished, 0 remaining" in capsys.readouterr().out
     with Image.open(folder / "staleness.png") as picture:
         assert picture.width > 1000
 
@@ -134,7 +134,7 @@ def test_what_is_missing_is_trained_and_goes_on_where_it_was_interrupted(path, t
     pathlib.Path(runs[0].settings.workdir).mkdir(parents=True)
     assert staleness.run_study(found, folder, 2, 0.5, report_only=False) == 0
     out = capsys.readouterr().out
-    assert "2 runs are there, 2 to do" in out
+    assert "2 runs finished, 2 remaining" in out
     assert "2/2  " in out
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["seeds"] for row in rows] == [[0, 1], [0, 1]]
@@ -213,7 +213,7 @@ def test_a_study_that_is_stopped_leaves_no_run_behind(path, tmp_path):
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=60)[0].startswith("0 runs are there, 4 to do")
+    assert process.communicate(timeout=60)[0].startswith("0 runs finished, 4 remaining")
     assert process.returncode == 143
     size = metrics.stat().st_size
     time.sleep(1)
