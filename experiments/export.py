@@ -45,6 +45,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "checkpoint", "last", "last, best (lowest evaluated error), or the number of a step."
     )
+    flags.DEFINE_bool(
+        "averaged", False, "Export the average of the weights that --average_decay keeps."
+    )
     flags.DEFINE_bool("overwrite", False, "Overwrite an existing output.")
 
 
@@ -147,11 +150,18 @@ def place(output: str, overwrite: bool) -> pathlib.Path:
     return path
 
 
-def export(workdir: str, output: str, kind: str, checkpoint: str, overwrite: bool) -> str:
+def export(
+    workdir: str,
+    output: str,
+    kind: str,
+    checkpoint: str,
+    overwrite: bool,
+    averaged: bool = False,
+) -> str:
     """Writes a run's model.
 
     Args:
-      workdir, output, kind, checkpoint, overwrite: what the flags say.
+      workdir, output, kind, checkpoint, overwrite, averaged: what the flags say.
 
     Returns:
       A line that says what has been written.
@@ -161,9 +171,14 @@ def export(workdir: str, output: str, kind: str, checkpoint: str, overwrite: boo
     """
     path = place(output, overwrite)
     run = run_of(workdir)
+    if averaged and not run.get("average_decay"):
+        raise UsageError(
+            f"--averaged: the run in {workdir} keeps no average of its weights; leave it out, or "
+            "train with --average_decay"
+        )
     folder = choose(workdir, checkpoint)
     try:
-        stages, found, tie = read(run, folder)
+        stages, found, tie = read(run, folder, averaged)
     except model_file.DAMAGE as error:
         raise UsageError(
             f"--checkpoint={checkpoint}: {folder} cannot be read ({error}); choose another"
@@ -177,6 +192,7 @@ def export(workdir: str, output: str, kind: str, checkpoint: str, overwrite: boo
         "experiment": program_of(run),
         "step": step,
         # Of the run's own params, where a tied array stands once.
+        "averaged": averaged,
         "params_sha256": params_sha256(emptied(tied_stages(stages, tie), found.params)),
         "fdg_jax": fdg.__version__,
     }
@@ -189,7 +205,7 @@ def export(workdir: str, output: str, kind: str, checkpoint: str, overwrite: boo
 
 
 def read(
-    run: dict[str, Any], folder: pathlib.Path
+    run: dict[str, Any], folder: pathlib.Path, averaged: bool = False
 ) -> tuple[Sequence[Layer], weights.Weights, Tie | None]:
     """The stages of a run, what a checkpoint has of them, and which of the arrays are tied."""
     task, config = task_of(run), settings_of(run)
@@ -198,7 +214,7 @@ def read(
     schedule, classes = methods.schedule(config), task.num_labels(run)
     own = family.assemble(config, schedule, stages, task.loss_fn, classes, images=task.images)
     tie = task.tied(run, layers)
-    if not remedies.predicts(run.get("remedy", "none")):
+    if not averaged and not remedies.predicts(run.get("remedy", "none")):
         return own.stages, weights.read(folder, own.stages, example, tie=tie), tie
     rate = optax.constant_schedule(config.learning_rate)
 
@@ -206,12 +222,13 @@ def read(
         plain = fdg.StageOptimizer.of(task.optimizer(config, rate, schedule, k))
         return stage_rule(methods.gradient(config), schedule, k).optimizer(plain)
 
-    return own.stages, weights.read(folder, own.stages, example, optimizer, tie), tie
+    found = weights.read(folder, own.stages, example, optimizer, tie, averaged)
+    return own.stages, found, tie
 
 
 def main() -> None:
     values = (FLAGS.workdir, FLAGS.output, FLAGS.format, FLAGS.checkpoint, FLAGS.overwrite)
-    print(export(*values))
+    print(export(*values, FLAGS.averaged))
 
 
 if __name__ == "__main__":

@@ -50,9 +50,10 @@ class Evaluation:
             if last.here:
                 np.add(sums, jax.device_get(there), out=sums)
 
+        params = pipe.averaged_params(state) if config.average_decay else None
         examples = self.run.task.held_out
         for x, labels, count in data.evaluation_batches(*examples, config.batch_size):
-            outputs = pipe.predict(state, self.inputs(x))
+            outputs = pipe.predict(state, self.inputs(x), params)
             targets, real = put((labels, np.int32(count)), (last.sharded, last.replicated))
             found = self.totals(outputs, targets, real)
             pending.append((found, jax.device_put(found, first.replicated)))

@@ -33,6 +33,8 @@ HELP = {
     "Unless given it is 0; in the recipe 2 for sgd and 0.3 for muon.",
     "rate_anneal_steps": "Steps in which the rate of a stage grows from 1 / staleness of it, with "
     "muon from 1 / sqrt(staleness), to the full one; 0: it begins with that.",
+    "average_decay": "Decay of an exponential moving average of the weights, such as 0.999, with "
+    "which the run is evaluated; 0: none. See fdg_jax.average_weights.",
 }
 
 
@@ -45,6 +47,7 @@ class Remedies:
     prediction_horizon: float = 1.0
     momentum_stretch: float | None = None
     rate_anneal_steps: int = 0
+    average_decay: float = 0.0
 
 
 class Settings(Protocol):
@@ -64,6 +67,8 @@ class Settings(Protocol):
     def momentum_stretch(self) -> float | None: ...
     @property
     def rate_anneal_steps(self) -> int: ...
+    @property
+    def average_decay(self) -> float: ...
 
 
 def check(settings: Settings, optimizers: tuple[str, ...]) -> None:
@@ -85,6 +90,11 @@ def check(settings: Settings, optimizers: tuple[str, ...]) -> None:
     if settings.adam_learning_rate is not None and not 0 < settings.adam_learning_rate < math.inf:
         raise UsageError(
             f"--adam_learning_rate={settings.adam_learning_rate:g}: must be finite and above 0"
+        )
+    if not 0 <= settings.average_decay < 1:
+        raise UsageError(
+            f"--average_decay={settings.average_decay:g}: must be 0 or more and below 1; 0.999 "
+            "averages over about 1,000 updates"
         )
     if not 0 <= settings.rate_anneal_steps < 2**31:
         raise UsageError(
@@ -134,6 +144,13 @@ class StageSettings:
 
 def optimizer(settings: Settings, stage: StageSettings) -> optax.GradientTransformation:
     """A stage's optimizer."""
+    made = _without_average(settings, stage)
+    if not settings.average_decay:
+        return made
+    return fdg.average_weights(made, settings.average_decay)
+
+
+def _without_average(settings: Settings, stage: StageSettings) -> optax.GradientTransformation:
     late = fdg.optim.updates_late(stage.staleness)
     stretch, anneal = settings.momentum_stretch, settings.rate_anneal_steps / stage.period or None
     if settings.remedy == "none":

@@ -106,11 +106,37 @@ def test_the_model_predicts_what_the_stages_predict(trained, tmp_path, kind):
             "unroll": "auto",
             "fast_derivatives": True,
             "step": step,
+            "averaged": False,
             "params_sha256": predicted[step][1],
             "fdg_jax": fdg.__version__,
         }
     assert not np.allclose(predicted[3][0], predicted[5][0], atol=1e-3)
     assert [p.name for p in tmp_path.iterdir()] == [kind]
+
+
+@pytest.mark.parametrize("remedy", ["none", "recipe"])
+def test_an_average_of_the_weights(tmp_path, remedy):
+    folder = tmp_path / "run"
+    run, state = begin(folder, model="tiny", remedy=remedy, average_decay=0.5)
+    for _ in range(5):
+        state, _ = run.pipe.step(state, (X, LABELS[:8]))
+    save(folder, run, state, 5)
+    found = {}
+    for averaged in (False, True):
+        name = tmp_path / f"model_{averaged}"
+        export.export(str(folder), str(name), "safetensors", "last", False, averaged)
+        params = run.pipe.averaged_params(state) if averaged else None
+        found[averaged], about = predict(name)
+        assert about["averaged"] == averaged
+        x = data.normalise(IMAGES[:8], about["mean"], about["std"])
+        expected = run.pipe.predict(state, x, params)
+        np.testing.assert_allclose(found[averaged], expected, rtol=1e-5, atol=1e-6)
+    assert np.any(found[False] != found[True])
+
+
+def test_no_average_to_export(trained, tmp_path):
+    with pytest.raises(UsageError, match=r"--averaged: the run in .* keeps no average"):
+        export.export(str(trained[0]), str(tmp_path / "m"), "safetensors", "last", False, True)
 
 
 @pytest.mark.parametrize("remedy", ["none", "recipe"])
@@ -257,7 +283,7 @@ def replaced(**values):
         (
             None,
             {"output": "no/such/file"},
-            r"--output=no/such/file: cannot be written \(there is no folder no/such\)",
+            r"--output=no/such/file: cannot be written \(there is no folder .*no/such\)",
         ),
         (None, {"output": __file__}, "is there already; name another"),
     ],

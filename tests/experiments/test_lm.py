@@ -241,6 +241,7 @@ def test_without_a_file_the_text_is_that_of_the_standard_library():
         ({"optimizer": "sgd"}, "--optimizer=sgd: no such choice; allowed are adamw, muon"),
         ({"remedy": "spike"}, "--remedy=spike: no such choice with --optimizer=adamw; allowed"),
         ({"prediction_horizon": -1.0}, "--prediction_horizon=-1"),
+        ({"average_decay": 1.0}, "--average_decay=1: "),
         ({"rate_anneal_steps": -1}, "--rate_anneal_steps=-1: "),
         ({"clip_norm": float("nan")}, "--clip_norm=nan: "),
         ({"weight_decay": -1.0}, "--weight_decay=-1.0: "),
