@@ -50,8 +50,8 @@ def advise(
 
     Args:
       layers: the network, input first.
-      example: a mini-batch ``(inputs, labels)`` of arrays, or of ``jax.ShapeDtypeStruct``, which are
-        replaced by random numbers and, for integers, zeros.
+      example: a mini-batch ``(inputs, labels)`` of arrays, or of ``jax.ShapeDtypeStruct``, which
+        are replaced by random numbers and, for integers, zeros.
       devices: D devices; None: all of ``jax.devices()``.
       loss_fn: as in `fdg_jax.Pipeline`; None: the mean square of the outputs, without labels.
       optimizer: an optax transformation for all stages; None: SGD with momentum.

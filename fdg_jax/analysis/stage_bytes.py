@@ -51,8 +51,8 @@ def stage_bytes(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> StageBytes:
       ...                     optax.sgd(0.1), fdg.schedule.fdg(2))
       >>> batch = jnp.ones((8, 3), jnp.float32), jnp.zeros((8, 3), jnp.float32)
       >>> found = stage_bytes(pipe, batch)
-      >>> found.inputs, found.parameters, found.residuals[0]
-      ((96, 96), (0, 0), 96)
+      >>> found.inputs, found.parameters, found.residuals[0]  # nothing to differentiate in stage 0
+      ((96, 96), (0, 0), 0)
     """
     parts = pipe.schedule.microbatches
     x, labels = part_of(example, parts)
