@@ -1,13 +1,13 @@
-"""How much faster a network trains on these devices, and at what price: measured and simulated.
+"""Predicts speedup, memory and staleness of the methods for a network on these devices.
 
     python -m experiments.advise --model=my_model:make
     python -m experiments.advise --model=plain16 --image_size=16 --measure --workdir=runs/advise
 
---model names a function without arguments that returns (layers, (inputs, labels)), with a loss
-function as a third value if there is one; or a network of this project. Layers and messages are
-measured, and the simulator makes of them what back-propagation, data parallelism, 1F1B, DDG and FDG
-would reach on 1 to D devices. --measure then trains with what was predicted for one device and for
-all of them, in turns, and prints both. With --workdir it writes advise.json.
+--model names a function without arguments that returns (layers, (inputs, labels)) and optionally a
+loss function, or a network of this project. Layers and messages are measured, and the simulator
+predicts back-propagation, data parallelism, 1F1B, DDG and FDG on 1 to D devices. --measure then
+trains with each method on one device and on all devices, in interleaved rounds, and prints
+predicted and measured throughput. With --workdir it writes advise.json.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from fdg_jax.partition import units_of
 
 FLAGS = flags.FLAGS
 FILES = ("advise.json",)
-# So small a rate that random labels cannot drive the weights anywhere.
+# Small learning rates, since labels are random.
 OPTIMIZERS = {"sgd": optax.sgd(1e-3, momentum=0.9), "adamw": optax.adamw(1e-4)}
-# What a prediction may be off by, of what is measured.
+# Tolerated relative error of a prediction.
 WITHIN = 0.1
 
 
@@ -60,33 +60,33 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     integer(
         "num_stages",
         0,
-        "The largest K, and number of devices; 0: all devices, on CPU 2. On CPU as many are made, "
-        "up to the cores.",
+        "Largest K and number of devices; 0: all devices, on CPU 2. On CPU this many devices are "
+        "created, up to the number of cores.",
         least=0,
     )
     flags.DEFINE_enum(
         "optimizer",
         "sgd",
         list(OPTIMIZERS),
-        "Of every stage; sgd has momentum.",
+        "Optimizer of every stage; sgd has momentum.",
         flag_values=values,
     )
-    integer("microbatches", 4, "Of one_f_one_b.")
-    number("seconds", 20.0, "Of measuring layers, after they are compiled.")
-    integer("batch_size", own.batch_size, "Of the project's own models.")
-    integer("image_size", own.image_size, "Of their random images.")
-    integer("width", own.width, "Of the transformer.")
-    integer("blocks", own.blocks, "Of the transformer.")
-    integer("heads", own.heads, "Of the transformer.")
-    integer("context", own.context, "Tokens of its sequences.")
+    integer("microbatches", 4, "Micro-batches of one_f_one_b.")
+    number("seconds", 20.0, "Time for measuring layers after compilation.")
+    integer("batch_size", own.batch_size, "Mini-batch size, for models of the project.")
+    integer("image_size", own.image_size, "Size of the random images, for models of the project.")
+    integer("width", own.width, "Width of the transformer.")
+    integer("blocks", own.blocks, "Blocks of the transformer.")
+    integer("heads", own.heads, "Attention heads of the transformer.")
+    integer("context", own.context, "Sequence length of the transformer, in tokens.")
     flags.DEFINE_bool(
-        "measure", False, "Whether to train with what was predicted.", flag_values=values
+        "measure", False, "Whether to train with each predicted method.", flag_values=values
     )
-    integer("rounds", 5, "With --measure.")
-    number("turn_seconds", 3.0, "With --measure: of back-propagation, a round.")
-    number("max_load", 0.5, "Cores that others may use; more is said to be unfair.")
+    integer("rounds", 5, "With --measure: number of rounds.")
+    number("turn_seconds", 3.0, "With --measure: seconds of back-propagation per round.")
+    number("max_load", 0.5, "Cores that other processes may use; more is reported as unfair.")
     flags.DEFINE_string(
-        "workdir", None, f"Folder for {FILES[0]}; without it there is none.", flag_values=values
+        "workdir", None, f"Directory for {FILES[0]}; None: not written.", flag_values=values
     )
     flags.DEFINE_bool(
         "overwrite",
@@ -97,7 +97,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def check() -> Sizes:
-    """The sizes; every flag is looked at before anything is done."""
+    """Checks all flags before any work is done; returns the sizes."""
     if not FLAGS.model:
         raise UsageError("--model: is missing; name module:function, or a model such as plain16")
     names = [field.name for field in dataclasses.fields(Sizes)]
@@ -117,7 +117,7 @@ def check() -> Sizes:
 
 
 def compare(advice: Advice, model: Model, screen: Screen) -> list[dict[str, Any]]:
-    """Trains with every method on one device and on all of them; predicted beside measured."""
+    """Trains with every method on one device and on all; predicted and measured throughput."""
     most = max(row.devices for row in advice.rows)
     rows = [row for row in advice.rows if row.devices in (1, most)]
     how = model.loss_fn or mean_square, OPTIMIZERS[FLAGS.optimizer], FLAGS.microbatches
@@ -143,7 +143,7 @@ def compare(advice: Advice, model: Model, screen: Screen) -> list[dict[str, Any]
 
 
 def show(found: list[dict[str, Any]], screen: Screen) -> None:
-    """The comparison as a table."""
+    """Prints the comparison as a table."""
     lines = [
         [
             one["method"],

@@ -1,4 +1,4 @@
-"""The error of a setting that is not allowed, by the path that scripts know."""
+"""The error of an invalid setting."""
 
 from experiments.common.errors import UsageError
 

@@ -1,4 +1,4 @@
-"""A network with a batch and a loss by name: the project's own, or what a function returns."""
+"""A network with batch and loss, by name: of the project, or returned by the user's function."""
 
 from __future__ import annotations
 

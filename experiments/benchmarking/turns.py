@@ -1,4 +1,4 @@
-"""Methods that train the same network in turn, as their predictions said that they would."""
+"""Interleaved training of one network with the predicted methods."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Image classifiers: the settings, the task."""
+"""Image classification: settings and task."""

@@ -1,4 +1,4 @@
-"""An image classifier as the task of a run: images in memory, cropped and mirrored, a network."""
+"""Image classification as a task: images in memory, augmentation, network."""
 
 from __future__ import annotations
 

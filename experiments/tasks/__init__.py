@@ -1,4 +1,4 @@
-"""What there is to train: the task of each program."""
+"""The settings and task of each program."""
 
 from __future__ import annotations
 

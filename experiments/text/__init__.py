@@ -1,1 +1,1 @@
-"""A language model: the settings, the task, its text, its network."""
+"""Language modelling: settings, task, text, network."""

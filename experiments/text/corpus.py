@@ -1,4 +1,4 @@
-"""Text as numbers: bytes that occur, a train part and a held-out tail."""
+"""Text as token numbers, one per distinct byte, with a training part and a held-out tail."""
 
 from __future__ import annotations
 

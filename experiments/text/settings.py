@@ -1,4 +1,4 @@
-"""What a run of experiments.lm is: every setting, its flag, and what is allowed."""
+"""Settings of experiments.lm, with flags and allowed values."""
 
 from __future__ import annotations
 

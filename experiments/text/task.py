@@ -1,4 +1,4 @@
-"""A language model as the task of a run: bytes of a text, and a transformer that foretells them."""
+"""Language modelling as a task: bytes of a text, predicted by a transformer."""
 
 from __future__ import annotations
 

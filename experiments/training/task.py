@@ -1,4 +1,4 @@
-"""What a training is of: data, network, optimizer, and what its numbers mean."""
+"""The task of a training: data, network, optimizer and metrics."""
 
 from __future__ import annotations
 

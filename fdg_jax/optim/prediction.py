@@ -191,7 +191,7 @@ def true_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params
     r"""The true weights of parameters that are a prediction: :math:`w = p - \varphi(s)`.
 
     For evaluation, export, and wherever a trained model is looked at. Where the next rate is zero
-    `delayed_sgd` and ``"momentum"`` foretell nothing, and the two coincide.
+    `delayed_sgd` and ``"momentum"`` predict nothing, and the two coincide.
 
     Args:
       params: parameters that were trained with the optimizer whose state this is.
