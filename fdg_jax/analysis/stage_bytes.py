@@ -51,11 +51,7 @@ def stage_bytes(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> StageBytes:
       ...                     optax.sgd(0.1), fdg.schedule.fdg(2))
       >>> batch = jnp.ones((8, 3), jnp.float32), jnp.zeros((8, 3), jnp.float32)
       >>> found = stage_bytes(pipe, batch)
-<<<<<<< HEAD
-      >>> found.inputs, found.parameters, found.residuals[0]  # which has nothing to learn
-=======
       >>> found.inputs, found.parameters, found.residuals[0]  # nothing to differentiate in stage 0
->>>>>>> 1a8475e3b4e5863606cde1c400b950abf28db54d
       ((96, 96), (0, 0), 0)
     """
     parts = pipe.schedule.microbatches
