@@ -78,7 +78,7 @@ def from_nnx(
     # The module's structure is found once, at first use, without computing anything.
     @functools.cache
     def skeleton() -> Skeleton:
-        module = nnx.eval_shape(lambda: _made(factory, nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: module_of(factory, nnx.Rngs(0)))
         arguments = _convention(module, train_kwargs, eval_kwargs)
 
         def call(module: Any, x: PyTree, train: bool) -> PyTree:
@@ -90,7 +90,7 @@ def from_nnx(
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
         del x
         skeleton()
-        return values(_made(factory, nnx.Rngs(typed_key(key))))
+        return values(module_of(factory, nnx.Rngs(typed_key(key))))
 
     def apply(
         params: PyTree, state: PyTree, x: PyTree, *, train: bool, key: Key | None
@@ -199,7 +199,8 @@ def made_outside(make: Callable[[], list[Any]]) -> list[Any]:
     return [node for node in one if any(node is other for other in two)]
 
 
-def _made(factory: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+def module_of(factory: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """What a factory makes; refuses what is no nnx module."""
     module = factory(rngs)
     if not isinstance(module, nnx.Module):
         raise ValueError(

@@ -23,6 +23,7 @@ from fdg_jax.nnx_adapter import (
     Skeleton,
     check_factory,
     made_outside,
+    module_of,
     params_of,
     skeleton_of,
     values,
@@ -84,7 +85,7 @@ def layers_of(sequence: Callable[[nnx.Rngs], nnx.Sequential] | linen.Sequential)
 
 
 def _nnx_layers(factory: Callable[[nnx.Rngs], nnx.Sequential]) -> list[Layer]:
-    whole = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+    whole = nnx.eval_shape(lambda: module_of(factory, nnx.Rngs(0)))
     paths = list(_paths(whole, "factory: makes", nnx))
     _check_unshared([_at(whole, path) for path in paths])
     modules = [n for n, path in enumerate(paths) if isinstance(_at(whole, path), nnx.Module)]

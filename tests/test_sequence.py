@@ -173,6 +173,7 @@ DENSE = linen.Dense(3)
     ("sequence", "message"),
     [
         (lambda rngs: nnx.Linear(3, 3, rngs=rngs), "factory: makes Linear, which is no nnx.Seq"),
+        (lambda rngs: 3, "factory: makes int, which is no nnx module"),
         (lambda rngs: Own(nnx.relu), "makes Own with a __call__ of its own, which is no nnx.Seq"),
         (lambda rngs: nnx.Sequential(), "factory: makes Sequential without layers"),
         (lambda rngs: nnx.Sequential(Flagged()), r"flags of its layers\[0\], Flagged"),
