@@ -41,7 +41,10 @@ HELP = {
     "lr_schedule=milestones.",
     "lr_decay": "Factor at each milestone.",
     "momentum": "Of SGD and Muon, and of Adam beside Muon.",
-    "weight_decay": "On every parameter; with muon decoupled from the gradient.",
+    "nesterov": "Whether SGD's momentum is Nesterov's; with --remedy=none or error_feedback.",
+    "weight_decay": "With sgd added to the gradient, with muon decoupled from it.",
+    "decay_norms": "Whether scales and biases decay as well; without, --remedy is none or "
+    "error_feedback with sgd.",
     "seed": "Of initial weights, order of images, augmentation and dropout.",
 }
 
@@ -67,7 +70,9 @@ class Settings(Config):
     lr_schedule: str = "milestones"
     lr_milestones: tuple[float, ...] = (150.0, 225.0, 275.0)
     lr_decay: float = 0.1
+    nesterov: bool = False
     weight_decay: float = 5e-4
+    decay_norms: bool = True
     batch_size: int = 128
     epochs: int = 300
 
@@ -79,6 +84,17 @@ class Settings(Config):
         self.one_of("dtype", DTYPES)
         for name in ("train_size", "crop_padding"):
             self.bound(name, 0)
+        plain = self.remedy in ("none", "error_feedback")
+        if self.nesterov and not (self.optimizer == "sgd" and plain):
+            raise UsageError(
+                f"--nesterov: not with --optimizer={self.optimizer} --remedy={self.remedy}; take "
+                "sgd with --remedy=none or error_feedback"
+            )
+        if not self.decay_norms and self.optimizer == "sgd" and not plain:
+            raise UsageError(
+                f"--nodecay_norms: not with --optimizer=sgd --remedy={self.remedy}; take "
+                "--remedy=none or error_feedback, or --optimizer=muon"
+            )
         if not 0 <= self.dropout < 1:
             raise UsageError(f"--dropout={self.dropout}: must lie in [0, 1); 0 switches it off")
         if not 0 < self.lr_decay <= 1:

@@ -128,7 +128,8 @@ class Images(Task[Settings]):
 
     def rate(self, total: int, period: int) -> optax.Schedule:
         per_epoch = self.loader.steps_per_epoch / period
-        return learning_rate(self.config, per_epoch, total / period)
+        rate = learning_rate(self.config, per_epoch, total / period)
+        return warmed_up(rate, self.config.warmup_steps / period)
 
     @staticmethod
     def optimizer(
@@ -191,6 +192,13 @@ def learning_rate(config: Settings, per_epoch: float, total: float) -> optax.Sch
     return optax.piecewise_constant_schedule(config.learning_rate, boundaries)
 
 
+def warmed_up(rate: optax.Schedule, updates: float) -> optax.Schedule:
+    """A rate that rises linearly from 0 in its first updates."""
+    if not updates:
+        return rate
+    return lambda count: rate(count) * jnp.minimum(1.0, count / updates)
+
+
 def optimizer(
     config: Settings, rate: optax.Schedule, schedule: Schedule, stage: int
 ) -> optax.GradientTransformation:
@@ -203,7 +211,9 @@ def optimizer(
         config.weight_decay,
         methods.beta(config),
         hops=schedule.num_stages - 1 - stage,
+        mask=None if config.decay_norms else remedies.kernels,
         exclude="dense",  # the last layer
+        nesterov=config.nesterov,
     )
     return remedies.optimizer(config, own)
 

@@ -30,7 +30,6 @@ HELP = {
     "context": "Bytes of a sequence.",
     "beta": "Factor on a stage's updates for every hop to the loss, in (0, 1]; 1 does not shrink.",
     "learning_rate": "After the warm-up; it then falls to 0 along a cosine.",
-    "warmup_steps": "Steps in which the rate rises from 0, fewer than the run has.",
     "momentum": "Of Muon, and the decay of Adam's first moment (b1), in [0, 1).",
     "weight_decay": "Of the matrices of dense layers, decoupled from the gradient.",
     "clip_norm": "The gradient's norm at most; a stage takes its share, clip_norm / sqrt(K).",
@@ -70,7 +69,6 @@ class Settings(Config):
         self.one_of("model", MODELS)
         for name in ("width", "blocks", "heads", "context"):
             self.bound(name, 1)
-        self.bound("warmup_steps", 0)
         if self.clip_norm <= 0:
             raise UsageError(f"--clip_norm={self.clip_norm}: must be above 0; try 1")
         if self.width % self.heads:

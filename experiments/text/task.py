@@ -14,7 +14,7 @@ import optax
 import fdg_jax as fdg
 from experiments.text import corpus
 from experiments.text.settings import Settings
-from experiments.text.transformer import kernels, reversible_transformer, transformer
+from experiments.text.transformer import reversible_transformer, transformer
 from experiments.training import methods, remedies
 from experiments.training.task import Task
 from fdg_jax.engine.placement import put
@@ -131,7 +131,7 @@ def optimizer(
         config.weight_decay,
         methods.beta(config),
         hops=num_stages - 1 - stage,
-        mask=kernels,
+        mask=remedies.kernels,
         exclude="logits",
         clip_norm=config.clip_norm / math.sqrt(num_stages),
     )

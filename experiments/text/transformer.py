@@ -84,13 +84,6 @@ def reversible_transformer(vocabulary: int, width: int, blocks: int, heads: int)
     ]
 
 
-def kernels(params: PyTree) -> PyTree:
-    """True for the matrices of dense layers, which weight decay is for, False for all else."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[-1], "key", None) == "kernel", params
-    )
-
-
 def _embedding(vocabulary: int, width: int) -> Layer:
     def init(key: Key, x: jax.Array) -> tuple[PyTree, PyTree]:
         token, position = jax.random.split(key)

@@ -63,6 +63,7 @@ class Config(remedies.Remedies, family.Family):
     optimizer: str = ""
     learning_rate: float = 0.1
     momentum: float = 0.9
+    warmup_steps: int = 0
     weight_decay: float = 0.0
     batch_size: int = 1
     epochs: int = 1
@@ -128,6 +129,7 @@ class Config(remedies.Remedies, family.Family):
             )
         if not 0 <= self.momentum < 1:
             raise UsageError(f"--momentum={self.momentum}: must lie in [0, 1); try 0.9")
+        self.bound("warmup_steps", 0)
         if self.weight_decay < 0:
             raise UsageError(
                 f"--weight_decay={self.weight_decay}: must be 0 or more; try "

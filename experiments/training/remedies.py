@@ -6,11 +6,13 @@ import dataclasses
 import math
 from typing import Any, Protocol
 
+import jax
 import optax
 
 import fdg_jax as fdg
 from experiments.common.errors import UsageError
 from fdg_jax.optim import Staleness, recipes
+from fdg_jax.typing import PyTree
 
 REMEDIES = ("none", "prediction", "spike", "error_feedback", "recipe")
 # Those that say nothing of a momentum buffer, and so suit every optimizer.
@@ -124,10 +126,11 @@ class StageSettings:
       period: steps in an update.
       momentum: of SGD and Muon, and the decay of Adam's first moment.
       weight_decay: L2 in SGD, else decoupled.
-      mask: which parameters decay; None: all.
+      mask: which parameters decay; None: all. Not for SGD with prediction.
       beta, hops: of the shrinking: before SGD, after AdamW and Muon, which would cancel it.
       exclude: a regular expression for the kernels that Muon leaves to Adam.
       clip_norm: of the stage's gradient, or None.
+      nesterov: whether SGD's momentum is Nesterov's; not with prediction or spike compensation.
     """
 
     rate: optax.Schedule
@@ -140,6 +143,7 @@ class StageSettings:
     mask: Any = None
     exclude: str = ""
     clip_norm: float | None = None
+    nesterov: bool = False
 
 
 def optimizer(settings: Settings, stage: StageSettings) -> optax.GradientTransformation:
@@ -196,10 +200,10 @@ def _sgd(
         ]
     else:
         scaled = rate if factor == 1 else lambda count: factor * rate(count)
-        steps = [optax.sgd(scaled, momentum=momentum or None)]
+        steps = [optax.sgd(scaled, momentum=momentum or None, nesterov=stage.nesterov)]
     if settings.remedy == "error_feedback":
         steps.append(fdg.error_feedback(horizon * late))
-    return optax.chain(*clip, optax.add_decayed_weights(stage.weight_decay), *steps)
+    return optax.chain(*clip, optax.add_decayed_weights(stage.weight_decay, stage.mask), *steps)
 
 
 def _adaptive(
@@ -240,3 +244,10 @@ def _adaptive(
         feedback = fdg.error_feedback(settings.prediction_horizon * late)
         found = optax.chain(found, feedback)
     return found
+
+
+def kernels(params: PyTree) -> PyTree:
+    """True for kernels of layers, False for biases, scales and embeddings."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", None) == "kernel", params
+    )

@@ -24,6 +24,7 @@ def help_texts(examples: str, optimizers: tuple[str, ...]) -> dict[str, str]:
 
 
 HELP = {
+    "warmup_steps": "Steps in which the learning rate rises linearly from 0; 0: none.",
     "workdir": "Folder for config.json, metrics.jsonl, summary.json, curves.png and checkpoints.",
     "num_stages": "K: the number of modules that the network is split into.",
     "devices_per_stage": "Devices that share every mini-batch of a stage, as many parts of it.",

@@ -20,8 +20,9 @@ from experiments.common.errors import UsageError
 from experiments.text import corpus
 from experiments.text.settings import Settings, define_flags, from_flags
 from experiments.text.task import Text, optimizer
-from experiments.text.transformer import kernels, reversible_transformer, transformer
+from experiments.text.transformer import reversible_transformer, transformer
 from experiments.training import loop, methods, setup
+from experiments.training.remedies import kernels
 from experiments.training.task import loss_fn
 from tests import networks
 

@@ -251,10 +251,11 @@ def test_flags_that_mean_the_same_have_one_name():
     assert names["cifar"] & names["lm"] == common
     assert names["cifar"] - common == {
         *("data_dir", "train_size", "crop_padding", "flip", "dropout", "unroll", "dtype"),
-        *("fast_derivatives", "lr_schedule", "lr_milestones", "lr_decay"),
+        *("fast_derivatives", "lr_schedule", "lr_milestones", "lr_decay", "nesterov"),
+        "decay_norms",
     }
     assert names["lm"] - common == {
-        *("width", "blocks", "heads", "tie_embedding", "context", "warmup_steps", "clip_norm"),
+        *("width", "blocks", "heads", "tie_embedding", "context", "clip_norm"),
     }
     for program, module in PROGRAMS.items():
         assert program == module.Settings.PROGRAM
