@@ -97,7 +97,7 @@ class SteadyTicks:
     def _near(self, tree: PyTree) -> PyTree:
         """A batch that the program accepts, moved to the devices if necessary."""
         for leaf in jax.tree.leaves(tree):
-            if isinstance(leaf, jax.Array) and leaf.sharding.device_set != self._devices:
+            if not isinstance(leaf, jax.Array) or leaf.sharding.device_set != self._devices:
                 return send(tree, self._stages[0])
         return tree
 

@@ -148,6 +148,16 @@ def test_a_mini_batch_of_the_caller_stays_his():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(data))
 
 
+def test_nothing_is_transferred_unasked():
+    pipe = pipeline(SCHEDULES["fdg"], True)
+    data = networks.batches(STEPS)
+    state = pipe.init(jax.random.key(0), *data[0])
+    with jax.transfer_guard("disallow"):
+        for batch in data:
+            state, _ = pipe.step(state, batch)
+    assert pipe._steady._known
+
+
 def test_watched_programs_are_dispatched():
     pipe = pipeline(SCHEDULES["fdg"], True)
     data = networks.batches(STEPS)
