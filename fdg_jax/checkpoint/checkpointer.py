@@ -210,7 +210,7 @@ class Checkpointer:
             warnings.warn(f"{self.directory}: what is left stays ({error})", stacklevel=2)
 
     def close(self) -> None:
-        """Waits for the last save and ends saving."""
+        """Waits for the last save, as the end of a ``with`` block does."""
         self.wait()
 
     def __enter__(self) -> Self:

@@ -99,8 +99,20 @@ def _agree(pipe: Pipeline, folder: pathlib.Path, body: dict[str, Any]) -> None:
             made = manifest.short(there)
             says = f"{name}: {folder} was made with {made}, this pipeline has {here}"
             if name in manifest.BINDING:
-                raise ValueError(f"{says}; restore it with the same, or start the run anew")
+                raise ValueError(f"{says}; {_remedy(name, made, here)}")
             warnings.warn(f"{says}; the last bits may differ from now on", stacklevel=4)
+
+
+def _remedy(name: str, made: str, here: Any) -> str:
+    if name == "stages":
+        return (
+            "restore it with the same number and use fdg_jax.checkpoint.convert, or start the run "
+            "anew"
+        )
+    remedy = "restore it with the same, or start the run anew"
+    if name == "schedule" and made.partition(" ")[0] == here.partition(" ")[0]:
+        return f"the arguments of the schedule differ, such as order or accumulate; {remedy}"
+    return remedy
 
 
 def _check_counts(pipe: Pipeline, body: dict[str, Any]) -> None:

@@ -39,7 +39,8 @@ def check_arguments(num_stages: int, schedule: Schedule, max_ahead: int, on_nonf
     if num_stages != schedule.num_stages:
         raise ValueError(
             f"schedule: {schedule.name} is made for {schedule.num_stages} stages, but stages has "
-            f"{num_stages}; make both with the same number"
+            f"{num_stages}; make both with the same number: "
+            f"fdg_jax.partition(layers, {schedule.num_stages}, example)"
         )
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"on_nonfinite={on_nonfinite!r}: allowed are {', '.join(ON_NONFINITE)}")

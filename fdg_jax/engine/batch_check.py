@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fdg_jax.engine.batch_axes import check_axes
-from fdg_jax.engine.loss import Weighted, check_weighted
+from fdg_jax.engine.loss import LossError, Weighted, check_weighted
 from fdg_jax.engine.stage import Stage
 from fdg_jax.engine.state import PipelineState
 from fdg_jax.engine.template import part_of
@@ -25,8 +25,8 @@ def signature(tree: PyTree) -> Any:
     return structure, tuple((np.shape(v), getattr(v, "dtype", type(v))) for v in leaves)
 
 
-def pair(batch: Any) -> tuple[PyTree, PyTree]:
-    """Inputs and labels of a batch.
+def pair(batch: Any, name: str = "batch") -> tuple[PyTree, PyTree]:
+    """Inputs and labels of a batch, an argument of the given name.
 
     Raises:
       ValueError: it is no pair.
@@ -34,7 +34,7 @@ def pair(batch: Any) -> tuple[PyTree, PyTree]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         many = f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else ""
         raise ValueError(
-            f"batch: is a {type(batch).__name__}{many}; give a pair (inputs, labels), each an "
+            f"{name}: is a {type(batch).__name__}{many}; give a pair (inputs, labels), each an "
             "array or a pytree of arrays"
         )
     return batch[0], batch[1]
@@ -74,49 +74,31 @@ def fit(
     where, tied = "", None
     try:
         for k, (stage, own) in enumerate(zip(stages, state.stages, strict=True)):
-            where = f"stage {k} ({stage.layers})"
+            where = f"stage {k} ({stage.layers}): "
             y, tied = paired(stage.layer, y, tied), lent(stage.layer, own.params) or tied
             y, scores, new = stage.output(own.params, own.model_state, y, own.key, own.number)
             check_model_state(own.model_state, new)
             check_synthesizer(stage, k, own, y, targets)
             if stage.loss_fn is not None:
-                where = "loss_fn"
+                where = ""  # the error names it
                 found = jax.eval_shape(stage.loss_fn, scores, targets)
                 weighted = _check_loss(found, microbatches) or weighted
-    except _WrongLossError:
-        raise
     except Exception as error:
-        raise ValueError(f"batch {int(state.tick)}: does not fit {where}: {error}") from error
+        if isinstance(error, LossError) and error.__cause__ is None:
+            raise  # its value is invalid, whatever the batch
+        raise ValueError(f"batch {int(state.tick)}: does not fit {where}{error}") from error
     if weighted:
         check_weighted(stages, schedule)
     known.add(shapes)
 
 
-class _WrongLossError(ValueError):
-    """The loss function returned an invalid value."""
-
-
 def _check_loss(found: Any, microbatches: int) -> bool:
-    """Checks the loss; returns whether it has a weight."""
-    given, weighted = found, False
-    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Weighted):
-        given, weighted = ((found[0], found[1].weight), found[1].metrics), True
-        found = found[0], found[1].metrics
-        if given[0][1].shape != ():
-            found = None
-    if not (
-        isinstance(found, tuple)
-        and len(found) == 2
-        and getattr(found[0], "shape", None) == ()
-        and isinstance(found[1], dict)
-    ):
-        raise _WrongLossError(
-            f"loss_fn: returns {given}, but must return the mean loss (a scalar), or (sum, weight) "
-            "(two scalars), and a dict of metrics"
-        )
-    if microbatches > 1 and any(leaf.ndim for leaf in jax.tree.leaves(found[1])):
-        raise _WrongLossError(
-            f"loss_fn: returns metrics {found[1]}, but those of micro-batches are averaged: "
+    """Checks the metrics of micro-batches; returns whether the loss has a weight."""
+    weighted = isinstance(found[1], Weighted)
+    metrics = found[1].metrics if weighted else found[1]
+    if microbatches > 1 and any(leaf.ndim for leaf in jax.tree.leaves(metrics)):
+        raise LossError(
+            f"loss_fn: returns metrics {metrics}, but those of micro-batches are averaged: "
             "give scalars that are means over the batch"
         )
     return weighted

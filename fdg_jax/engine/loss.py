@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fdg_jax.layer_check import shapes
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import LossFn, LossOfPart, PyTree
 
 if TYPE_CHECKING:
     from fdg_jax.engine.stage import Stage
+
+
+class LossError(ValueError):
+    """A loss function failed or returned an invalid value."""
 
 
 class Weighted(NamedTuple):
@@ -44,6 +49,9 @@ def loss_of_part(loss_fn: LossFn, parts: int) -> LossOfPart:
       A function that returns (mean, metrics) where a mini-batch is not divided, and (sum,
       `Weighted`) where it is and there is a weight. A weight has no gradient.
 
+    Raises:
+      LossError: (from the function) the loss function fails, or returns anything else.
+
     Example:
       >>> loss = loss_of_part(lambda y, t: ((y.sum(), (y > 0).sum()), {}), 1)
       >>> float(loss(jnp.array([3.0, 1.0, 0.0]), None)[0])
@@ -52,8 +60,19 @@ def loss_of_part(loss_fn: LossFn, parts: int) -> LossOfPart:
 
     @functools.wraps(loss_fn)
     def loss(outputs: PyTree, labels: PyTree) -> Any:
-        found: Any = loss_fn(outputs, labels)
-        if not (isinstance(found, tuple) and len(found) == 2 and _is_pair(found[0])):
+        try:
+            found: Any = loss_fn(outputs, labels)
+        except Exception as error:
+            raise LossError(
+                f"loss_fn: fails on outputs {shapes(outputs)} and labels {shapes(labels)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not _is_valid(found):
+            raise LossError(
+                f"loss_fn: returns {shapes(found)}, but must return the mean loss (a scalar), or "
+                "(sum, weight) (two scalars), and a dict of metrics: return loss, {}"
+            )
+        if not _is_pair(found[0]):
             return found
         (total, weight), metrics = found
         total = jnp.asarray(total)
@@ -120,6 +139,13 @@ def check_weighted(stages: Sequence[Stage], schedule: Schedule) -> None:
                 "gradient (per_gradient), which would be that of a sum; return the mean, or leave "
                 "per_gradient out: nothing is stale here"
             )
+
+
+def _is_valid(found: Any) -> bool:
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
+        return False
+    numbers = found[0] if _is_pair(found[0]) else [found[0]]
+    return all(isinstance(v, int | float) or getattr(v, "shape", None) == () for v in numbers)
 
 
 def _is_pair(loss: Any) -> bool:

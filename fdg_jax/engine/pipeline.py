@@ -167,10 +167,10 @@ class Pipeline(Views):
           A state of ``jax.ShapeDtypeStruct``; counters are numpy zeros.
 
         Raises:
-          ValueError: a parameter has no gradient.
+          ValueError: a parameter has no gradient; ``example`` is no pair.
         """
         guarded = self.on_nonfinite != "ignore"
-        return template(self.stages, self.schedule, guarded, example)
+        return template(self.stages, self.schedule, guarded, pair(example, "example"))
 
     @no_active_mesh()
     def init(

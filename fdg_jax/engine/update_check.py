@@ -63,6 +63,11 @@ def _check_optimizer(stage: Stage, k: int, own: StageState, accumulates: bool) -
                 f"and params there are {has}; take an optimizer that needs no more "
                 f"({type(error).__name__}: {error})"
             ) from error
+        if not _made_by(stage, own):
+            raise ValueError(
+                f"state: that of stage {k} ({stage.layers}) was made with another network or "
+                "optimizer; give a state of this pipeline"
+            ) from error
         raise ValueError(f"{who} fails in its update: {type(error).__name__}: {error}") from error
     for name, old, new in zip(names, (own.params, own.opt_state), after, strict=True):
         if found := change(old, new):
@@ -70,6 +75,15 @@ def _check_optimizer(stage: Stage, k: int, own: StageState, accumulates: bool) -
                 f"{who} changes the {name}: {found}; an update must keep structure, shapes and "
                 "dtypes"
             )
+
+
+def _made_by(stage: Stage, own: StageState) -> bool:
+    """Whether the optimizer's state fits the params and the optimizer of a stage."""
+    try:
+        fresh = jax.eval_shape(stage.optimizer.init, own.params)
+    except Exception:  # the params are not those of the stage
+        return False
+    return change(fresh, own.opt_state) is None
 
 
 def _missing(error: Exception) -> str | None:

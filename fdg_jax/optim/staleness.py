@@ -38,13 +38,16 @@ def updates_late(staleness: Staleness) -> float:
       >>> updates_late(3), updates_late((schedule.fdg(4), 0))
       (3.0, 6.0)
     """
-    if isinstance(staleness, tuple):
+    if isinstance(staleness, tuple) and len(staleness) == 2:
         schedule, k = staleness
-        return float(schedule.mean_staleness(k))
+        if hasattr(schedule, "mean_staleness") and isinstance(k, int | np.integer):
+            return float(schedule.mean_staleness(int(k)))
     late = as_float("staleness", staleness)
     if not 0 <= late < math.inf:
+        plain = staleness is None or isinstance(staleness, int | float | str)
+        given = f"={staleness}" if plain else f": is a {type(staleness).__name__}"
         raise ValueError(
-            f"staleness={staleness}: must be a number of updates >= 0, or (schedule, stage); "
+            f"staleness{given}: must be a number of updates >= 0, or (schedule, stage); "
             "2 * (K - 1 - k) is stage k's in FDG"
         )
     return late

@@ -117,6 +117,11 @@ def partition(
         raise ValueError("layers=[]: there is nothing to split")
     units, example = units_of(layers), plain(example)
     n = len(units)
+    if not isinstance(num_stages, int | np.integer):
+        raise ValueError(
+            f"num_stages: is a {type(num_stages).__name__}; give a whole number in 1..{n}, and the "
+            "example after it"
+        )
     if not 1 <= num_stages <= n:
         raise ValueError(
             f"num_stages={num_stages}: this network has {n} layers that can be split, "

@@ -31,11 +31,12 @@ def per_layer(rule: Rule, default: Hashable = "default") -> Callable[[PyTree], P
       default: the label of an array that no key fits.
 
     Returns:
-      A function of the params, or of updates, that returns labels for them.
+      A function of the params, a tuple with one entry per layer, or of updates, that returns labels
+      for them.
 
     Raises:
-      ValueError: (from the function) layers of one `fdg_jax.repeat` have two labels for an array,
-        which has them all; or the params are not a network's.
+      ValueError: ``rule`` is neither. From the function: the params are no tuple; layers of one
+        `fdg_jax.repeat` have two labels for an array, which has them all.
 
     Example:
       >>> import optax
@@ -47,6 +48,12 @@ def per_layer(rule: Rule, default: Hashable = "default") -> Callable[[PyTree], P
       ...                             labels)
     """
 
+    if not (callable(rule) or isinstance(rule, Mapping)):
+        raise ValueError(
+            f"rule: is a {type(rule).__name__}; give a dictionary such as "
+            '{range(0, 2): "frozen"}, or a function of number and name'
+        )
+
     def of(number: int, name: str) -> Hashable:
         if callable(rule):
             return rule(number, name)
@@ -56,13 +63,15 @@ def per_layer(rule: Rule, default: Hashable = "default") -> Callable[[PyTree], P
         return default
 
     def labels(params: PyTree) -> PyTree:
+        if not isinstance(params, tuple):
+            raise ValueError(
+                f"params: are a {type(params).__name__}; per_layer needs a tuple with one entry "
+                "per layer, as a Pipeline gives; in a loop of your own, make the params such a "
+                "tuple"
+            )
+
         def one(path: jax.tree_util.KeyPath, leaf: Any) -> Hashable:
             del leaf
-            if not isinstance(params, tuple) or not path:
-                raise ValueError(
-                    "per_layer: the params are not those of a network of layers, a tuple; give "
-                    "the optimizer to a Pipeline, or the params of a chain to the optimizer"
-                )
             number: int = path[0].idx
             name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
             found = of(number, name)

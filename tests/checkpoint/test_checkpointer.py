@@ -517,3 +517,20 @@ def test_a_consumed_state_is_not_saved(tmp_path):
             checkpoints.save(old, 1)
         checkpoints.save(state, 6)
     assert checkpoints.latest() == 6
+
+
+def test_what_differs_is_named(tmp_path):
+    data = networks.batches(1)[0]
+    pipe = make()
+    with Checkpointer(tmp_path, pipe) as checkpoints:
+        checkpoints.save(pipe.init(jax.random.key(0), *data), 0)
+    early = make(fdg.schedule.fdg(3, order="backward_first"))
+    for other, message in (
+        (early, "the arguments of the schedule differ, such as order"),
+        (make(fdg.schedule.ddg(3)), "made with fdg .* this pipeline has ddg .*; restore it with"),
+        (make(fdg.schedule.fdg(2)), r"stages: .*fdg_jax\.checkpoint\.convert"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Checkpointer(tmp_path, other).restore(data)
+    with pytest.raises(ValueError, match="example: is a ndarray; give a pair"):
+        Checkpointer(tmp_path, make()).restore(data[0])

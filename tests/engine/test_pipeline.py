@@ -311,6 +311,34 @@ def test_a_loss_of_another_kind_is_refused(loss_fn):
         pipe.step(state, data[0])
 
 
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (
+            lambda y, t: y.mean(),
+            r"returns float\d\d\[\], but must return the mean loss .* loss, \{\}",
+        ),
+        (lambda y: (y.mean(), {}), r"fails on outputs .* and labels int.*: TypeError"),
+    ],
+    ids=["value", "failure"],
+)
+def test_init_names_the_loss(loss_fn, message):
+    stages = [networks.dense(networks.CLASSES)]
+    pipe = fdg.Pipeline(stages, loss_fn, networks.sgd(1, 1), fdg.schedule.backprop(1))
+    with pytest.raises(ValueError, match=f"^loss_fn: {message}"):
+        pipe.init(jax.random.key(0), *networks.batches(1)[0])
+
+
+def test_an_example_without_labels_is_refused():
+    with pytest.raises(ValueError, match=r"example: is a ndarray; give a pair"):
+        make(2).template(np.ones((8, 4)))
+
+
+def test_layers_that_are_not_partitioned_are_named():
+    with pytest.raises(ValueError, match=r"stages has 3; .*partition\(layers, 2, example\)"):
+        make(3, schedule=fdg.schedule.fdg(2))
+
+
 def test_a_batch_that_fails_in_training_only_loses_nothing():
     def init(key, x):
         return jnp.ones((4, networks.CLASSES)), ()

@@ -136,3 +136,20 @@ def test_a_state_that_was_restored_is_tried_with_the_new_optimizer():
         pipes[1].step(state, DATA[1])
     state, _ = pipes[0].step(state, DATA[1])
     assert int(state.tick) == 2
+
+
+@pytest.mark.parametrize("other", ["optimizer", "network"])
+def test_a_state_of_another_pipeline_is_named(other):
+    plan = fdg.schedule.fdg(2)
+    pipe = fdg.Pipeline(layers(2), networks.loss_fn, optax.adam(0.1), plan)
+    if other == "optimizer":
+        source = fdg.Pipeline(layers(2), networks.loss_fn, optax.sgd(0.1), plan)
+    else:
+        source = fdg.Pipeline(
+            [layers(2)[0], *[fdg.chain(layers(2))]], networks.loss_fn, optax.adam(0.1), plan
+        )
+    state = source.init(jax.random.key(0), *DATA[0])
+    with pytest.raises(
+        ValueError, match=r"state: that of stage \d .* give a state of this pipeline"
+    ):
+        pipe.step(state, DATA[0])

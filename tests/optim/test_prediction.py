@@ -282,6 +282,12 @@ def test_dtypes_of_parameters_and_updates_are_kept():
         ({"staleness": 2, "horizon": -1}, "horizon=-1: must be a number, at least 0"),
         ({"staleness": 2, "displacement": "momentums"}, "displacement='momentums': allowed are"),
         ({"staleness": None}, "staleness=None"),
+        (
+            {"staleness": fdg.schedule.fdg(2)},
+            "^staleness: is a Schedule: must be a number of .*FDG$",
+        ),
+        ({"staleness": (0, fdg.schedule.fdg(2))}, "staleness: is a tuple: must be a number"),
+        ({"staleness": optax.sgd(0.1)}, "staleness: is a .*: must be a number"),
         ({"staleness": (fdg.schedule.fdg(2), 2)}, "k=2: schedule fdg has stages 0 to 1"),
     ],
 )

@@ -311,3 +311,10 @@ def test_no_layer_is_refused():
 def test_a_wrong_cost_is_named_with_the_remedy(num_stages, cost, message):
     with pytest.raises(ValueError, match=message):
         fdg.partition([dense()] * 4, num_stages, X, cost=cost)
+
+
+def test_a_number_of_stages_that_is_none_is_refused():
+    with pytest.raises(
+        ValueError, match=r"num_stages: is a ndarray; give a whole number in 1\.\.2"
+    ):
+        fdg.partition([fdg.from_fn(np.tanh)] * 2, np.ones((8, 4)), 2)

@@ -122,3 +122,13 @@ def test_places_are_taken_and_given_back():
     again = place.own(whole)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     assert [number for number, _ in units(headed, 2)] == [2, 3, 4, 5, 7]
+
+
+def test_params_that_are_no_tuple_are_refused():
+    with pytest.raises(ValueError, match="params: are a list; per_layer needs a tuple"):
+        fdg.per_layer({0: "frozen"})([{"w": 0.0}])
+
+
+def test_a_rule_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="rule: is a list; give a dictionary"):
+        fdg.per_layer([0, 1])
