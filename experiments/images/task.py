@@ -128,6 +128,8 @@ class Images(Task[Settings]):
 
     def rate(self, total: int, period: int) -> optax.Schedule:
         per_epoch = self.loader.steps_per_epoch / period
+        if self.config.warmup_steps:
+            self.config.check_warmup(total)
         rate = learning_rate(self.config, per_epoch, total / period)
         return warmed_up(rate, self.config.warmup_steps / period)
 

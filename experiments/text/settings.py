@@ -84,14 +84,6 @@ class Settings(Config):
         if self.steps:
             self.check_warmup(self.steps)
 
-    def check_warmup(self, steps: int) -> None:
-        """Raises `UsageError` where a run of so many steps has no more than the warm-up."""
-        if self.warmup_steps >= steps:
-            raise UsageError(
-                f"--warmup_steps={self.warmup_steps}: must be below the run's {steps} steps; "
-                "choose less, or train longer"
-            )
-
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """One flag for every field of `Settings`, with its default."""

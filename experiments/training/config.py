@@ -171,6 +171,14 @@ class Config(remedies.Remedies, family.Family):
         if value not in allowed:
             raise UsageError(f"--{name}={value}: no such choice; allowed are {', '.join(allowed)}")
 
+    def check_warmup(self, steps: int) -> None:
+        """Raises `UsageError` where a run of so many steps has no more than the warm-up."""
+        if self.warmup_steps >= steps:
+            raise UsageError(
+                f"--warmup_steps={self.warmup_steps}: must be below the run's {steps} steps; "
+                "choose less, or train longer"
+            )
+
     def bound(self, name: str, least: int) -> None:
         """Raises `UsageError` for a number below the least, or too large to count to."""
         value, most = getattr(self, name), 2**31 - 1

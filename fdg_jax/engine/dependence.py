@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 from jax.extend.core.primitives import cond_p, scan_p
 
+from fdg_jax.jaxprs import inner
 from fdg_jax.typing import PyTree
 
 
@@ -53,11 +54,11 @@ def _outputs(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
 
 def _of_equation(equation: Any, given: list[bool]) -> list[bool]:
     everything = [True] * len(equation.outvars)
-    inner = list(_inner(equation.params.values()))
+    called = list(inner(equation.params.values()))
     if equation.primitive is scan_p:
         consts, carry = equation.params["num_consts"], equation.params["num_carry"]
         while True:  # until what is carried on depends on nothing more
-            found = _outputs(inner[0], given)
+            found = _outputs(called[0], given)
             more = [a or b for a, b in zip(given[consts:], found[:carry], strict=False)]
             if more == given[consts : consts + carry]:
                 return found
@@ -65,20 +66,10 @@ def _of_equation(equation: Any, given: list[bool]) -> list[bool]:
     if equation.primitive is cond_p:
         if given[0]:
             return everything
-        branches = [_outputs(branch, given[1:]) for branch in inner]
+        branches = [_outputs(branch, given[1:]) for branch in called]
         return [any(one) for one in zip(*branches, strict=True)]
-    if len(inner) != 1 or len(inner[0].invars) != len(given):
+    if len(called) != 1 or len(called[0].invars) != len(given):
         return everything
-    if len(inner[0].outvars) != len(everything):
+    if len(called[0].outvars) != len(everything):
         return everything
-    return _outputs(inner[0], given)
-
-
-def _inner(values: Any) -> Iterator[Jaxpr]:
-    for value in values:
-        if isinstance(value, ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, Jaxpr):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _inner(value)
+    return _outputs(called[0], given)

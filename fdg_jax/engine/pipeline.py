@@ -224,11 +224,11 @@ class Pipeline(Views):
             check_state(state, self.num_stages, ())
             x, labels = pair(batch)
             fit(self.stages, self.schedule, state, x, labels, self._fitting)
-            if self._steady is not None and self.watch is None and self._steady.full(state):
+            if self._steady is not None and self.watch is None:
                 self._ahead.wait(self.max_ahead)
-                state, metrics, done = self._steady.step(state, x, labels)
-                self._ahead.add(done)
-                return state, metrics
+                if made := self._steady.step(state, x, labels):
+                    self._ahead.add(made[2])
+                    return made[0], made[1]
             check_state(state, self.num_stages)
             tick = Tick(self.stages, self.schedule, state, self.watch)
             tick.enter(x, labels)

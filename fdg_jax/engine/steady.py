@@ -1,8 +1,8 @@
 """Ticks compiled as one program, for stages that share one device or one group.
 
-In a full pipeline every tick, or every ``period``-th tick, runs the same actions. These ticks are
-compiled (`fdg_jax.engine.compiled_tick`). While the pipeline fills or drains, and while its
-programs are recorded, the actions are dispatched one by one.
+In a full pipeline the same actions return every tick, or every few ticks. Such ticks are compiled
+when they are met for the second time (`fdg_jax.engine.compiled_tick`). While the pipeline fills or
+drains, and while its programs are recorded, the actions are dispatched one by one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from fdg_jax.engine.compiled_tick import FLIGHT, LABELS, OWN, VERSION, CompiledTick, Item, Place, X
 from fdg_jax.engine.messages import Done, Metrics, MetricsList, failure, send
 from fdg_jax.engine.stage import Stage
-from fdg_jax.engine.state import PipelineState, Slots, StageState, scalar
+from fdg_jax.engine.state import PipelineState, Slots, StageState, StageWork, scalar
 from fdg_jax.errors import ConsumedStateError
-from fdg_jax.schedule import Schedule
+from fdg_jax.schedule import Action, Schedule
 from fdg_jax.shared import plain
 from fdg_jax.typing import PyTree
 
@@ -56,39 +56,45 @@ class SteadyTicks:
 
     def __init__(self, stages: Sequence[Stage], schedule: Schedule) -> None:
         self._stages, self._schedule = stages, schedule
-        self._from = 2 * (schedule.fill + 1) + schedule.period
-        self._known: dict[int, Steady] = {}
+        self._from = schedule.start + 2 * (schedule.fill + 1) + schedule.period
+        self._known: dict[Any, Steady | None] = {}  # by actions; None: met once
         self._devices = set(stages[0].mesh.devices.flat)
-
-    def full(self, state: PipelineState) -> bool:
-        """Whether the pipeline is full, so that ticks repeat."""
-        return int(state.tick) - int(state.origin) >= self._from
 
     def step(
         self, state: PipelineState, x: PyTree, labels: PyTree
-    ) -> tuple[PipelineState, MetricsList, list[Done]]:
+    ) -> tuple[PipelineState, MetricsList, list[Done]] | None:
         """Runs one tick.
 
+        A schedule may change during a run, and need not name its period, so a program is only used
+        for the same actions on stages with the same contents.
+
         Args:
-          state: of a full pipeline; consumed.
+          state: consumed, unless None is returned.
           x, labels: the mini-batch that enters.
 
         Returns:
-          The new state, the metrics, and tokens for `RunAhead`.
+          The new state, the metrics, and tokens for `RunAhead`; None if the tick is not compiled.
 
         Raises:
           ConsumedStateError: the state has been consumed.
           StageError: tracing or compiling the program failed.
         """
+        t = int(state.tick) - int(state.origin)
+        if t < self._from:
+            return None
+        actions = _relative(self._schedule.tick(t), t, state.stages)
+        if actions not in self._known:
+            self._known[actions] = None
+            return None
         if self._schedule.microbatches == 1:
             x, labels = plain(x), plain(labels)
         x, labels = self._near(x), self._near(labels)
-        phase = (int(state.tick) - int(state.origin)) % self._schedule.period
         try:
-            if phase not in self._known:
+            steady = self._known[actions]
+            if steady is None:
                 made = CompiledTick(self._stages, self._schedule, state, x, labels)
-                self._known[phase] = Steady(made, self._stages, self._schedule, state)
-            return self._known[phase].step(state, x, labels)
+                steady = self._known[actions] = Steady(made, self._stages, self._schedule)
+            return steady.step(state, x, labels) if steady.fits(state) else None
         except ConsumedStateError:
             raise
         except Exception as error:
@@ -108,30 +114,30 @@ class Steady:
     Args:
       tick: the program.
       stages, schedule: of the pipeline.
-      state: from which the program was made.
     """
 
-    def __init__(
-        self,
-        tick: CompiledTick,
-        stages: Sequence[Stage],
-        schedule: Schedule,
-        state: PipelineState,
-    ) -> None:
-        self._tick, self._stages = tick, stages
+    def __init__(self, tick: CompiledTick, stages: Sequence[Stage], schedule: Schedule) -> None:
+        self._tick = tick
         self._parts = schedule.microbatches
         self._changes = [_Change(tick, k, stages[k]) for k in range(len(stages))]
+
+    def fits(self, state: PipelineState) -> bool:
+        """Whether the stages hold what they held when the program was made, as much later."""
+        later, updates = self._shift(state)
+        pairs = zip(self._tick.before, state.stages, updates, strict=True)
+        return all(_same(then, now, later, made) for then, now, made in pairs)
+
+    def _shift(self, state: PipelineState) -> tuple[int, list[int]]:
+        """The micro-batches, and the updates of each stage, since the program was made."""
+        pairs = zip(state.stages, self._tick.before, strict=True)
+        updates = [int(own.version) - then.version for own, then in pairs]
+        return (int(state.tick) - self._tick.batch) * self._parts, updates
 
     def step(
         self, state: PipelineState, x: PyTree, labels: PyTree
     ) -> tuple[PipelineState, MetricsList, list[Done]]:
-        tick = self._tick
-        batch = int(state.tick)
-        later = (batch - tick.batch) * self._parts
-        updates = [
-            int(own.version) - then.version
-            for own, then in zip(state.stages, tick.before, strict=True)
-        ]
+        tick, batch = self._tick, int(state.tick)
+        later, updates = self._shift(state)
 
         def there(place: Place) -> PyTree:
             k, what, n = place
@@ -166,14 +172,38 @@ class Steady:
         return PipelineState(scalar(batch + 1), state.origin, state.key, stages), metrics, done
 
 
+def _relative(actions: Sequence[Action], t: int, stages: Sequence[StageState]) -> Any:
+    """Actions with mini-batches and weight versions counted from tick t on; hashable."""
+    newest = [int(own.version) - int(own.base) for own in stages]
+    return tuple(
+        (
+            *(a.kind, a.stage, a.batch - t, a.micro),
+            None if a.version is None else a.version - newest[a.stage],
+        )
+        for a in actions
+    )
+
+
+def _same(then: StageWork, now: StageState, later: int, updates: int) -> bool:
+    """Whether a stage holds the same as before, so many micro-batches and updates later."""
+    if int(now.pending) != then.pending:
+        return False
+    size = len(now.met)
+    if any(now.met[(n + later) % size] != v + updates for n, (v, _) in then.flights.items()):
+        return False
+    held = [(then.flights, now.flights, later), (then.versions, now.versions, updates)]
+    held += [(then.inbox.get(port, {}), slots, later) for port, slots in now.inbox.items()]
+    return all(
+        sorted(n + by for n in numbers) == sorted(n for n in slots.numbers.tolist() if n >= 0)
+        for numbers, slots, by in held
+    )
+
+
 def _value(own: StageState, what: str, n: int) -> PyTree:
     if what in OWN:
         return getattr(own, what)
     slots = own.flights if what == FLIGHT else own.versions if what == VERSION else own.inbox[what]
-    i = n % len(slots.values)
-    if slots.numbers[i] != n:
-        raise ValueError(f"{what} {n} is missing in a pipeline that is full")
-    return slots.values[i]
+    return slots.values[n % len(slots.values)]
 
 
 class _Change:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jax.extend.core.primitives import cond_p, scan_p, while_p
 
+from fdg_jax.jaxprs import inner
 from fdg_jax.typing import PyTree
 
 
@@ -65,7 +66,7 @@ def _missed(jaxpr: Jaxpr) -> float:
         elif equation.primitive is while_p and (length := _length(equation)) is not None:
             missed += length * _counted(params["body_jaxpr"]) - _alone(equation)
         else:
-            missed += sum(map(_missed, _inner(list(params.values()))))
+            missed += sum(map(_missed, inner(params.values())))
     return missed
 
 
@@ -104,13 +105,3 @@ def _of_xla(jaxpr: ClosedJaxpr) -> float:
             'cost="flops": this platform does not count FLOPs; use cost="time", or give the costs'
         )
     return float(analysis.get("flops", 0.0))
-
-
-def _inner(values: list[Any]) -> Iterator[Jaxpr]:
-    for value in values:
-        if isinstance(value, ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, Jaxpr):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _inner(list(value))

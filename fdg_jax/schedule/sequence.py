@@ -131,6 +131,9 @@ def then(first: Schedule, steps: int, second: Schedule) -> Schedule:
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: the first schedule must run for at least 1 mini-batch")
+    for name, part in (("first", first), ("second", second)):
+        if isinstance(part, Then):
+            raise ValueError(f"{name}: {part.name} is a sequence already; give one schedule")
     for name in ("num_stages", "microbatches", "reduction", "kinds", "losses", "tied"):
         ours, theirs = getattr(first, name), getattr(second, name)
         if ours != theirs:

@@ -1,5 +1,7 @@
 """Ticks as one program: equal to dispatched ones in results, checkpoints and checks."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,9 @@ SCHEDULES = {
     "one_f_one_b": fdg.schedule.one_f_one_b(3, 2),
     "zero_bubble": fdg.schedule.zero_bubble(3, 4),
     "pipedream_2bw": fdg.schedule.pipedream_2bw(3, 4),
+    "then_fdg": fdg.schedule.then(fdg.schedule.backprop(3), 9, fdg.schedule.fdg(3)),
+    "then_backprop": fdg.schedule.then(fdg.schedule.fdg(3), 9, fdg.schedule.backprop(3)),
+    "period_not_named": dataclasses.replace(fdg.schedule.adl(3, 2), period=1),
 }
 RULES = ("stale", "recompute_stale", "recompute", "reconstruct")
 
@@ -65,7 +70,7 @@ def test_schedules(name):
         data = batches()
         one, two = (pipeline(SCHEDULES[name], compile) for compile in (False, True))
         (plain, losses), (compiled, again) = train(one, data), train(two, data)
-        assert two._steady._known
+        assert any(two._steady._known.values())
         assert [batch for batch, *_ in losses] == [batch for batch, *_ in again]
         np.testing.assert_allclose(losses, again, rtol=0, atol=1e-12)
         equal(plain, compiled)
@@ -110,7 +115,7 @@ def test_one_structure_and_no_more_compilation():
     expected = jax.tree.structure(first), [v.shape for v in jax.tree.leaves(first)]
     state, _ = train(pipe, data, first)
     assert (jax.tree.structure(state), [v.shape for v in jax.tree.leaves(state)]) == expected
-    programs = [steady._tick.program for steady in pipe._steady._known.values()]
+    programs = [steady._tick.program for steady in pipe._steady._known.values() if steady]
     assert len(programs) == pipe.schedule.period
     state, _ = train(pipe, data, state)
     assert [program._cache_size() for program in programs] == [1] * len(programs)
@@ -155,7 +160,7 @@ def test_nothing_is_transferred_unasked():
     with jax.transfer_guard("disallow"):
         for batch in data:
             state, _ = pipe.step(state, batch)
-    assert pipe._steady._known
+    assert any(pipe._steady._known.values())
 
 
 def test_watched_programs_are_dispatched():

@@ -78,3 +78,10 @@ def test_warm_up():
 def test_bad_settings(change, message):
     with pytest.raises(UsageError, match=f"^{message}"):
         dataclasses.replace(PLAIN, **change).check()
+
+
+def test_a_run_no_longer_than_its_warm_up():
+    config = dataclasses.replace(PLAIN, warmup_steps=20)
+    config.check_warmup(21)
+    with pytest.raises(UsageError, match=r"^--warmup_steps=20: must be below the run's 20 steps"):
+        config.check_warmup(20)

@@ -139,6 +139,14 @@ def test_a_sequence_of_what_does_not_fit_is_refused(first, second, message):
         fdg.schedule.then(first, 3, second)
 
 
+def test_a_sequence_of_sequences_is_refused():
+    two = fdg.schedule.then(fdg.schedule.backprop(2), 3, fdg.schedule.fdg(2))
+    with pytest.raises(ValueError, match="second: backprop_then_fdg is a sequence already"):
+        fdg.schedule.then(fdg.schedule.backprop(2), 3, two)
+    with pytest.raises(ValueError, match="first: backprop_then_fdg is a sequence already"):
+        fdg.schedule.then(two, 3, fdg.schedule.fdg(2))
+
+
 def test_a_sequence_drains_in_between():
     schedule = fdg.schedule.then(fdg.schedule.fdg(2), 3, fdg.schedule.ddg(2))
     assert [line.split("|")[1].split() for line in schedule.grid(6).splitlines()[1:]] == [
