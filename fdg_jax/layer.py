@@ -183,6 +183,9 @@ class Chain(Layer):
     layers: tuple[Layer, ...] = ()
     first: int | jax.Array = 0
 
+    def __repr__(self) -> str:
+        return f"<Chain of {self.size} layers>"
+
     @property
     def numbered(self) -> list[Layer]:
         """The layers, each with its number in the network."""

@@ -5,6 +5,9 @@ import pathlib
 
 # A cuda plugin that is installed without a GPU warns at start-up; the tests need no accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most programs of a test run for milliseconds and take seconds to compile. Programs that a test
+# starts are compiled in the same way, so that their results have the same bits.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax

@@ -40,6 +40,28 @@ def pair(batch: Any, name: str = "batch") -> tuple[PyTree, PyTree]:
     return batch[0], batch[1]
 
 
+def check_structure(x: PyTree, expected: Any, name: str) -> None:
+    """Raises `ValueError` for inputs of another structure than the state was made for.
+
+    A module may turn a pair into one array, so nothing else would notice labels among the inputs.
+
+    Args:
+      x: inputs.
+      expected: the structure of the example inputs, or None if no state was made yet.
+      name: of the argument.
+    """
+    given = jax.tree.structure(x)
+    if expected is not None and given != expected:
+        raise ValueError(
+            f"{name}: the structure is {_short(given)}, that of init's example inputs "
+            f"{_short(expected)}; give both the same, without labels"
+        )
+
+
+def _short(structure: Any) -> str:
+    return str(structure).removeprefix("PyTreeDef(").removesuffix(")")
+
+
 def fit(
     stages: Sequence[Stage],
     schedule: Schedule,

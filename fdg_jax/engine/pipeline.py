@@ -24,7 +24,7 @@ from fdg_jax.engine.arguments import (
     losses_of,
     synthesizers_of,
 )
-from fdg_jax.engine.batch_check import fit, pair
+from fdg_jax.engine.batch_check import check_structure, fit, pair
 from fdg_jax.engine.dispatch import Tick
 from fdg_jax.engine.encoding import message_dtype as message_dtype_of
 from fdg_jax.engine.gradient_rule import GradientRule
@@ -148,8 +148,13 @@ class Pipeline(Views):
         # Who sees what is dispatched; `fdg_jax.analysis.Recorder` sets it.
         self.watch: Watch | None = None
         self._fitting: set[Any] = set()
+        # The structure of the example inputs; None before there is a state.
+        self._inputs: Any = None
         self.compiled = compiles(self.stages, compile)
         self._steady = SteadyTicks(self.stages, schedule) if self.compiled else None
+
+    def __repr__(self) -> str:
+        return f"<Pipeline of {self.num_stages} stages, {self.schedule.name}, {self.gradient}>"
 
     @property
     def gradient(self) -> str:
@@ -170,7 +175,9 @@ class Pipeline(Views):
           ValueError: a parameter has no gradient; ``example`` is no pair.
         """
         guarded = self.on_nonfinite != "ignore"
-        return template(self.stages, self.schedule, guarded, pair(example, "example"))
+        x, labels = pair(example, "example")
+        self._inputs = jax.tree.structure(x)
+        return template(self.stages, self.schedule, guarded, (x, labels))
 
     @no_active_mesh()
     def init(
@@ -223,6 +230,7 @@ class Pipeline(Views):
         with deferred(), no_active_mesh():
             check_state(state, self.num_stages, ())
             x, labels = pair(batch)
+            check_structure(x, self._inputs, "inputs of the batch")
             fit(self.stages, self.schedule, state, x, labels, self._fitting)
             if self._steady is not None and self.watch is None:
                 self._ahead.wait(self.max_ahead)

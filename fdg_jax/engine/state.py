@@ -116,6 +116,9 @@ class PipelineState(NamedTuple):
     key: Key
     stages: tuple[StageState, ...]
 
+    def __repr__(self) -> str:
+        return f"<PipelineState of {len(self.stages)} stages, tick {self.tick}>"
+
 
 class StageWork(Holding):
     """A stage's state during a tick: a mutable copy with dictionaries instead of slots.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from fdg_jax.active_mesh import no_active_mesh
 from fdg_jax.engine import nonfinite
 from fdg_jax.engine.batch_axes import undivided
+from fdg_jax.engine.batch_check import check_structure
 from fdg_jax.engine.evaluate import evaluate
 from fdg_jax.engine.placement import put
 from fdg_jax.engine.stage import Stage
@@ -33,6 +35,7 @@ class Views:
     stages: list[Stage]
     num_stages: int
     network: Layer
+    _inputs: Any
 
     @no_active_mesh()
     def predict(
@@ -54,6 +57,7 @@ class Views:
           ConsumedStateError: the state has been consumed.
         """
         check_state(state, self.num_stages, READ)
+        check_structure(x, self._inputs, "x")
         x = undivided(x, self.stages[0].mesh.size)
         return evaluate(self.stages, state.stages, x, params)
 

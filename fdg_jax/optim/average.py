@@ -11,6 +11,7 @@ import optax
 from fdg_jax.optim.displacement import states_of
 from fdg_jax.optim.prediction import true_params
 from fdg_jax.optim.staleness import checked_number
+from fdg_jax.optim.transformation import transformation
 
 
 class AverageState(NamedTuple):
@@ -61,7 +62,7 @@ def average_weights(
       Polyak, Juditsky: Acceleration of Stochastic Approximation by Averaging, 1992.
     """
     decay = checked_number("decay", decay, 0, 1, "0.999 averages over about 1,000 updates")
-    inner = optax.with_extra_args_support(optimizer)
+    inner = transformation(optimizer)
 
     def init(params: optax.Params) -> AverageState:
         return AverageState(inner.init(params), jax.tree.map(jnp.copy, params))

@@ -10,6 +10,7 @@ import optax
 
 from fdg_jax.optim.displacement import states_of
 from fdg_jax.optim.staleness import checked_number
+from fdg_jax.optim.transformation import transformation
 
 
 class ChangesState(NamedTuple):
@@ -61,7 +62,7 @@ def track_changes(
       Yang et al., `PipeMare <https://arxiv.org/abs/1910.05124>`_, 2019, technique 2.
     """
     gamma = checked_number("decay", decay, 0, 1, "0.135 ** (1 / n) suits weights of n updates ago")
-    inner = optax.with_extra_args_support(optimizer)
+    inner = transformation(optimizer)
 
     def init(params: optax.Params) -> ChangesState:
         return ChangesState(inner.init(params), jax.tree.map(jnp.zeros_like, params))

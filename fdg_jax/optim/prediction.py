@@ -24,6 +24,7 @@ import optax
 
 from fdg_jax.optim.displacement import Displacement, states_of
 from fdg_jax.optim.staleness import Staleness, checked_number, updates_late
+from fdg_jax.optim.transformation import transformation
 
 
 class PredictionState(NamedTuple):
@@ -111,7 +112,7 @@ def predict_weights(
     steps = updates_late(staleness) * checked_number(
         "horizon", horizon, 0, math.inf, "1 looks as far ahead as the gradient is late"
     )
-    inner = optax.with_extra_args_support(optimizer)
+    inner = transformation(optimizer)
     ahead = _displacement(displacement, inner)
 
     def init(params: optax.Params) -> PredictionState:
@@ -200,6 +201,9 @@ def true_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params
     Returns:
       A pytree like ``params``.
 
+    Raises:
+      ValueError: ``params`` hold an optimizer's state.
+
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from fdg_jax import delayed_sgd
@@ -213,6 +217,10 @@ def true_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params
     References:
       Compare `optax.contrib.schedule_free_eval_params`.
     """
+    if states_of(params, (PredictionState, DelayedSGDState)):
+        raise ValueError(
+            "params: hold an optimizer's state; the order is true_params(params, opt_state)"
+        )
     for state in states_of(opt_state, (PredictionState, DelayedSGDState)):
         params = _minus(_ahead_of(state), params)
     return params

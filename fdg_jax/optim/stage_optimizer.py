@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import optax
 
+from fdg_jax.optim.transformation import transformation
+
 
 class StageOptimizer(NamedTuple):
     """An optimizer in two parts, for schedules with gradient accumulation.
@@ -40,20 +42,13 @@ class StageOptimizer(NamedTuple):
           ValueError: it is no optimizer.
         """
         given = optimizer if isinstance(optimizer, StageOptimizer) else StageOptimizer(optimizer)
-        for part in given if given.per_gradient is not None else given[:1]:
-            if not (
-                callable(getattr(part, "init", None)) and callable(getattr(part, "update", None))
-            ):
-                raise ValueError(
-                    f"optimizer: {part!r} is no optax transformation; give one, such as "
-                    "optax.sgd(0.1), or a function of the stage that returns one: "
-                    "lambda k: optax.sgd(0.1)"
-                )
+        remedy = (
+            "give one, such as optax.sgd(0.1), or a function of the stage that returns one: "
+            "lambda k: optax.sgd(0.1)"
+        )
         return StageOptimizer(
-            optax.with_extra_args_support(given.per_update),
-            None
-            if given.per_gradient is None
-            else optax.with_extra_args_support(given.per_gradient),
+            transformation(given.per_update, remedy),
+            None if given.per_gradient is None else transformation(given.per_gradient, remedy),
         )
 
     def init(self, params: Any) -> Any:

@@ -35,8 +35,9 @@ def per_layer(rule: Rule, default: Hashable = "default") -> Callable[[PyTree], P
       for them.
 
     Raises:
-      ValueError: ``rule`` is neither. From the function: the params are no tuple; layers of one
-        `fdg_jax.repeat` have two labels for an array, which has them all.
+      ValueError: ``rule`` is neither. From the function: the params are no tuple; a number or range
+        fits no layer; layers of one `fdg_jax.repeat` have two labels for an array, which has them
+        all.
 
     Example:
       >>> import optax
@@ -69,6 +70,14 @@ def per_layer(rule: Rule, default: Hashable = "default") -> Callable[[PyTree], P
                 "per layer, as a Pipeline gives; in a loop of your own, make the params such a "
                 "tuple"
             )
+
+        if isinstance(rule, Mapping):
+            for key in rule:
+                if not isinstance(key, str) and not any(_fits(key, n) for n in range(len(params))):
+                    raise ValueError(
+                        f"rule: {key!r} fits no layer; the network has layers 0 to "
+                        f"{len(params) - 1}"
+                    )
 
         def one(path: jax.tree_util.KeyPath, leaf: Any) -> Hashable:
             del leaf

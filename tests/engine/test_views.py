@@ -253,3 +253,21 @@ def test_what_is_no_set_of_weights_is_refused():
                 pipe.replace_params(state, one)
     state, _ = pipe.step(state, DATA[0])  # nothing was consumed
     assert int(state.tick) == 1
+
+
+def test_labels_among_the_inputs_are_noticed():
+    pipe = pipeline(2, layers=plain_layers())
+    state = pipe.init(KEY, *DATA[0])
+    x, labels = DATA[0]
+    with pytest.raises(ValueError, match=r"^x: the structure is \(\*, \*\), that of init's"):
+        pipe.predict(state, (x, labels))
+    with pytest.raises(ValueError, match=r"^inputs of the batch: the structure is \(\*, \*\)"):
+        pipe.step(state, ((x, labels), labels))
+    assert pipe.predict(state, x).shape[0] == len(x)
+
+
+def test_they_are_printed_in_a_line():
+    pipe = pipeline(2, layers=plain_layers())
+    assert repr(pipe) == "<Pipeline of 2 stages, fdg, stale>"
+    assert repr(pipe.init(KEY, *DATA[0])) == "<PipelineState of 2 stages, tick 0>"
+    assert repr(fdg.chain(plain_layers())) == "<Chain of 5 layers>"

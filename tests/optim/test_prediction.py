@@ -300,3 +300,23 @@ def test_parameters_are_asked_for():
     optimizer = fdg.predict_weights(sgd(), 2)
     with pytest.raises(ValueError, match="params"):
         optimizer.update(jnp.ones(5), optimizer.init(jnp.ones(5)))
+
+
+@pytest.mark.parametrize("wrap", [fdg.predict_weights, fdg.average_weights, fdg.track_changes])
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (optax.sgd, r"^optimizer: sgd is a function, no optax transformation; .*optax.sgd\(0.1\)$"),
+        (0.1, "^optimizer: 0.1 is no optax transformation"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused(wrap, optimizer, message):
+    with pytest.raises(ValueError, match=message):
+        wrap(optimizer, 0.5)
+
+
+def test_true_params_in_the_wrong_order_are_refused():
+    for optimizer in (fdg.predict_weights(sgd(), 2), fdg.delayed_sgd(0.1, 0.9, 2)):
+        params = jnp.ones(5)
+        with pytest.raises(ValueError, match=r"the order is true_params\(params, opt_state\)"):
+            fdg.true_params(optimizer.init(params), params)

@@ -82,7 +82,6 @@ def test_ranges_numbers_names_and_the_default():
     network = ({"w": 0, "b": 0}, {"w": 0, "b": 0}, {"w": 0, "b": 0})
     labels = fdg.per_layer({"b": "bias", range(1, 9): "late", 0: "first"})
     assert labels(network) == ({"w": "first", "b": "bias"}, *({"w": "late", "b": "bias"},) * 2)
-    assert fdg.per_layer({7: "x"})(network)[0]["w"] == "default"
     assert labels((None, {"w": 0}, None)) == (None, {"w": "late"}, None)
 
 
@@ -132,3 +131,13 @@ def test_params_that_are_no_tuple_are_refused():
 def test_a_rule_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="rule: is a list; give a dictionary"):
         fdg.per_layer([0, 1])
+
+
+@pytest.mark.parametrize("key", [6, -1, range(7, 9), range(0)])
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_a_number_that_fits_no_layer_is_refused(key, num_stages):
+    labels = fdg.per_layer({range(9): "a", key: "a"})
+    optimizer = optax.partition({"a": optax.sgd(0.1), "default": optax.sgd(0.1)}, labels)
+    pipe = pipeline(num_stages, optimizer)
+    with pytest.raises(ValueError, match=r"fits no layer; the network has layers 0 to 5"):
+        networks.run(pipe, DATA[:1])
