@@ -37,7 +37,7 @@ from experiments.common import command, fields, machine, workdir
 from experiments.common.errors import UsageError
 from experiments.common.screen import Screen
 from experiments.images.settings import DTYPES
-from experiments.training import setup
+from experiments.training import family, setup
 from experiments.training.config import MESSAGE_DTYPES
 
 FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
@@ -57,6 +57,7 @@ HELP = {
     "dtype": f"Dtype of activations and their gradients, one of {DTYPES}.",
     "message_dtype": f"Dtype of messages between stages, one of {MESSAGE_DTYPES}; float32 means no "
     "conversion.",
+    "synthesizer_width": family.HELP["synthesizer_width"],
     "rounds": "Number of turns of each contender.",
     "steps": "Steps per turn; 0: as many as backprop runs in --turn_seconds.",
     "turn_seconds": "See --steps.",

@@ -13,7 +13,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import fdg_jax as fdg
-from experiments.benchmarking.workload import ONE_DEVICE, Workload, gradient
+from experiments.benchmarking.workload import CLASSES, ONE_DEVICE, Workload, gradient
+from experiments.training import family
 from experiments.training.setup import message_dtype
 from experiments.training.task import loss_fn
 from fdg_jax.checkpoint import Checkpointer
@@ -158,14 +159,18 @@ class Piped(Contender):
         if work.settings.message_dtype != "float32":
             self.about += f", messages in {work.settings.message_dtype}"
         self.split = work.split(self.stages)
+        beside = family.assemble(
+            work.settings.family, schedule, self.split, loss_fn, CLASSES, images=True
+        )
         self.pipe = fdg.Pipeline(
-            self.split,
-            loss_fn,
+            beside.stages,
+            beside.loss_fn,
             lambda k: work.optimizer(name, (schedule, k)),
             schedule,
             devices=devices[: self.devices],
             gradient=choice,
             on_nonfinite=on_nonfinite,
+            synthesizers=beside.synthesizers,
             message_dtype=message_dtype(work.settings.message_dtype),
         )
         self.state = self.pipe.init(work.key, work.example, work.labels)

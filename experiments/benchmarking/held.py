@@ -7,10 +7,11 @@ Counted whenever a program of a tick has been dispatched; the peak is kept. A st
     in flight   input and residuals of each batch between its forward and its backward
 
 which is what the simulator predicts, and besides, not predicted: ``messages`` that wait to be used,
-``gradients`` being accumulated, and ``small`` things (batch statistics, labels, counters). Where
-forward, backward and update of a batch are one program (the last stage of FDG), the batch is never
-in flight between programs: its residuals live inside, and its input is a message until then. What
-a program uses inside is not counted anywhere; a backward that runs the forward again uses most.
+``gradients`` being accumulated, and ``small`` things (batch statistics, labels, counters,
+synthesizers). Where forward, backward and update of a batch are one program (the last stage of
+FDG), the batch is never in flight between programs: its residuals live inside, and its input is a
+message until then. What a program uses inside is not counted anywhere; a backward that runs the
+forward again uses most.
 """
 
 from __future__ import annotations
@@ -37,6 +38,16 @@ PREDICTED = ("weights", "optimizer", "in flight")
 KINDS = (*PREDICTED, "messages", "gradients", "small")
 
 
+class Counted(Tick):
+    """A tick that counts the bytes of its messages."""
+
+    sent = 0
+
+    def send(self, tree: PyTree, k: int) -> PyTree:
+        self.sent += sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        return super().send(tree, k)
+
+
 def table(contender: Contender, ticks: int = 0) -> list[dict[str, Any]]:
     """Peak bytes of each stage, counted and predicted.
 
@@ -46,7 +57,8 @@ def table(contender: Contender, ticks: int = 0) -> list[dict[str, Any]]:
       ticks: how many to watch; 0: enough for one of every kind.
 
     Returns:
-      A row a stage: bytes by kind, at the moment at which the predicted kinds together were most.
+      A row a stage: bytes by kind, at the moment at which the predicted kinds together were most,
+      and the bytes that it sends to other stages for a mini-batch.
       A plain loop is one stage without prediction. Empty for a contender whose arrays are not in
       this process.
     """
@@ -54,26 +66,28 @@ def table(contender: Contender, ticks: int = 0) -> list[dict[str, Any]]:
         state = contender.state
         small = [state.model_state, state.number]
         kinds = count([[state.params], [state.opt_state], [], [], [], small])
-        return [_row(0, kinds, None)]
+        return [_row(0, kinds, None, 0)]
     if not isinstance(contender, Piped):
         return []
     ticks = ticks or 2 * contender.stages + 2 * contender.schedule.period
     peaks = [dict.fromkeys(KINDS, 0)] * contender.stages
+    sent = [0] * contender.stages
     pipe = contender.pipe
     for _ in range(ticks):
-        tick = Tick(pipe.stages, contender.schedule, contender.state)
+        tick = Counted(pipe.stages, contender.schedule, contender.state)
         tick.enter(*jax.tree.map(jnp.copy, contender.batch))
         actions = contender.schedule.tick(tick.batch - tick.origin)
         for group in fuse(actions, contender.schedule):
+            k, before = group[0].stage, tick.sent
             tick.run(group)
-            k = group[0].stage
+            sent[k] += tick.sent - before
             kinds = bytes_of(tick.stages[k])
             if predicted_part(kinds) >= predicted_part(peaks[k]):
                 peaks[k] = kinds
         contender.state = tick.state(tick.batch + 1, tick.origin)
         jax.block_until_ready(contender.state)
     predicted = predict(contender)
-    return [_row(k, kinds, predicted[k]) for k, kinds in enumerate(peaks)]
+    return [_row(k, kinds, predicted[k], sent[k] // ticks) for k, kinds in enumerate(peaks)]
 
 
 def bytes_of(stage: StageWork) -> dict[str, int]:
@@ -89,7 +103,7 @@ def bytes_of(stage: StageWork) -> dict[str, int]:
             [(stash.inputs, stash.residuals) for stash in stashes],
             [messages],
             [stage.gradient],
-            [stage.model_state, stage.number, small, stage.record]
+            [stage.model_state, stage.number, small, stage.record, stage.synthesizer]
             + [(stash.model_state, stash.number, stash.labels) for stash in stashes],
         ]
     )
@@ -106,13 +120,15 @@ def count(groups: Sequence[Sequence[PyTree]]) -> dict[str, int]:
 
 def predict(contender: Piped) -> list[float]:
     """The simulator's prediction of each stage's peak, from shapes only."""
-    pipe, schedule, last = contender.pipe, contender.schedule, contender.stages - 1
+    pipe, schedule = contender.pipe, contender.schedule
     sizes = stage_bytes(pipe, contender.batch)
     inputs, residuals = list(sizes.inputs), list(sizes.residuals)
     steady = 8 * contender.stages * schedule.period
-    groups = [fuse(schedule.tick(steady + t), schedule) for t in range(schedule.period)]
-    if all(len(g) == 3 for g in itertools.chain(*groups) if g[0].stage == last):
-        inputs[last] = residuals[last] = 0
+    ticks = [fuse(schedule.tick(steady + t), schedule) for t in range(schedule.period)]
+    groups = list(itertools.chain(*ticks))
+    for k in range(contender.stages):
+        if all(len(group) == 3 for group in groups if group[0].stage == k):
+            inputs[k] = residuals[k] = 0
     costs = Costs(
         forward=[1] * contender.stages,
         backward=[2] * contender.stages,
@@ -145,13 +161,14 @@ def predicted_part(kinds: dict[str, int]) -> int:
     return sum(kinds[kind] for kind in PREDICTED)
 
 
-def _row(k: int, kinds: dict[str, int], predicted: float | None) -> dict[str, Any]:
+def _row(k: int, kinds: dict[str, int], predicted: float | None, sent: int) -> dict[str, Any]:
     return {
         "stage": k,
         "bytes": kinds,
         "measured": predicted_part(kinds),
         "predicted": None if predicted is None else round(predicted),
         "total": sum(kinds.values()),
+        "sent": sent,
     }
 
 

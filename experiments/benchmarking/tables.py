@@ -149,7 +149,7 @@ def fifths(values: Sequence[float]) -> list[float]:
 
 def _memory(results: dict[str, Any]) -> Table:
     heads = ["MB held", "stage", *held.PREDICTED, "sum", "predicted", "messages", "other", "all"]
-    heads.append("x fdg")
+    heads += ["sent a step", "x fdg"]
     rows = []
     sums = {
         row["name"]: sum(stage["measured"] for stage in row["memory"])
@@ -176,6 +176,7 @@ def _megabytes(stages: Sequence[dict[str, Any]]) -> list[str]:
         kinds["messages"],
         kinds["gradients"] + kinds["small"],
         sum(stage["total"] for stage in stages),
+        sum(stage["sent"] for stage in stages),
     ]
     return ["" if value is None else f"{value / 1e6:.2f}" for value in values]
 

@@ -20,6 +20,7 @@ from experiments.common.errors import UsageError
 from experiments.common.machine import cores
 from experiments.images.settings import DTYPES
 from experiments.images.task import compute
+from experiments.training import family
 from experiments.training.config import MESSAGE_DTYPES, blame
 from experiments.training.methods import METHODS, Method
 from fdg_jax.optim import Staleness, recipes
@@ -34,7 +35,7 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4
 ONE_DEVICE = re.compile(r"one_device_k([1-9]\d{0,3})")
 # Methods that the engine runs, one stage a device.
 PIPED = {
-    **{name: own for name, own in METHODS.items() if not own.one_stage and not own.beside},
+    **{name: own for name, own in METHODS.items() if not own.one_stage},
     "fdg_recompute_stale": Method("fdg", gradient="recompute_stale"),
     "fdg_recompute": Method("fdg", gradient="recompute"),
     "fdg_guarded": Method("fdg"),
@@ -66,6 +67,7 @@ class Settings:
     partition: str = "time"
     dtype: str = "float32"
     message_dtype: str = "float32"
+    synthesizer_width: int = 128
     rounds: int = 5
     steps: int = 0
     turn_seconds: float = 3.0
@@ -80,6 +82,7 @@ class Settings:
         if not self.workdir:
             raise UsageError("--workdir: is missing; name the folder for the results")
         bounds = {"image_size": 1, "batch_size": 1, "num_stages": 1, "microbatches": 1, "rounds": 1}
+        family.check(self.family)
         for name, least in {**bounds, "steps": 0, "warmup_steps": 0, "seed": 0}.items():
             if not least <= getattr(self, name) < 2**31:
                 raise UsageError(f"--{name}={getattr(self, name)}: must be {least} or more")
@@ -130,6 +133,11 @@ class Settings:
                 f"--torch_python={self.torch_python}: is no program; name the Python that has "
                 "torch, or leave backprop_torch out of --contenders"
             )
+
+    @property
+    def family(self) -> family.Family:
+        """Heads and synthesizers of the methods that have them."""
+        return family.Family(synthesizer_width=self.synthesizer_width)
 
     def schedule(self, name: str) -> Schedule:
         """The schedule of a contender run by the engine."""

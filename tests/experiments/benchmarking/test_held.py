@@ -11,6 +11,7 @@ from experiments.benchmarking.workload import Workload
 from experiments.text.settings import Settings
 from experiments.text.task import Text
 from experiments.training import setup
+from fdg_jax.analysis import message_bytes
 from fdg_jax.engine.state import StageWork
 from tests.experiments.tiny import made
 
@@ -26,6 +27,9 @@ from tests.experiments.tiny import made
         "pipedream_2bw",
         "gpipe",
         "pipemare",
+        "dgl",
+        "dni",
+        "dni_late",
     ],
 )
 def test_bytes_are_those_that_the_simulator_predicts(tiny, name):
@@ -39,6 +43,19 @@ def test_bytes_are_those_that_the_simulator_predicts(tiny, name):
         assert row["bytes"]["weights"] > 0
         assert row["bytes"]["optimizer"] > 0
     assert found[0]["bytes"]["in flight"] > 0
+
+
+@pytest.mark.parametrize("name", ["fdg", "dgl", "dni", "gpipe"])
+def test_bytes_sent_are_those_of_the_messages(tiny, name):
+    settings = dataclasses.replace(tiny, num_stages=3, partition="2,4")
+    one = made(settings, name)
+    sizes = message_bytes(one.pipe, one.batch)
+    up, down = [*sizes.inputs[1:], 0], list(sizes.cotangents)
+    if name == "dgl":
+        down = [0, 0, 0]
+    sent = [row["sent"] for row in held.table(one)]
+    assert sent == [a + b for a, b in zip(up, down, strict=True)]
+    assert sent[0] > 0
 
 
 def test_bytes_of_each_choice_of_gradient(tiny):
