@@ -1,12 +1,16 @@
 """Ticks compiled as one program, for stages that share one device or one group.
 
 In a full pipeline the same actions return every tick, or every few ticks. Such ticks are compiled
-when they are met for the second time (`fdg_jax.engine.compiled_tick`). While the pipeline fills or
-drains, and while its programs are recorded, the actions are dispatched one by one.
+(`fdg_jax.engine.compiled_tick`). While the pipeline fills or drains, and while its programs are
+recorded, the actions are dispatched one by one.
+
+Both forms may round differently. So which ticks are compiled depends on the schedule alone, not on
+what this process has run before: a restored run repeats the bits of an undisturbed one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,8 +61,11 @@ class SteadyTicks:
     def __init__(self, stages: Sequence[Stage], schedule: Schedule) -> None:
         self._stages, self._schedule = stages, schedule
         self._from = schedule.start + 2 * (schedule.fill + 1) + schedule.period
-        self._known: dict[Any, Steady | None] = {}  # by actions; None: met once
+        self._known: dict[Any, list[Steady]] = {}  # by actions, one for each content of the stages
         self._devices = set(stages[0].mesh.devices.flat)
+        # A rule need not name its period.
+        self._back = dict.fromkeys([schedule.period, *range(1, 2 * (schedule.fill + 1))])
+        self._actions = functools.lru_cache(2 * len(self._back))(self._actions_of)
 
     def step(
         self, state: PipelineState, x: PyTree, labels: PyTree
@@ -80,25 +87,34 @@ class SteadyTicks:
           StageError: tracing or compiling the program failed.
         """
         t = int(state.tick) - int(state.origin)
-        if t < self._from:
-            return None
-        actions = _relative(self._schedule.tick(t), t, state.stages)
-        if actions not in self._known:
-            self._known[actions] = None
+        if t < self._from or not self._returns(t):
             return None
         if self._schedule.microbatches == 1:
             x, labels = plain(x), plain(labels)
         x, labels = self._near(x), self._near(labels)
         try:
-            steady = self._known[actions]
+            actions, counted = self._actions(t)
+            known = self._known.setdefault((counted, _versions(actions, state.stages)), [])
+            steady = next((one for one in known if one.fits(state)), None)
             if steady is None:
                 made = CompiledTick(self._stages, self._schedule, state, x, labels)
-                steady = self._known[actions] = Steady(made, self._stages, self._schedule)
-            return steady.step(state, x, labels) if steady.fits(state) else None
+                steady = Steady(made, self._stages, self._schedule)
+                known.append(steady)
+            return steady.step(state, x, labels)
         except ConsumedStateError:
             raise
         except Exception as error:
             raise failure(self._stages, 0, "tick", int(state.tick), error) from error
+
+    def _returns(self, t: int) -> bool:
+        """Whether the actions of tick t were those of one of the last ticks of a full pipeline."""
+        now = self._actions(t)[1]
+        return any(t - j >= self._from and self._actions(t - j)[1] == now for j in self._back)
+
+    def _actions_of(self, t: int) -> tuple[Sequence[Action], Any]:
+        """The actions of tick t, and the same with mini-batches counted from there; hashable."""
+        actions = self._schedule.tick(t)
+        return actions, tuple((a.kind, a.stage, a.batch - t, a.micro) for a in actions)
 
     def _near(self, tree: PyTree) -> PyTree:
         """A batch that the program accepts, moved to the devices if necessary."""
@@ -172,15 +188,12 @@ class Steady:
         return PipelineState(scalar(batch + 1), state.origin, state.key, stages), metrics, done
 
 
-def _relative(actions: Sequence[Action], t: int, stages: Sequence[StageState]) -> Any:
-    """Actions with mini-batches and weight versions counted from tick t on; hashable."""
-    newest = [int(own.version) - int(own.base) for own in stages]
+def _versions(actions: Sequence[Action], stages: Sequence[StageState]) -> tuple[int, ...]:
+    """The weight versions that actions name, counted from the newest."""
     return tuple(
-        (
-            *(a.kind, a.stage, a.batch - t, a.micro),
-            None if a.version is None else a.version - newest[a.stage],
-        )
+        a.version - int(stages[a.stage].version) + int(stages[a.stage].base)
         for a in actions
+        if a.version is not None
     )
 
 

@@ -28,8 +28,6 @@ from tests.experiments.tiny import made
         "gpipe",
         "pipemare",
         "dgl",
-        "dni",
-        "dni_late",
     ],
 )
 def test_bytes_are_those_that_the_simulator_predicts(tiny, name):
@@ -42,10 +40,11 @@ def test_bytes_are_those_that_the_simulator_predicts(tiny, name):
         assert row["total"] == sum(row["bytes"].values())
         assert row["bytes"]["weights"] > 0
         assert row["bytes"]["optimizer"] > 0
-    assert found[0]["bytes"]["in flight"] > 0
+    # With a loss in every stage nothing waits for its backward.
+    assert (found[0]["bytes"]["in flight"] > 0) == (name != "dgl")
 
 
-@pytest.mark.parametrize("name", ["fdg", "dgl", "dni", "gpipe"])
+@pytest.mark.parametrize("name", ["fdg", "dgl", "gpipe"])
 def test_bytes_sent_are_those_of_the_messages(tiny, name):
     settings = dataclasses.replace(tiny, num_stages=3, partition="2,4")
     one = made(settings, name)
@@ -56,6 +55,18 @@ def test_bytes_sent_are_those_of_the_messages(tiny, name):
     sent = [row["sent"] for row in held.table(one)]
     assert sent == [a + b for a, b in zip(up, down, strict=True)]
     assert sent[0] > 0
+
+
+def test_a_synthesizer_is_counted_but_not_predicted(tiny):
+    settings = dataclasses.replace(tiny, num_stages=2, partition="1")
+    settings = dataclasses.replace(settings, image_size=4, synthesizer_width=2)
+    one = made(settings, "dni")
+    row, last = held.table(one)
+    own = [one.state.stages[0].synthesizer, one.state.stages[0].model_state]
+    assert row["bytes"]["small"] >= sum(leaf.nbytes for leaf in jax.tree.leaves(own)) > 0
+    assert row["measured"] == pytest.approx(row["predicted"], rel=0.01)
+    sizes = message_bytes(one.pipe, one.batch)
+    assert (row["sent"], last["sent"]) == (sizes.inputs[1], sizes.cotangents[1])
 
 
 def test_bytes_of_each_choice_of_gradient(tiny):
