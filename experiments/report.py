@@ -9,6 +9,7 @@ Utilisation and timelines need runs with --timeline.
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -84,12 +85,12 @@ def curves(shown: Sequence[Run]) -> str:
     by_second = lines("seconds", metric, train=False, factor=factor)
     loss = lines("epoch", "loss", train=True)
     speed = lines("seconds", runs.speed_name(task), train=True)
+    # An error is a share of all; what a loss of 0 would be is far from any curve.
+    evaluated = functools.partial(page.plot, points=True, from_zero=metric == "error")
     plots = [
-        page.plot(f"{name} {metric}{unit}", "epoch", by_epoch, points=True),
-        page.plot(
-            f"{name} {metric} against time{unit}", "training seconds", by_second, points=True
-        ),
-        page.plot("train loss, mean since the line before", "epoch", loss),
+        evaluated(f"{name} {metric}{unit}", "epoch", by_epoch),
+        evaluated(f"{name} {metric} against time{unit}", "training seconds", by_second),
+        page.plot("train loss, mean since the line before", "epoch", loss, from_zero=False),
         page.plot(f"{task.unit} per second since the line before", "training seconds", speed),
     ]
     return f'<div class="plots">{"".join(plots)}</div>'

@@ -123,6 +123,7 @@ def plot(
     lines: Sequence[tuple[Sequence[float], Sequence[float]]],
     *,
     points: bool = False,
+    from_zero: bool = True,
 ) -> str:
     """A figure with line i of the look i, in the colours of the page.
 
@@ -131,6 +132,7 @@ def plot(
       x: what goes right.
       lines: the coordinates; an empty one has nothing to show.
       points: whether each value has a mark.
+      from_zero: whether the vertical axis begins at 0.
 
     Returns:
       HTML with the drawing in it.
@@ -146,7 +148,8 @@ def plot(
             axis.plot(at, values, color=colour, linestyle=style, marker=marker, markersize=4)
         axis.set_xlabel(x)
         axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
+        if from_zero:  # with room for a mark at the top
+            axis.set_ylim(0, 1.05 * max((max(v, default=0) for _, v in lines), default=0) or 1)
         axis.grid(color=_INK, alpha=0.15)
         axis.set_facecolor("none")
         axis.tick_params(colors=_INK)
