@@ -7,7 +7,8 @@ pinned to one core); backprop_xla (derivatives by JAX and XLA only); backprop_un
 its own process, without retained memory); data_parallel (one jitted step on K devices); the methods
 of experiments.cifar with one device per stage; fdg_recompute and fdg_recompute_stale (FDG with
 another gradient rule); engine_k1 (the engine with one stage); one_device_k<K> (FDG with all stages
-on one device); backprop_torch (the same network in PyTorch).
+on one device); one_device_k<K>_dispatched (the same with one program per stage instead of one per
+tick); backprop_torch (the same network in PyTorch).
 
 In each round every contender, and every stage of FDG alone, has one turn; the order rotates from
 round to round. Writes benchmark.json, benchmark.md and benchmark.png.

@@ -137,6 +137,7 @@ class Piped(Contender):
       devices: fewer than stages are shared.
       choice: which gradient a delayed backward takes.
       on_nonfinite: whether anybody looks.
+      compiled: whether stages that share a device make one program a tick.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Piped(Contender):
         devices: list[jax.Device],
         choice: str = "stale",
         on_nonfinite: str = "ignore",
+        compiled: bool = True,
     ) -> None:
         self.name, self.schedule, self.gradient = name, schedule, choice
         self.stages = schedule.num_stages
@@ -171,8 +173,11 @@ class Piped(Contender):
             gradient=choice,
             on_nonfinite=on_nonfinite,
             synthesizers=beside.synthesizers,
+            compile="auto" if compiled else False,
             message_dtype=message_dtype(work.settings.message_dtype),
         )
+        if self.stages > 1 and self.devices == 1:
+            self.about += ", compiled ticks" if self.pipe.compiled else ", dispatched ticks"
         self.state = self.pipe.init(work.key, work.example, work.labels)
         first, last = self.pipe.stages[0], self.pipe.stages[-1]
         self.batch = (
@@ -242,7 +247,8 @@ def make(name: str, work: Workload) -> Contender:
     if name == "engine_k1":
         return Piped(name, work, fdg.schedule.fdg(1), devices[:1])
     if single := ONE_DEVICE.fullmatch(name):
-        return Piped(name, work, fdg.schedule.fdg(int(single[1])), devices[:1])
+        schedule = fdg.schedule.fdg(int(single[1]))
+        return Piped(name, work, schedule, devices[:1], compiled=single[2] is None)
     schedule = work.settings.schedule(name)
     if name == "fdg_saving":
         return Saving(name, work, schedule, devices)

@@ -32,7 +32,7 @@ CHANNELS, CLASSES = 3, 10
 # denormal, would be computed at another speed.
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4
 
-ONE_DEVICE = re.compile(r"one_device_k([1-9]\d{0,3})")
+ONE_DEVICE = re.compile(r"one_device_k([1-9]\d{0,3})(_dispatched)?")
 # Methods that the engine runs, one stage a device.
 PIPED = {
     **{name: own for name, own in METHODS.items() if not own.one_stage},
@@ -49,7 +49,7 @@ PIPED = {
 del PIPED["backprop"]  # is the plain loop here
 OTHER_PROCESSES = ("backprop_one_core", "backprop_untuned", "backprop_torch")
 NAMES = ("backprop", "backprop_xla", "engine_k1", "data_parallel", *PIPED, *OTHER_PROCESSES)
-ALLOWED = f"{', '.join(NAMES)}, one_device_k<K>"
+ALLOWED = f"{', '.join(NAMES)}, one_device_k<K>, one_device_k<K>_dispatched"
 DEFAULT = ("backprop", "engine_k1", "data_parallel", "gpipe", "one_f_one_b", "ddg", "fdg")
 
 

@@ -15,6 +15,7 @@ from fdg_jax.engine.state import PipelineState
 from fdg_jax.engine.template import part_of
 from fdg_jax.engine.update_check import check_model_state, check_optimizers, check_synthesizer
 from fdg_jax.schedule import Schedule
+from fdg_jax.shared import plain
 from fdg_jax.tied_stage import lent, paired
 from fdg_jax.typing import PyTree
 
@@ -50,7 +51,7 @@ def check_structure(x: PyTree, expected: Any, name: str) -> None:
       expected: the structure of the example inputs, or None if no state was made yet.
       name: of the argument.
     """
-    given = jax.tree.structure(x)
+    given = jax.tree.structure(plain(x))
     if expected is not None and given != expected:
         raise ValueError(
             f"{name}: the structure is {_short(given)}, that of init's example inputs "

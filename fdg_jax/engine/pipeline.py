@@ -45,6 +45,7 @@ from fdg_jax.engine.views import Views
 from fdg_jax.layer import Layer, chain, typed_key
 from fdg_jax.layer_check import check_layers
 from fdg_jax.schedule import Schedule
+from fdg_jax.shared import plain
 from fdg_jax.tie import Tie
 from fdg_jax.tied_stage import tied_stages
 from fdg_jax.typing import Key, LossFn, PyTree
@@ -176,7 +177,7 @@ class Pipeline(Views):
         """
         guarded = self.on_nonfinite != "ignore"
         x, labels = pair(example, "example")
-        self._inputs = jax.tree.structure(x)
+        self._inputs = jax.tree.structure(plain(x))
         return template(self.stages, self.schedule, guarded, (x, labels))
 
     @no_active_mesh()
