@@ -12,11 +12,13 @@ import fdg_jax as fdg
 from fdg_jax import reference
 from fdg_jax.schedule import Action, Schedule
 from tests import networks
+from tests.thinned import thinned
 
 
-@pytest.mark.parametrize("beta", [0.3, 1.0])
-@pytest.mark.parametrize("order", ["forward_first", "backward_first"])
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize(
+    ("num_stages", "order", "beta"),
+    thinned([1, 2, 3, 4, 5, 6], ["forward_first", "backward_first"], [0.3, 1.0]),
+)
 def test_fdg_equals_the_oracle(num_stages, order, beta):
     data = networks.batches(32)
     stages = fdg.partition(networks.network(), num_stages, data[0][0], cost=[1] * 7)
@@ -122,8 +124,9 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("gradient", ["stale", "recompute_stale", "recompute"])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "gradient"), thinned(SCHEDULES, ["stale", "recompute_stale", "recompute"])
+)
 def test_every_schedule_with_every_gradient_equals_the_oracle(name, gradient):
     data = networks.batches(31)
     stages = fdg.partition(networks.network(), 3, data[0][0], cost=[2, 4])

@@ -88,16 +88,6 @@ CASES += [("fdg", "reversible", 3, 6), ("adl", "reversible", 4, 7), ("gpipe", "r
 CASES += [("fdg", "reconstruct", 3, 2), ("ddg", "reconstruct", 3, 6), ("adl", "reconstruct", 3, 7)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache_everything():
-    """The fresh pipelines compile what the first ones did."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, 0)
-    yield
-    jax.config.update(name, before)
-
-
 @pytest.mark.parametrize(("name", "gradient", "num_stages", "before"), CASES)
 def test_a_restored_run_goes_on_to_the_bit(name, gradient, num_stages, before, tmp_path):
     pipe = make(SCHEDULES[name](num_stages), gradient=gradient)

@@ -10,6 +10,7 @@ import fdg_jax as fdg
 from fdg_jax import reference
 from fdg_jax.partition.cuts import units_of
 from tests import networks
+from tests.thinned import thinned
 
 DATA = networks.batches(14)
 
@@ -77,8 +78,7 @@ def compare(
     return pipe, state
 
 
-@pytest.mark.parametrize("num_stages", [2, 3, 4])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("name", "num_stages"), thinned(SCHEDULES, [2, 3, 4]))
 def test_equals_the_oracle(name, num_stages):
     compare(SCHEDULES[name](num_stages), partitioned(num_stages))
 

@@ -10,6 +10,7 @@ import fdg_jax as fdg
 from fdg_jax.engine.reversible import runs
 from fdg_jax.partition.cuts import units_of
 from tests import networks
+from tests.thinned import thinned
 
 DATA = networks.batches(16)
 
@@ -29,8 +30,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("schedule", "num_stages"), thinned(SCHEDULES, [1, 2, 3, 4]))
 def test_equals_the_oracle(schedule, num_stages):
     if schedule not in ("fdg", "adl") and num_stages != 3:
         pytest.skip("every schedule once, the method at every K")

@@ -16,6 +16,7 @@ from experiments.common.errors import Stopped
 from experiments.images import settings
 from experiments.images.task import Images
 from experiments.training import loop, methods, setup
+from tests.thinned import thinned
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -186,7 +187,7 @@ STALENESS = {
 }
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", thinned(methods.METHODS))
 def test_every_method_trains(name, images, tmp_path, monkeypatch):
     # Which devices and caches there are is settled for all tests.
     monkeypatch.setattr(setup, "prepare_jax", lambda *arguments: None)

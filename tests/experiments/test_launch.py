@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tests import processes
+from tests.thinned import thinned
 
 COMMON = ["--steps=12", "--num_stages=2", "--log_every_steps=2", "--partition=flops"]
 TEXT = ["--width=16", "--blocks=2", "--heads=2", "--context=16", "--batch_size=8"]
@@ -108,7 +109,7 @@ def test_what_is_wrong_with_the_command_is_one_line():
         assert len(found.text.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", thinned(RUNS))
 def test_a_process_that_is_killed_leaves_no_trace_in_the_result(name, tmp_path):
     """One of two dies by SIGKILL; with a restart the parameters are those of an undisturbed run."""
     one, two = tmp_path / "one", tmp_path / "two"

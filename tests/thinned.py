@@ -1,0 +1,21 @@
+"""Combinations of parameters, most of which are left to `make test-slow`."""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def thinned(*axes: Iterable[Any], keep: int = 3) -> list[Any]:
+    """All combinations for `pytest.mark.parametrize`; one in ``keep`` is fast, the others are slow.
+
+    Every value of an axis, and every pair of the first values of two, is among the fast ones where
+    the other axis has at least ``keep`` values.
+    """
+    cases = []
+    for numbered in itertools.product(*map(enumerate, axes)):
+        slow = sum(i for i, _ in numbered) % keep != 0
+        marks = [pytest.mark.slow] if slow else []
+        cases.append(pytest.param(*(value for _, value in numbered), marks=marks))
+    return cases
