@@ -10,6 +10,8 @@ from typing import Any
 from fdg_jax.layer import Layer
 from fdg_jax.models.auxiliary import auxiliary_head
 from fdg_jax.models.compute import DEFAULT, Compute
+from fdg_jax.models.conv import conv2d
+from fdg_jax.models.norm import batch_norm, relu
 from fdg_jax.models.plain import plain
 from fdg_jax.models.resnet import resnet, small_resnet, thin_resnet, wide_resnet
 from fdg_jax.models.revnet import revnet, small_revnet
@@ -74,8 +76,11 @@ def create(
 __all__ = [
     "Compute",
     "auxiliary_head",
+    "batch_norm",
+    "conv2d",
     "create",
     "plain",
+    "relu",
     "resnet",
     "revnet",
     "small_resnet",

@@ -87,7 +87,18 @@ batch_norm.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0); its backward uses the output, which the next convolution stores anyway."""
+    """max(x, 0), with a backward that uses the output, which the next layer stores anyway.
+
+    Args:
+      x: any shape and floating dtype.
+
+    Returns:
+      An array like ``x``.
+
+    Example:
+      >>> relu(jnp.array([-1.0, 2.0])).tolist()
+      [0.0, 2.0]
+    """
     return jnp.maximum(x, 0)
 
 
