@@ -64,7 +64,7 @@ class SteadyTicks:
         self._known: dict[Any, list[Steady]] = {}  # by actions, one for each content of the stages
         self._devices = set(stages[0].mesh.devices.flat)
         # A rule need not name its period.
-        self._back = dict.fromkeys([schedule.period, *range(1, 2 * (schedule.fill + 1))])
+        self._back = dict.fromkeys([*range(1, 2 * (schedule.fill + 1)), schedule.period])
         self._actions = functools.lru_cache(2 * len(self._back))(self._actions_of)
 
     def step(
@@ -140,8 +140,11 @@ class Steady:
     def fits(self, state: PipelineState) -> bool:
         """Whether the stages hold what they held when the program was made, as much later."""
         later, updates = self._shift(state)
-        pairs = zip(self._tick.before, state.stages, updates, strict=True)
-        return all(_same(then, now, later, made) for then, now, made in pairs)
+        rows = zip(self._tick.before, self._tick.after, state.stages, updates, strict=True)
+        return all(
+            _pending(now, then, after) and _same(then, now, later, made)
+            for then, after, now, made in rows
+        )
 
     def _shift(self, state: PipelineState) -> tuple[int, list[int]]:
         """The micro-batches, and the updates of each stage, since the program was made."""
@@ -197,10 +200,18 @@ def _versions(actions: Sequence[Action], stages: Sequence[StageState]) -> tuple[
     )
 
 
+def _pending(now: StageState, before: StageWork, after: StageWork) -> bool:
+    """Whether so many gradients wait that the program does the same with them.
+
+    An update divides by their number; a backward only asks if there are any.
+    """
+    if after.version != before.version:
+        return int(now.pending) == before.pending
+    return bool(now.pending) == bool(before.pending)
+
+
 def _same(then: StageWork, now: StageState, later: int, updates: int) -> bool:
     """Whether a stage holds the same as before, so many micro-batches and updates later."""
-    if int(now.pending) != then.pending:
-        return False
     size = len(now.met)
     if any(now.met[(n + later) % size] != v + updates for n, (v, _) in then.flights.items()):
         return False
@@ -229,7 +240,7 @@ class _Change:
         self._blank: dict[str, PyTree] = {}
         self._own = [place for place in mine if place[1] in OWN]
         self._updates = after.version - before.version
-        self._pending = after.pending
+        self._pending = after.pending, before.pending
         self._reset = bool(before.pending) and not after.pending
         self._flights = _Exchange(mine, FLIGHT, before.flights, after.flights)
         self._met = [(n, after.flights[n][0]) for n in self._flights.added]
@@ -246,7 +257,8 @@ class _Change:
         changed: dict[str, Any] = {place[1]: values[place] for place in self._own}
         if self._reset and own.gradient is not None:
             changed["gradient"] = self._blank_of("gradient", own.gradient)
-        changed["pending"] = scalar(self._pending)
+        after, before = self._pending
+        changed["pending"] = scalar(after if self._updates else int(own.pending) + after - before)
         if self._updates:
             changed["version"] = own.version + np.int32(self._updates)
         if self._flights:

@@ -19,6 +19,7 @@ SCHEDULES = {
     "fdg": fdg.schedule.fdg(3),
     "backward_first": fdg.schedule.fdg(3, order="backward_first"),
     "adl": fdg.schedule.adl(3, 2),
+    "adl_12": fdg.schedule.adl(3, 12),
     "ddg": fdg.schedule.ddg(3),
     "backprop": fdg.schedule.backprop(3),
     "gpipe": fdg.schedule.gpipe(3, 2),
@@ -68,7 +69,7 @@ def equal(one, two):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules(name):
     with jax.enable_x64(True):
-        data = batches()
+        data = batches(2 * STEPS if name == "adl_12" else STEPS)
         one, two = (pipeline(SCHEDULES[name], compile) for compile in (False, True))
         (plain, losses), (compiled, again) = train(one, data), train(two, data)
         assert any(two._steady._known.values())
@@ -122,6 +123,14 @@ def test_one_structure_and_no_more_compilation():
     assert [program._cache_size() for program in programs] == [1] * len(programs)
     state, _ = pipe.drain(state)
     assert (jax.tree.structure(state), [v.shape for v in jax.tree.leaves(state)]) == expected
+
+
+def test_a_long_accumulation_takes_few_programs():
+    """Not one for each number of gradients that wait."""
+    pipe = pipeline(SCHEDULES["adl_12"], True)
+    train(pipe, networks.batches(80))
+    programs = [one for known in pipe._steady._known.values() for one in known]
+    assert 1 < len(programs) <= 10
 
 
 def test_checkpoint_of_either_form(tmp_path):
