@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import re
 import signal
@@ -185,10 +186,11 @@ def test_a_piece_that_is_cut_has_the_next_command_for_itself(record):
     row = record.rows[pieces[1].name]
     assert (row["state"], row["error"], row["seconds"]) == ("stopped", None, 50.0)
     assert record.expected(pieces[1]) == 100.0
-    # Alone it has all the time; if that is not enough, it has failed.
-    assert accelerator.work(pieces, again(record), 2, runner, fake.clock) == 0
+    # It is the first of the next command, and begun although it is expected not to fit. With all
+    # the time for itself it has failed.
+    assert accelerator.work(pieces, again(record), 1, runner, fake.clock) == 0
     row = again(record).rows[pieces[1].name]
-    assert (row["state"], row["error"]) == ("failed", "not finished in 120 s")
+    assert (row["state"], row["error"]) == ("failed", "not finished in 60 s")
 
 
 def test_failures_become_rows_and_end_nothing(record, capsys):
@@ -324,6 +326,24 @@ def test_a_piece_ends_at_its_limit_with_all_it_has_started(tmp_path):
     done = piece.run(Piece("tests", "x", ("sleep", "4"), 1.0), 10)
     assert (done.status, done.cut) == (0, False)
     assert not left.exists()
+
+
+def test_this_process_leaves_the_device_to_the_pieces(tmp_path):
+    """A device that JAX does not find is missed by a piece, in one line, and by nobody before."""
+    command = [sys.executable, "-m", "experiments.accelerator", f"--workdir={tmp_path / 'out'}"]
+    ended = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "nowhere"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: JAX finds no device: ")
+    assert "nowhere" in line
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_bfloat16_of_the_transformer_keeps_its_parameters():
