@@ -169,7 +169,8 @@ def work(
 def save(record: Record, remaining: int) -> None:
     """accelerator.json, accelerator.md and accelerator.png."""
     text = tables.markdown(record.machine, record.settings, record.rows)
-    record.write(text, chart.draw(record.machine, record.rows), remaining)
+    rehearsed = bool(record.settings["rehearse"])
+    record.write(text, chart.draw(record.machine, record.rows, rehearsed=rehearsed), remaining)
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -41,8 +41,8 @@ def series(rows: Rows, network: str, dtype: str, how: str) -> list[tuple[int, fl
     return sorted(found)
 
 
-def draw(machine: Mapping[str, Any], rows: Rows) -> bytes:
-    """A PNG with a panel for each network."""
+def draw(machine: Mapping[str, Any], rows: Rows, *, rehearsed: bool = False) -> bytes:
+    """A PNG with a panel for each network; ``rehearsed``: the title says that it means nothing."""
     names = networks(rows)
     columns = min(max(len(names), 1), COLUMNS)
     lines = math.ceil(max(len(names), 1) / columns)
@@ -57,7 +57,10 @@ def draw(machine: Mapping[str, Any], rows: Rows) -> bytes:
             axis.set_axis_off()
     if not names:
         panels.flat[0].text(0.5, 0.5, "nothing timed yet", ha="center", va="center")
-    figure.suptitle(f"All stages on one device: {machine['device_kind']}", fontsize=11)
+    title = f"All stages on one device: {machine['device_kind']}"
+    if rehearsed:
+        title += ", A REHEARSAL: no figure says anything"
+    figure.suptitle(title, fontsize=11)
     if handles:
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
@@ -70,20 +73,21 @@ def draw(machine: Mapping[str, Any], rows: Rows) -> bytes:
 def _panel(axis: Axes, rows: Rows, network: str) -> dict[str, Any]:
     """Draws a network; returns the handles of its lines by label."""
     handles: dict[str, Any] = {}
-    ticks = {1}
+    ticks, highest = {1}, 1.0
     for dtype, style in STYLES.items():
         for how, colour in COLOURS.items():
             points = series(rows, network, dtype, how)
             if not points:
                 continue
             ticks |= {stages for stages, _ in points}
+            highest = max(highest, *(value for _, value in points))
             (line,) = axis.plot(*zip(*points, strict=True), style, color=colour, marker="o", ms=4)
             handles[f"{how}, {dtype}"] = line
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * highest)
     axis.set_title(network, loc="left", fontsize=10)
     axis.set_xlabel("stages K")
     axis.set_ylabel("time a step / backprop")

@@ -92,7 +92,7 @@ def commands(folder: pathlib.Path) -> dict[str, list[str]]:
             into("compare"),
         ],
         "staleness": [f"--study={study}", f"--extra={text}", into("staleness")],
-        "advise": [*small, "--seconds=0.1", "--max_load=1000", into("advise")],
+        "advise": [*small, "--num_stages=1", "--seconds=0.1", "--max_load=1000", into("advise")],
         "drift": [*drift, "--batch_size=4", into("drift")],
         "simulate": ["--stages=2", into("simulate")],
         "scaling": ["--devices=8", "--stages=1,2"],

@@ -63,10 +63,10 @@ def times(rows: Rows) -> list[str]:
                 line += cells(row, own.get(f"{dtype}/backprop"))
             table.append(line)
         done = [row["found"] for row in own.values() if row["state"] == DONE]
-        about = (
-            f"{done[0]['parameters'] / 1e6:.2f} M parameters, {done[0]['about']}. " if done else ""
-        )
-        lines += ["", f"## {network}, one device", "", about, "", *_table(heads, table)]
+        about: list[str] = []
+        if done:
+            about = [f"{done[0]['parameters'] / 1e6:.2f} M parameters, {done[0]['about']}.", ""]
+        lines += ["", f"## {network}, one device", "", *about, *_table(heads, table)]
     if lines:
         lines += [
             "",
