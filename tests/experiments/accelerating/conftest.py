@@ -1,0 +1,13 @@
+"""A record that nothing has been written to."""
+
+import pytest
+
+from experiments.accelerating.record import Record
+from tests.experiments.accelerating.fake import MACHINE, chosen
+
+
+@pytest.fixture
+def record(tmp_path) -> Record:
+    made = Record(str(tmp_path / "out"), chosen("--workdir=x").shared)
+    made.of_machine(dict(MACHINE))
+    return made
