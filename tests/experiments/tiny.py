@@ -22,6 +22,8 @@ def tiny_network(
         joined = fdg.from_fn(lambda streams: jnp.concatenate(streams, axis=-1))
         stem = [flat, dense(12), fdg.two_streams()]
         return [*stem, block, block, block, joined, dense(num_classes)]
+    if name == "images":
+        return [dense(5), flat, dense(num_classes)]
     if name != "tiny":
         raise ValueError(f"model={name!r}: no such model")
     return [flat, dense(12), batch_norm(), dense(7), batch_norm(), dense(num_classes)]

@@ -58,7 +58,7 @@ def test_bytes_sent_are_those_of_the_messages(tiny, name):
 
 
 def test_a_synthesizer_is_counted_but_not_predicted(tiny):
-    settings = dataclasses.replace(tiny, num_stages=2, partition="1")
+    settings = dataclasses.replace(tiny, model="images", num_stages=2, partition="1")
     settings = dataclasses.replace(settings, image_size=4, synthesizer_width=2)
     one = made(settings, "dni")
     row, last = held.table(one)
