@@ -4,8 +4,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 # An NVIDIA GPU that answers gets jax[cuda12].
 REQUIREMENTS := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo requirements.txt || echo requirements-cpu.txt)
 BIN := .venv/bin
-# Two tests at a time; each already keeps more than one core busy while it compiles.
-WORKERS ?= 2
+# Tests at a time. Many wait for processes that they start, so two cores are busy with four.
+WORKERS ?= 4
 
 .PHONY: quickstart test test-slow check format docs notebooks clean
 

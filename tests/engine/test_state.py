@@ -123,7 +123,7 @@ def test_a_consumed_state_is_named():
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (lambda k: optax.sgd, "is no optax transformation; give one, such as"),
+        (lambda k: optax.sgd, "sgd is a function, no optax transformation; give one, such as"),
         ("adam", "is neither an optax transformation nor a function of the stage"),
         (lambda k: None, "is no optax transformation"),
     ],
