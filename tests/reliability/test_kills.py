@@ -27,17 +27,19 @@ from tests.kills.run import make_data, torment
             [Order("saved:1"), Order("array file:4")],
             [{"newest": 3, "save": "none"}, {"save": "arrays"}],
         ),
-        (
+        pytest.param(
             SETTINGS[-1],
             # In the fill; while it trains, from outside; after the last save.
             [Order("saved:1"), Order(lines=40, seconds=0.02), Order("write summary.json:1")],
             [{"newest": 3}, {"how": "outside"}, {"how": "aimed", "main": "end"}],
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             Setting("adl", "recompute", 2),
             # From outside, while it trains; after half of the drain.
             [Order(lines=30, seconds=0.02), Order("drain tick:2")],
             [{"how": "outside"}, {"how": "aimed", "main": "drain", "step": 30}],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda value: value.name if isinstance(value, Setting) else "",
