@@ -10,8 +10,7 @@ import pytest
 def thinned(*axes: Iterable[Any], keep: int = 3) -> list[Any]:
     """All combinations for `pytest.mark.parametrize`; one in ``keep`` is fast, the others are slow.
 
-    Every value of an axis, and every pair of the first values of two, is among the fast ones where
-    the other axis has at least ``keep`` values.
+    Every value of an axis is among the fast ones where another has at least ``keep`` values.
     """
     cases = []
     for numbered in itertools.product(*map(enumerate, axes)):

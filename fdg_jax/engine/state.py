@@ -38,6 +38,10 @@ class Slots(NamedTuple):
         pairs = zip(np.asarray(self.numbers).tolist(), self.values, strict=True)
         return sorted(((n, value) for n, value in pairs if n >= 0), key=lambda pair: pair[0])
 
+    def on_host(self) -> Slots:
+        """The same with its numbers as a numpy array."""
+        return self._replace(numbers=np.array(self.numbers))
+
     def filled(self, values: Mapping[int, PyTree], zeros: Callable[[PyTree], PyTree]) -> Slots:
         """Slots of the same shapes with other values.
 
@@ -115,6 +119,20 @@ class PipelineState(NamedTuple):
     origin: np.ndarray
     key: Key
     stages: tuple[StageState, ...]
+
+    def on_host(self) -> PipelineState:
+        """The same with its counters as numpy arrays, which `jax.tree.map` may have moved."""
+        if isinstance(self.tick, np.ndarray):
+            return self
+        stages = []
+        for own in self.stages:
+            inbox = {port: slots.on_host() for port, slots in own.inbox.items()}
+            counters = {
+                name: np.array(getattr(own, name)) for name in ("pending", "version", "base", "met")
+            }
+            slots = {"flights": own.flights.on_host(), "versions": own.versions.on_host()}
+            stages.append(own._replace(inbox=inbox, **counters, **slots))
+        return PipelineState(np.array(self.tick), np.array(self.origin), self.key, tuple(stages))
 
     def __repr__(self) -> str:
         return f"<PipelineState of {len(self.stages)} stages, tick {self.tick}>"

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from fdg_jax.engine.compiled_tick import FLIGHT, LABELS, OWN, VERSION, CompiledTick, Item, Place, X
 from fdg_jax.engine.messages import Done, Metrics, MetricsList, failure, send
@@ -86,6 +85,7 @@ class SteadyTicks:
           ConsumedStateError: the state has been consumed.
           StageError: tracing or compiling the program failed.
         """
+        state = state.on_host()
         t = int(state.tick) - int(state.origin)
         if t < self._from or not self._returns(t):
             return None
@@ -260,7 +260,7 @@ class _Change:
         after, before = self._pending
         changed["pending"] = scalar(after if self._updates else int(own.pending) + after - before)
         if self._updates:
-            changed["version"] = own.version + np.int32(self._updates)
+            changed["version"] = scalar(int(own.version) + self._updates)
         if self._flights:
             met = own.met.copy()
             for n in self._flights.left:

@@ -170,6 +170,17 @@ def test_a_restored_run_compiles_the_ticks_of_an_undisturbed_one(name, monkeypat
         assert ticks == whole[stop:]
 
 
+def test_a_copied_state_goes_on_and_its_counters_are_on_the_host_again():
+    data = batches(40)
+    pipe = pipeline(SCHEDULES["adl"], True)
+    state, _ = train(pipe, data[:30])
+    copied = jax.tree.map(jnp.copy, state)
+    one, two = (train(pipe, data[30:], own)[0] for own in (state, copied))
+    equal(one, two)
+    assert isinstance(two.stages[0].version, np.ndarray)
+    assert isinstance(two.stages[0].flights.numbers, np.ndarray)
+
+
 def test_a_consumed_state_is_named():
     pipe = pipeline(SCHEDULES["fdg"], True)
     data = networks.batches(STEPS)

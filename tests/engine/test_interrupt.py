@@ -46,20 +46,21 @@ for _ in range(8):  # compiles
 state, rng = pipe.init(key, *DATA[0]), np.random.default_rng(int(sys.argv[1]))
 
 def press():
-    # One at a time: the next comes when the one before has been caught. Python ignores what is
-    # raised in a destructor; such an interrupt comes again.
-    global sent
+    # One at a time: the next comes when the one before has been caught, or is lost.
+    global sent, lost
     since = time.monotonic()
     while step < STEPS or interrupts < sent:
         time.sleep(rng.uniform(0.001, 0.006))
-        if interrupts == sent and step < STEPS:
+        if interrupts >= sent and step < STEPS:
             sent += 1
-        elif interrupts == sent or time.monotonic() - since < 5:
+        elif interrupts >= sent or time.monotonic() - since < 30:
             continue
+        else:
+            lost += 1
         since = time.monotonic()
         os.kill(os.getpid(), signal.SIGINT)
 
-sent, caught, thread = 0, False, threading.Thread(target=press, daemon=True)
+sent, lost, caught, thread = 0, 0, False, threading.Thread(target=press, daemon=True)
 starting = bool(int(sys.argv[1]))
 while step < STEPS or thread.is_alive() or interrupts < sent:
     try:
@@ -79,7 +80,7 @@ while step < STEPS or thread.is_alive() or interrupts < sent:
         caught = True
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 values = b"".join(np.asarray(v).tobytes() for v in jax.tree.leaves(pipe.params(state)))
-print(interrupts, hashlib.sha256(values).hexdigest(), flush=True)
+print(interrupts, hashlib.sha256(values).hexdigest(), lost, flush=True)
 """
 
 
@@ -93,6 +94,8 @@ def test_a_run_that_is_interrupted_often_ends_like_one_that_is_not():
         )
         assert run.returncode == 0, run.stderr
         found.append(run.stdout.split())
+        # Python ignores, and reports, what is raised in a destructor. Nothing else may lose one.
+        assert int(found[-1][2]) <= run.stderr.count("Exception ignored"), run.stderr
     assert int(found[0][0]) == 0
     assert int(found[1][0]) > 0
     assert found[0][1] == found[1][1]
