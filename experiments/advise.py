@@ -72,7 +72,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         flag_values=values,
     )
     integer("microbatches", 4, "Micro-batches of one_f_one_b.")
-    number("seconds", 20.0, "Time for measuring layers after compilation.")
+    number("seconds", 20.0, "Time for measuring layers and stages after compilation.")
     integer("batch_size", own.batch_size, "Mini-batch size, for models of the project.")
     integer("image_size", own.image_size, "Size of the random images, for models of the project.")
     integer("width", own.width, "Width of the transformer.")
@@ -205,6 +205,12 @@ def main() -> None:
                     {**setting._asdict(), **times._asdict()}
                     for setting, times in advice.measured.layers.items()
                 ],
+                "stages": {
+                    str(k): [
+                        {**setting._asdict(), **times._asdict()} for setting, times in own.items()
+                    ]
+                    for k, own in advice.measured.stages.items()
+                },
                 "hops": {str(k): hops for k, hops in advice.measured.hops.items()},
                 "latency": advice.measured.latency,
                 "crossing": advice.crossing,

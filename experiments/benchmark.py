@@ -8,7 +8,9 @@ its own process, without retained memory); data_parallel (one jitted step on K d
 of experiments.cifar with one device per stage; fdg_recompute and fdg_recompute_stale (FDG with
 another gradient rule); engine_k1 (the engine with one stage); one_device_k<K> (FDG with all stages
 on one device); one_device_k<K>_dispatched (the same with one program per stage instead of one per
-tick); backprop_torch (the same network in PyTorch).
+tick); fdg_two_processes (FDG with one process and one core per stage); backprop_torch,
+backprop_torch_one_core, ddp_torch, gpipe_torch, one_f_one_b_torch, zero_bubble_torch and fdg_torch
+(the same network in PyTorch: plain networks and the transformer).
 
 In each round every contender, and every stage of FDG alone, has one turn; the order rotates from
 round to round. Writes benchmark.json, benchmark.md and benchmark.png.
@@ -29,11 +31,11 @@ from absl import flags
 
 from experiments.benchmarking import bars, contender, held, tables
 from experiments.benchmarking.alone import Alone, turn
-from experiments.benchmarking.child import OneCore, Untuned
+from experiments.benchmarking.child import OneCore, OneCoreEach, Untuned
 from experiments.benchmarking.contender import Contender, Piped
 from experiments.benchmarking.other_process import LeftOut
 from experiments.benchmarking.torch_row import Torch
-from experiments.benchmarking.workload import ALLOWED, PIPED, Settings, Workload
+from experiments.benchmarking.workload import ALLOWED, PIPED, TORCH, Settings, Workload
 from experiments.common import command, fields, machine, workdir
 from experiments.common.errors import UsageError
 from experiments.common.screen import Screen
@@ -48,11 +50,16 @@ HELP = {
     "workdir": f"Directory for {', '.join(FILES)}.",
     "contenders": f"Contenders to time, any of {ALLOWED}. Ratios are relative to backprop, or "
     "to the first contender without it.",
-    "model": "As in experiments.cifar; plain16 has equal layers.",
+    "model": "As in experiments.cifar, or transformer; plain16 has equal layers.",
     "image_size": "Height and width of the random images.",
-    "batch_size": "Images per mini-batch.",
+    "batch_size": "Images or sequences per mini-batch.",
+    "width": "Width of the transformer.",
+    "blocks": "Blocks of the transformer.",
+    "heads": "Attention heads of the transformer.",
+    "context": "Sequence length of the transformer, in tokens.",
     "num_stages": "K, the number of stages, one device each if there are enough cores.",
-    "microbatches": "Micro-batches per mini-batch in gpipe, one_f_one_b and zero_bubble.",
+    "microbatches": "Micro-batches per mini-batch in gpipe, one_f_one_b and zero_bubble, also of "
+    "PyTorch.",
     "partition": "Partition by measured time, by flops, or at K-1 layer numbers (for K = "
     "--num_stages; one_device_k<K> with another K is then partitioned by flops).",
     "dtype": f"Dtype of activations and their gradients, one of {DTYPES}.",
@@ -64,8 +71,8 @@ HELP = {
     "turn_seconds": "See --steps.",
     "warmup_steps": "Warm-up steps before the first round, after the pipelines are filled.",
     "max_load": "Processor cores that other programs may use for the comparison to count as fair.",
-    "torch_python": "Python interpreter for backprop_torch; skipped if it has no torch.",
-    "seed": "Seed of initial weights, images and labels.",
+    "torch_python": "Python interpreter for the contenders in PyTorch; skipped if it has no torch.",
+    "seed": "Seed of initial weights, inputs and labels.",
     "overwrite": "Overwrite earlier results in the workdir.",
 }
 
@@ -197,8 +204,10 @@ def warm_up(
 
 def make(name: str, work: Workload) -> Contender:
     """Creates a contender, in this process or its own."""
-    if name == "backprop_torch":
+    if name in TORCH:
         return Torch(name, work)
+    if name == "fdg_two_processes":
+        return OneCoreEach(name, work)
     if name == "backprop_one_core":
         return OneCore(name, work.settings)
     if name == "backprop_untuned":

@@ -34,6 +34,7 @@ def test_backprop_equals_the_oracle(num_stages):
     networks.assert_equals_oracle(stages, networks.sgd(1, num_stages), schedule, data)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=6)
 @hypothesis.given(st.data())
 def test_random_networks_and_cuts_equal_the_oracle(draws):

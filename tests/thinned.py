@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 
-def thinned(*axes: Iterable[Any], keep: int = 3) -> list[Any]:
+def thinned(*axes: Iterable[Any], keep: int = 5) -> list[Any]:
     """All combinations for `pytest.mark.parametrize`; one in ``keep`` is fast, the others are slow.
 
     Every value of an axis is among the fast ones where another has at least ``keep`` values.

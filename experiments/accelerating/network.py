@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import fdg_jax as fdg
-from experiments.benchmarking.model import Sizes, load
+from experiments.benchmarking.model import Sizes
 from experiments.benchmarking.workload import Settings, Workload
-from fdg_jax.layer import Layer
 from fdg_jax.optim import Staleness, recipes
-from fdg_jax.repeat import Repeat
-from fdg_jax.typing import Key, PyTree
 
 # Small, since labels are random.
 LEARNING_RATE = 1e-5
@@ -66,25 +62,7 @@ TINY = {
 
 
 class Text(Workload):
-    """The transformer on random bytes, with AdamW.
-
-    Args:
-      settings: of the benchmark; dtype and seed count.
-      sizes: of network and batch.
-    """
-
-    def __init__(self, settings: Settings, sizes: Sizes) -> None:
-        self.settings = settings
-        model = load("transformer", sizes)
-        self.layers = computed_in(model.layers, settings.dtype)
-        self.images, self.labels = model.batch
-        self.example = jax.ShapeDtypeStruct(self.images.shape, jnp.int32)
-        self.key = jax.random.key(settings.seed)
-        self.unit = "FLOPs"
-
-    def network(self, fast_derivatives: bool = True) -> list[Layer]:
-        del fast_derivatives  # has none of its own
-        return self.layers
+    """The transformer on random bytes, with AdamW."""
 
     def optimizer(self, name: str = "", late: Staleness = 0) -> optax.GradientTransformation:
         return recipes.adamw(LEARNING_RATE, late)
@@ -92,43 +70,16 @@ class Text(Workload):
 
 def workload(network: Network, dtype: str, seed: int = 0) -> Workload:
     """A network with a random batch; stages are equal in FLOPs."""
-    own = network.sizes
     settings = Settings(
         workdir="",
         model=network.model,
-        image_size=own.image_size,
-        batch_size=own.batch_size,
+        **dataclasses.asdict(network.sizes),
         num_stages=1,
         partition="flops",
         dtype=dtype,
         seed=seed,
     )
-    return Text(settings, own) if network.model == "transformer" else Workload(settings)
-
-
-def computed_in(layers: Sequence[Layer], dtype: str) -> list[Layer]:
-    """Layers that compute in ``dtype`` with float32 parameters; the last returns float32.
-
-    Args:
-      layers: of a transformer: activations take the dtype of the parameters.
-      dtype: "float32" or "bfloat16".
-    """
-    if dtype == "float32":
-        return list(layers)
-    *inner, last = (_cast(layer, dtype) for layer in layers)
-    return [*inner, fdg.chain([last, fdg.from_fn(lambda x: x.astype(jnp.float32))])]
-
-
-def _cast(layer: Layer, dtype: str) -> Layer:
-    if isinstance(layer, Repeat) and layer.layer is not None:
-        return fdg.repeat(_cast(layer.layer, dtype), layer.times, unroll=layer.unroll)
-
-    def apply(
-        params: PyTree, state: PyTree, x: PyTree, *, train: bool, key: Key | None
-    ) -> tuple[PyTree, PyTree]:
-        return layer.apply(optax.tree.cast(params, dtype), state, x, train=train, key=key)
-
-    return Layer(layer.init, apply)
+    return Text(settings) if network.model == "transformer" else Workload(settings)
 
 
 def parameters(work: Workload) -> int:

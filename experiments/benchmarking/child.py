@@ -1,4 +1,4 @@
-"""Plain back-propagation in its own process: pinned to one core, or with JAX's defaults.
+"""Contenders in their own processes: each pinned to a core, or with JAX's defaults.
 
 Run by `experiments.benchmark`: it reads the settings from its arguments, says when it is ready, and
 then trains as many steps as each line of its input says.
@@ -12,7 +12,8 @@ import os
 import sys
 
 from experiments.benchmarking.other_process import LeftOut, OtherProcess
-from experiments.benchmarking.workload import Settings
+from experiments.benchmarking.workload import Settings, Workload
+from fdg_jax import distributed
 
 
 class Child(OtherProcess):
@@ -21,16 +22,17 @@ class Child(OtherProcess):
     Args:
       name: as in --contenders.
       settings: of the benchmark.
+      processes: how many; each trains a stage.
 
     Raises:
-      RuntimeError: it ended before it was ready.
+      RuntimeError: one ended before it was ready.
     """
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(self, name: str, settings: Settings, processes: int = 1) -> None:
         words = json.dumps(dataclasses.asdict(settings))
-        super().__init__(
-            name, [sys.executable, "-m", "experiments.benchmarking.child", name, words]
-        )
+        port = distributed.free_port()
+        program = [sys.executable, "-m", "experiments.benchmarking.child", name, words, str(port)]
+        super().__init__(name, *([*program, str(i)] for i in range(processes)))
 
 
 class OneCore(Child):
@@ -48,7 +50,32 @@ class OneCore(Child):
         if not hasattr(os, "sched_setaffinity"):
             raise LeftOut("this system does not hold a process to a core")
         super().__init__(name, settings)
-        self.about = f"one jitted step, in a process that may use core {self.ready['core']} alone"
+        core = self.ready[0]["core"]
+        self.about = f"one jitted step, in a process that may use core {core} alone"
+
+
+class OneCoreEach(Child):
+    """`fdg` with a stage in each process, and a core for each process.
+
+    Args:
+      name: as in --contenders.
+      work: of the benchmark.
+
+    Raises:
+      LeftOut: there are fewer cores, or this system does not hold a process to a core.
+    """
+
+    def __init__(self, name: str, work: Workload) -> None:
+        settings, count = work.settings, work.settings.num_stages
+        if not hasattr(os, "sched_setaffinity"):
+            raise LeftOut("this system does not hold a process to a core")
+        if len(os.sched_getaffinity(0)) < count:
+            raise LeftOut(f"{count} processes need a core each; there are fewer")
+        # Measured once: processes that measure for themselves may cut differently.
+        cuts = ",".join(map(str, work.split(count).cuts)) if count > 1 else "flops"
+        super().__init__(name, dataclasses.replace(settings, partition=cuts), count)
+        self.stages = count
+        self.about = f"fdg, {count} stages, a process and a core for each"
 
 
 class Untuned(Child):
@@ -60,29 +87,40 @@ class Untuned(Child):
 
 
 def main() -> None:
-    name, values = sys.argv[1], json.loads(sys.argv[2])
-    one_core = name == "backprop_one_core"
+    name, values, port, i = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    one_core = name != "backprop_untuned"
     core = None
     if one_core:
-        core = max(os.sched_getaffinity(0))
+        core = sorted(os.sched_getaffinity(0))[-1 - i]
         os.sched_setaffinity(0, {core})  # before JAX counts the cores, and makes its threads
     import jax
 
     from experiments.benchmarking import contender
     from experiments.benchmarking.workload import Workload
+    from experiments.data import cache
     from experiments.training import setup
 
-    settings = Settings(**{**values, "contenders": tuple(values["contenders"]), "num_stages": 1})
-    # XLA makes other programs where there is one core; its cache would not tell them apart.
+    settings = Settings(**{**values, "contenders": tuple(values["contenders"])})
     if one_core:
-        jax.config.update("jax_enable_compilation_cache", False)
+        # XLA makes other programs where there is one core; its cache would not tell them apart.
+        own = cache.directory() / "compiled_for_one_core"
+        jax.config.update("jax_compilation_cache_dir", str(own))
     setup.prepare_jax(1, keep_memory=one_core)
-    made = contender.make("backprop" if one_core else "backprop_xla", Workload(settings))
-    made.turn(1)
+    if name == "fdg_two_processes":
+        distributed.initialize(f"127.0.0.1:{port}", settings.num_stages, i)
+        made = contender.make("fdg", Workload(settings))
+    else:
+        settings = dataclasses.replace(settings, num_stages=1)
+        made = contender.make("backprop" if one_core else "backprop_xla", Workload(settings))
+    made.turn(made.fill)
     print(json.dumps({"core": core}), flush=True)
     for line in sys.stdin:
         seconds = made.turn(int(line))
-        print(json.dumps({"seconds": seconds, "loss": made.loss}), flush=True)
+        has = not isinstance(made, contender.Piped) or made.pipe.stages[-1].here
+        loss = made.loss if has else None
+        print(json.dumps({"seconds": seconds, "loss": loss}), flush=True)
+    if name == "fdg_two_processes":
+        distributed.leave(0)
 
 
 if __name__ == "__main__":

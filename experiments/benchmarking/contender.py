@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import fdg_jax as fdg
-from experiments.benchmarking.workload import CLASSES, ONE_DEVICE, Workload, gradient
+from experiments.benchmarking.workload import ONE_DEVICE, Workload, gradient
 from experiments.training import family
 from experiments.training.setup import message_dtype
 from experiments.training.task import loss_fn
@@ -84,11 +84,11 @@ class Plain(Contender):
         layer, optimizer, key = fdg.chain(layers), work.optimizer(), work.key
 
         def step(
-            state: TrainState, images: jax.Array, labels: jax.Array
+            state: TrainState, inputs: jax.Array, labels: jax.Array
         ) -> tuple[TrainState, dict[str, jax.Array]]:
             def loss(params: PyTree) -> tuple[jax.Array, tuple[PyTree, dict[str, jax.Array]]]:
                 noise = batch_key(key, state.number)
-                y, new = layer.apply(params, state.model_state, images, train=True, key=noise)
+                y, new = layer.apply(params, state.model_state, inputs, train=True, key=noise)
                 value, metrics = loss_fn(y, labels)
                 return value, (new, {**metrics, "loss": value})
 
@@ -112,7 +112,7 @@ class Plain(Contender):
             self.step = jax.jit(step, donate_argnums=0, out_shardings=whole)
         # A copy: the first donation must not take an initial value that a layer's maker holds.
         self.state = jax.device_put(jax.tree.map(jnp.copy, state), whole)
-        self.batch = jax.device_put((work.images, work.labels), parts)
+        self.batch = jax.device_put((work.inputs, work.labels), parts)
         self.metrics: dict[str, jax.Array] = {}
 
     def turn(self, steps: int) -> float:
@@ -162,7 +162,12 @@ class Piped(Contender):
             self.about += f", messages in {work.settings.message_dtype}"
         self.split = work.split(self.stages)
         beside = family.assemble(
-            work.settings.family, schedule, self.split, loss_fn, CLASSES, images=True
+            work.settings.family,
+            schedule,
+            self.split,
+            loss_fn,
+            work.classes,
+            images=work.inputs.ndim == 4,
         )
         self.pipe = fdg.Pipeline(
             beside.stages,
@@ -181,7 +186,7 @@ class Piped(Contender):
         self.state = self.pipe.init(work.key, work.example, work.labels)
         first, last = self.pipe.stages[0], self.pipe.stages[-1]
         self.batch = (
-            jax.device_put(work.images, first.sharded),
+            jax.device_put(work.inputs, first.sharded),
             jax.device_put(work.labels, last.sharded),
         )
         self.metrics: fdg.Metrics | None = None

@@ -188,9 +188,14 @@ def _numbers(values: dict[str, Any], factor: float, digits: int) -> list[str]:
 def describe(results: dict[str, Any]) -> str:
     """A one-line description of the workload."""
     settings = results["settings"]
-    size = settings["image_size"]
+    size = f"{settings['image_size']}x{settings['image_size']}"
+    if settings["model"] == "transformer":
+        size = (
+            f"{settings['blocks']} blocks of width {settings['width']}, "
+            f"{settings['context']} tokens"
+        )
     return (
-        f"{settings['model']}, {size}x{size}, batch {settings['batch_size']}, "
+        f"{settings['model']}, {size}, batch {settings['batch_size']}, "
         f"{results['machine']['cores']} cores, {settings['rounds']} rounds of {results['steps']} "
         "steps"
     )

@@ -11,15 +11,16 @@ import shutil
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import fdg_jax as fdg
+from experiments.benchmarking.model import CHANNELS, CLASSES, VOCABULARY, Sizes, load
 from experiments.common.errors import UsageError
 from experiments.common.machine import cores
 from experiments.images.settings import DTYPES
 from experiments.images.task import compute
+from experiments.text.precision import computed_in
 from experiments.training import family
 from experiments.training.config import MESSAGE_DTYPES, blame
 from experiments.training.methods import METHODS, Method
@@ -27,7 +28,6 @@ from fdg_jax.optim import Staleness, recipes
 from fdg_jax.partition import Cost, units_of
 from fdg_jax.schedule import Schedule
 
-CHANNELS, CLASSES = 3, 10
 # So small that random labels cannot drive the weights anywhere: numbers that are not finite, or
 # denormal, would be computed at another speed.
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4
@@ -47,7 +47,19 @@ PIPED = {
     "fdg_muon_recipe": Method("fdg"),
 }
 del PIPED["backprop"]  # is the plain loop here
-OTHER_PROCESSES = ("backprop_one_core", "backprop_untuned", "backprop_torch")
+# PyTorch's; the others' processes may use one core each.
+TORCH = (
+    "backprop_torch",
+    "backprop_torch_one_core",
+    "ddp_torch",
+    "gpipe_torch",
+    "one_f_one_b_torch",
+    "zero_bubble_torch",
+    "fdg_torch",
+)
+OTHER_PROCESSES = ("backprop_one_core", "backprop_untuned", "fdg_two_processes", *TORCH)
+# Contenders that divide a mini-batch, one part or micro-batch each.
+MICROBATCHED = ("gpipe_torch", "one_f_one_b_torch", "zero_bubble_torch")
 NAMES = ("backprop", "backprop_xla", "engine_k1", "data_parallel", *PIPED, *OTHER_PROCESSES)
 ALLOWED = f"{', '.join(NAMES)}, one_device_k<K>, one_device_k<K>_dispatched"
 DEFAULT = ("backprop", "engine_k1", "data_parallel", "gpipe", "one_f_one_b", "ddg", "fdg")
@@ -62,6 +74,10 @@ class Settings:
     model: str = "plain16"
     image_size: int = 16
     batch_size: int = 32
+    width: int = Sizes.width
+    blocks: int = Sizes.blocks
+    heads: int = Sizes.heads
+    context: int = Sizes.context
     num_stages: int = 2
     microbatches: int = 4
     partition: str = "time"
@@ -81,7 +97,8 @@ class Settings:
         """Raises `UsageError` for the first invalid value."""
         if not self.workdir:
             raise UsageError("--workdir: is missing; name the folder for the results")
-        bounds = {"image_size": 1, "batch_size": 1, "num_stages": 1, "microbatches": 1, "rounds": 1}
+        sizes = [field.name for field in dataclasses.fields(Sizes)]
+        bounds = dict.fromkeys([*sizes, "num_stages", "microbatches", "rounds"], 1)
         family.check(self.family)
         for name, least in {**bounds, "steps": 0, "warmup_steps": 0, "seed": 0}.items():
             if not least <= getattr(self, name) < 2**31:
@@ -95,8 +112,7 @@ class Settings:
                 raise UsageError(
                     f"--{name}={value}: no such choice; allowed are {', '.join(allowed)}"
                 )
-        with blame("model"):
-            units = len(units_of(fdg.models.create(self.model, CLASSES, CHANNELS)))
+        units = len(units_of(self.layers()))
         if self.num_stages > units:
             raise UsageError(
                 f"--num_stages={self.num_stages}: {self.model} has {units} layers that can be "
@@ -114,25 +130,47 @@ class Settings:
                     f"choose one_device_k1 to one_device_k{units}"
                 )
             parts = self.schedule(name).microbatches if name in PIPED else 1
+            parts = self.microbatches if name in MICROBATCHED else parts
             if self.batch_size % parts:
                 raise UsageError(
                     f"--microbatches={parts}: does not divide --batch_size={self.batch_size}, as "
                     f"{name} asks; choose one that does"
                 )
         group = min(self.num_stages, cores())
-        if "data_parallel" in self.contenders and self.batch_size % group:
+        shared = [name for name in ("data_parallel", "ddp_torch") if name in self.contenders]
+        if shared and self.batch_size % group:
             raise UsageError(
                 f"--batch_size={self.batch_size}: does not divide over the {group} devices of "
-                "data_parallel; choose a multiple"
+                f"{shared[0]}; choose a multiple"
             )
         if self.partition not in ("time", "flops"):
             self._check_cuts(units)
         python = shutil.which(os.path.expanduser(self.torch_python))
-        if "backprop_torch" in self.contenders and python is None:
+        if python is None and (rows := [name for name in self.contenders if name in TORCH]):
             raise UsageError(
                 f"--torch_python={self.torch_python}: is no program; name the Python that has "
-                "torch, or leave backprop_torch out of --contenders"
+                f"torch, or leave {rows[0]} out of --contenders"
             )
+
+    def layers(self, fast_derivatives: bool = True) -> list[fdg.Layer]:
+        """The layers of the network; with JAX's and XLA's derivatives only, where it has others.
+
+        Raises:
+          UsageError: there is no such network.
+        """
+        if self.model == "transformer":
+            return computed_in(load(self.model, self.sizes).layers, self.dtype)
+        with blame("model"):
+            try:
+                how = compute(self.dtype, fast_derivatives)
+                return fdg.models.create(self.model, CLASSES, CHANNELS, compute=how)
+            except ValueError as error:
+                raise ValueError(f"{error}; or transformer") from error
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the batch, and of the transformer."""
+        return Sizes(*(getattr(self, field.name) for field in dataclasses.fields(Sizes)))
 
     @property
     def family(self) -> family.Family:
@@ -162,8 +200,10 @@ class Workload:
       settings: checked.
 
     Attributes:
-      images, labels: numpy; random, the same for all.
-      example: shapes of the images.
+      layers: of the network, input first.
+      inputs, labels: numpy; random, the same for all. Images, or tokens.
+      classes: size of the output.
+      example: shapes of the inputs.
       layer_costs: of every layer that can be cut between, in `unit`.
     """
 
@@ -172,17 +212,23 @@ class Workload:
         self.layers = self.network()
         size = settings.image_size
         rng = np.random.default_rng(settings.seed)
-        shape = (settings.batch_size, size, size, CHANNELS)
-        self.images = rng.standard_normal(shape, np.float32)
-        self.labels = rng.integers(CLASSES, size=settings.batch_size, dtype=np.int32)
-        self.example = jax.ShapeDtypeStruct(shape, jnp.float32)
+        if settings.model == "transformer":
+            shape: tuple[int, ...] = (settings.batch_size, settings.context)
+            self.classes = VOCABULARY
+            self.inputs = rng.integers(VOCABULARY, size=shape, dtype=np.int32)
+            self.labels = rng.integers(VOCABULARY, size=shape, dtype=np.int32)
+        else:
+            shape = (settings.batch_size, size, size, CHANNELS)
+            self.classes = CLASSES
+            self.inputs = rng.standard_normal(shape, np.float32)
+            self.labels = rng.integers(CLASSES, size=settings.batch_size, dtype=np.int32)
+        self.example = jax.ShapeDtypeStruct(self.inputs.shape, self.inputs.dtype)
         self.key = jax.random.key(settings.seed)
         self.unit = "seconds" if settings.partition == "time" else "FLOPs"
 
     def network(self, fast_derivatives: bool = True) -> list[fdg.Layer]:
         """The layers; or those whose derivatives are left to JAX and XLA."""
-        how = compute(self.settings.dtype, fast_derivatives)
-        return fdg.models.create(self.settings.model, CLASSES, CHANNELS, compute=how)
+        return self.settings.layers(fast_derivatives)
 
     @functools.cached_property
     def layer_costs(self) -> tuple[float, ...]:

@@ -155,8 +155,8 @@ class Advice:
 
     def __str__(self) -> str:
         measured, several = self.measured, max((1, *self.measured.cuts))
-        alone, beside = measured.layers[Setting()], measured.beside(several)
-        assert beside is not None
+        alone = measured.layers[Setting()]
+        beside = measured.layers.get(Setting(pipelines=several), alone)
         settings = [("alone", alone)]
         if beside is not alone:
             settings.append((f"{several} devices at work", beside))

@@ -44,10 +44,11 @@ def advise(
 ) -> Advice:
     """Predicts throughput, memory and staleness of the methods on 1 to D devices.
 
-    Layers and messages are measured. The simulator computes the throughput of back-propagation,
-    data parallelism, 1F1B, DDG and FDG from these times. CPU devices share the cores of their
-    machine, so for K stages a layer is measured on K devices at once; other devices are measured
-    one at a time.
+    The cuts follow from measured layers. Then the programs of the resulting stages and their
+    messages are measured, and the simulator computes the throughput of back-propagation, data
+    parallelism, 1F1B, DDG and FDG from these times. CPU devices share the cores of their machine,
+    so for K stages a program is measured on K devices at once; other devices are measured one at a
+    time.
 
     Args:
       layers: the network, input first.
@@ -57,7 +58,7 @@ def advise(
       loss_fn: as in `fdg_jax.Pipeline`; None: the mean square of the outputs, without labels.
       optimizer: an optax transformation for all stages; None: SGD with momentum.
       microbatches: number of micro-batches of 1F1B.
-      seconds: time for measuring layers after compilation; exceeded if 3 rounds take longer.
+      seconds: time for measuring after compilation; exceeded if 3 rounds take longer.
 
     Returns:
       The advice; ``print`` it.
@@ -107,21 +108,23 @@ def advise(
     if stages and not divided:
         notes.append(f"one_f_one_b: {microbatches} parts do not divide a mini-batch of {size}")
     at_once = chosen[0].platform == "cpu"
-    settings = [Setting()]
-    for k in stages:
-        own = k if at_once else 1
-        settings += [Setting(pipelines=own)]
-        settings += [Setting(pipelines=own, parts=microbatches)] * divided
-    settings = list(dict.fromkeys(settings + [Setting(shared_by=n) for n in sharing]))
-    times = layer_times(units, batch, loss_fn, optimizer, chosen, settings, seconds)
+    devices_at_work = {k: k if at_once else 1 for k in (1, *stages)}
+    rest = batch, loss_fn, optimizer, chosen, seconds / 2
+    settings = list(dict.fromkeys(Setting(pipelines=n) for n in devices_at_work.values()))
+    (times,) = layer_times([(units, settings)], *rest)
 
     # --- The resulting stages and their messages.
     cuts, hops, sizes, shared = {}, {}, {}, {}
-    for k in (1, *stages):
-        its = times[Setting(pipelines=k if at_once else 1)]
+    networks: list[tuple[Sequence[Layer], list[Setting]]] = []
+    for k, at_work in devices_at_work.items():
+        its = times[Setting(pipelines=at_work)]
         costs = [f + b for f, b in zip(its.forward, its.backward, strict=True)]
         own_cuts = optimal_cuts(costs, k)
         made = partition(layers, k, plain(batch[0]), cost=own_cuts)
+        wanted = [Setting(), Setting(pipelines=at_work)]
+        wanted += [Setting(pipelines=at_work, parts=microbatches)] * (divided and k > 1)
+        wanted += [Setting(shared_by=n) for n in sharing] * (k == 1)
+        networks.append((made, list(dict.fromkeys(wanted))))
         pipe = Pipeline(made, loss_fn, optimizer, backprop(k), devices=chosen[:k])
         sizes[k] = stage_bytes(pipe, batch)
         if k > 1:
@@ -140,7 +143,8 @@ def advise(
         smallest = message_seconds(np.zeros(1, np.float32), *chosen[:2])
         # No message is faster than the smallest, whatever the machine did at that moment.
         latency = min(smallest, *itertools.chain(*hops.values()))
-    measured = Measured(times, cuts, hops, latency, sizes, shared, microbatches)
+    by_stages = dict(zip(devices_at_work, layer_times(networks, *rest), strict=True))
+    measured = Measured(times, by_stages, cuts, hops, latency, sizes, shared, microbatches)
     return Advice.of(measured, notes)
 
 

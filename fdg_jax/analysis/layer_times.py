@@ -1,4 +1,5 @@
-"""Measured times of layers, with the engine's programs: alone, side by side, on shared batches.
+"""Measured times of layers or stages, with the engine's programs: alone, side by side, on shared
+batches.
 
     program     content                              used by
     forward     output and residuals                 stages before the last
@@ -16,7 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -34,10 +35,10 @@ PROGRAMS = ("forward", "backward", "together", "update")
 
 
 class Setting(NamedTuple):
-    """Conditions under which a layer is measured.
+    """Conditions under which a layer or stage is measured.
 
     Attributes:
-      pipelines: number of devices that run the layer at once, each with its own mini-batch, like
+      pipelines: number of devices that run it at once, each with its own mini-batch, like
         the stages of a pipeline.
       shared_by: number of devices that divide the mini-batch, as in data parallelism.
       parts: number of micro-batches of the mini-batch, of which one is measured.
@@ -58,10 +59,10 @@ class Setting(NamedTuple):
 
 
 class LayerTimes(NamedTuple):
-    """Seconds of every layer, in one setting.
+    """Seconds of every layer, or of every stage, in one setting.
 
     Attributes:
-      forward, backward, together, update: as above, one number per layer; empty if no method uses
+      forward, backward, together, update: as above, one number each; empty if no method uses
         the program in this setting.
     """
 
@@ -72,52 +73,55 @@ class LayerTimes(NamedTuple):
 
 
 def layer_times(
-    units: Sequence[Layer],
+    networks: Sequence[tuple[Sequence[Layer], Sequence[Setting]]],
     batch: tuple[PyTree, PyTree],
     loss_fn: LossFn,
     optimizer: Optimizer,
     devices: Sequence[jax.Device],
-    settings: Sequence[Setting],
     seconds: float = 20.0,
-) -> dict[Setting, LayerTimes]:
+) -> list[dict[Setting, LayerTimes]]:
     """Measures every distinct layer and shape; the loss is included in the last layer.
 
     All programs of all settings run in interleaved rounds, and the median of each counts, so
     changes of the machine's speed affect all of them equally.
 
     Args:
-      units: layers, input first, as returned by `fdg_jax.partition.units_of`.
+      networks: layers, input first, as returned by `fdg_jax.partition.units_of` or as the stages of
+        a partition, and the settings in which they are measured.
       batch: inputs and labels, arrays.
       loss_fn: of the network.
       optimizer: of every layer.
       devices: at least as many as the settings require.
-      settings: the settings to measure.
       seconds: time after which no further round starts; at least 3 and at most 21 rounds.
 
     Returns:
-      Times by setting.
+      For each network, times by setting.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> from fdg_jax import from_fn
       >>> layers = [from_fn(jnp.tanh)] * 2
       >>> batch = jnp.ones((4, 3)), jnp.zeros((4, 3))
-      >>> found = layer_times(layers, batch, lambda y, t: (jnp.mean((y - t) ** 2), {}),
-      ...                     optax.sgd(0.1), jax.devices(), [Setting()], seconds=0)
+      >>> (found,) = layer_times([(layers, [Setting()])], batch,
+      ...                        lambda y, t: (jnp.mean((y - t) ** 2), {}), optax.sgd(0.1),
+      ...                        jax.devices(), seconds=0)
       >>> len(found[Setting()].forward), min(found[Setting()].together) > 0
       (2, True)
     """
     (loss,) = losses_of(loss_fn, backprop(1))
-    network = Network(units, batch, loss, optimizer, devices)
-    runs: dict[tuple[Setting, str, int], Callable[[], float]] = {}
-    places: dict[Setting, list[int]] = {}
-    for setting in settings:
-        made, places[setting] = network.benches(*setting, "backward" in setting.programs)
-        for i, benches in enumerate(made):
-            for program in setting.programs:
-                runs[setting, program, i] = functools.partial(_sample, benches, program, [])
-                runs[setting, program, i]()  # compiles
-    samples: dict[tuple[Setting, str, int], list[float]] = {key: [] for key in runs}
+    runs: dict[Any, Callable[[], float]] = {}
+    places: list[dict[Setting, list[int]]] = []
+    for n, (units, settings) in enumerate(networks):
+        network = Network(units, batch, loss, optimizer, devices)
+        places.append({})
+        for setting in settings:
+            made, places[n][setting] = network.benches(*setting, "backward" in setting.programs)
+            for i, benches in enumerate(made):
+                for program in setting.programs:
+                    run = functools.partial(_sample, benches, program, [])
+                    run()  # compiles
+                    runs[n, setting, program, i] = run
+    samples: dict[Any, list[float]] = {key: [] for key in runs}
     began = time.perf_counter()
     for done in range(ROUNDS):
         if done >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
@@ -125,15 +129,18 @@ def layer_times(
         for key, run in runs.items():
             samples[key].append(run())
     median = {key: statistics.median(values) for key, values in samples.items()}
-    return {
-        setting: LayerTimes(
-            **{
-                program: tuple(median[setting, program, i] for i in places[setting])
-                for program in setting.programs
-            }
-        )
-        for setting in settings
-    }
+    return [
+        {
+            setting: LayerTimes(
+                **{
+                    program: tuple(median[n, setting, program, i] for i in indices)
+                    for program in setting.programs
+                }
+            )
+            for setting, indices in own.items()
+        }
+        for n, own in enumerate(places)
+    ]
 
 
 def _sample(benches: Sequence[LayerBench], program: str, repeats: list[int]) -> float:

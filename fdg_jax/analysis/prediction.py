@@ -1,9 +1,8 @@
-"""Throughput of every method, simulated from measured times of layers."""
+"""Throughput of every method, simulated from measured times of stages."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fdg_jax import methods
@@ -22,8 +21,11 @@ class Measured:
     """The measurements that predictions are based on.
 
     Args:
-      layers: seconds of every layer by setting. ``Setting()`` is required; others are K pipelines
-        at once, if devices share cores, and those required by methods.
+      layers: seconds of every layer by setting, from which the cuts follow: ``Setting()``, and K
+        pipelines at once if devices share cores.
+      stages: seconds of every stage by K and setting; the whole network is the stage of K = 1.
+        ``Setting()`` is required for each K; others are K pipelines at once, if devices share
+        cores, and those required by methods.
       cuts: K-1 layer numbers for every K > 1.
       hops: seconds of a message of a whole mini-batch over each of the K-1 hops, for every K > 1.
       latency: seconds of the smallest message, included in those of all others.
@@ -34,6 +36,7 @@ class Measured:
     """
 
     layers: Mapping[Setting, LayerTimes]
+    stages: Mapping[int, Mapping[Setting, LayerTimes]]
     cuts: Mapping[int, tuple[int, ...]]
     hops: Mapping[int, tuple[float, ...]]
     latency: float
@@ -42,9 +45,9 @@ class Measured:
     parts: int = 4
 
     def beside(self, stages: int, parts: int = 1) -> LayerTimes | None:
-        """Times of the layers with this many stages running; None if not measured."""
-        found = self.layers.get(Setting(pipelines=stages, parts=parts))
-        return found or self.layers.get(Setting(parts=parts))
+        """Times of the stages while all of them run; None if not measured."""
+        own = self.stages.get(stages, {})
+        return own.get(Setting(pipelines=stages, parts=parts)) or own.get(Setting(parts=parts))
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,8 @@ def predict(measured: Measured) -> tuple[Row, ...]:
 def costs_of(measured: Measured, method: str, stages: int) -> Costs | None:
     """Seconds and bytes of the stages of a method.
 
-    .. math::
-        f_k = \\sum_i \\text{forward}_i, \\qquad
-        b_k = \\sum_i \\text{backward}_i, \\qquad
-        f_{K-1} + b_{K-1} = \\sum_i \\text{together}_i
-
-    over the layers i of a stage. The engine compiles a backward and its update as one program, and
-    all three in the last stage. With M micro-batches the seconds are M times those of one, and the
-    update counts once.
+    The engine compiles a backward and its update as one program, and all three in the last stage.
+    With M micro-batches the seconds are M times those of one, and the update counts once.
 
     Args:
       measured: times and sizes.
@@ -114,11 +111,11 @@ def costs_of(measured: Measured, method: str, stages: int) -> Costs | None:
     parts = measured.parts if method == "one_f_one_b" else 1
     # In back-propagation only one stage runs at a time.
     alone = method == "backprop"
-    times = measured.layers.get(Setting()) if alone else measured.beside(stages, parts)
+    own = measured.stages.get(stages, {})
+    times = own.get(Setting()) if alone else measured.beside(stages, parts)
     if times is None or stages not in measured.sizes:
         return None
-    cuts = measured.cuts.get(stages, ())
-    forward, backward, together, update = (_by_stage(seconds, cuts) for seconds in times)
+    forward, backward, together, update = map(list, times)
     if parts > 1:
         # Accumulating backwards include no update, and no stage compiles all as one program.
         pure = [max(b - u, 0.0) for b, u in zip(backward, update, strict=True)]
@@ -187,13 +184,13 @@ def crossing(costs: Costs, gain: float = 0.05) -> float | None:
 
 def _row(measured: Measured, name: str, count: int, base: Row | None) -> Row | None:
     if name == "data_parallel":
-        times = measured.layers.get(Setting(shared_by=count))
+        times = measured.stages[1].get(Setting(shared_by=count))
         if times is None:
             return None
         sizes = measured.shared[count]
         costs: Costs | None = Costs(
             [0],
-            [sum(times.together)],
+            list(times.together),
             input_bytes=sizes.inputs,
             residual_bytes=sizes.residuals,
             parameter_bytes=sizes.parameters,
@@ -220,8 +217,3 @@ def _row(measured: Measured, name: str, count: int, base: Row | None) -> Row | N
 def _schedule(measured: Measured, name: str, count: int) -> Schedule:
     options = {"microbatches": measured.parts} if name == "one_f_one_b" else {}
     return methods.create(name, count, **options)["schedule"]
-
-
-def _by_stage(seconds: Sequence[float], cuts: Sequence[int]) -> list[float]:
-    edges = (0, *cuts, len(seconds))
-    return [sum(seconds[a:b]) for a, b in itertools.pairwise(edges)]

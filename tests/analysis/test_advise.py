@@ -23,16 +23,36 @@ def times(scale: float = 1.0) -> LayerTimes:
     return LayerTimes(*((scale * value,) * 4 for value in (1.0, 2.0, 2.5, 0.5)))
 
 
+def stages(layers: dict[Setting, LayerTimes]) -> dict[int, dict[Setting, LayerTimes]]:
+    """Of the whole network, and of two stages of two layers; as long as their layers."""
+    return {
+        k: {
+            setting: LayerTimes(
+                *(
+                    tuple(sum(seconds[i : i + 4 // k]) for i in range(0, 4, 4 // k))
+                    for seconds in own
+                )
+            )
+            for setting, own in layers.items()
+        }
+        for k in (1, 2)
+    }
+
+
+LAYERS = {
+    Setting(): times(),
+    Setting(parts=4): times(0.25),
+    Setting(shared_by=2): times(0.55),
+}
+
+
 SIZES = {
     1: StageBytes((8,), (8,), (40,), (10,), (10,)),
     2: StageBytes((8, 4), (8, 4), (20, 20), (5, 5), (5, 5)),
 }
 MEASURED = Measured(
-    layers={
-        Setting(): times(),
-        Setting(parts=4): times(0.25),
-        Setting(shared_by=2): times(0.55),
-    },
+    layers={Setting(): times()},
+    stages=stages(LAYERS),
     cuts={2: (2,)},
     hops={2: (0.6,)},
     latency=0.1,
@@ -74,8 +94,9 @@ def test_micro_batches_leave_the_update_to_the_end():
 
 def test_stages_that_share_a_machine_have_times_of_their_own():
     """At K = 2 layers are half as fast; one stage after the other still has the machine alone."""
-    layers = {**MEASURED.layers, Setting(pipelines=2): times(2.0)}
-    shared = dataclasses.replace(MEASURED, layers=layers)
+    shared = dataclasses.replace(
+        MEASURED, stages=stages({**LAYERS, Setting(pipelines=2): times(2.0)})
+    )
     seconds = {(row.method, row.devices): 1 / row.throughput for row in predict(shared)}
     assert seconds["fdg", 2] == pytest.approx(12)
     assert seconds["backprop", 2] == pytest.approx(12.2)
@@ -84,9 +105,10 @@ def test_stages_that_share_a_machine_have_times_of_their_own():
 
 
 def test_what_is_not_measured_is_left_out():
-    bare = dataclasses.replace(MEASURED, layers={Setting(): times()}, shared={})
+    bare = dataclasses.replace(MEASURED, stages=stages({Setting(): times()}), shared={})
     assert [row.method for row in predict(bare)] == ["backprop", "backprop", "ddg", "fdg"]
-    alone = Measured({Setting(): times()}, {}, {}, 0.0, {1: SIZES[1]}, {})
+    own = {Setting(): times()}
+    alone = Measured(own, {1: stages(own)[1]}, {}, {}, 0.0, {1: SIZES[1]}, {})
     advice = Advice.of(alone)
     assert [row.method for row in advice.rows] == ["backprop"]
     assert advice.recommendation.startswith("Stay with back-propagation")
@@ -98,7 +120,7 @@ def without_messages(seconds: float) -> Measured:
     """Without data parallelism, and both stages equal."""
     layers = {Setting(): LayerTimes((1.0,) * 4, (1.5,) * 4, (2.5,) * 4, (0.5,) * 4)}
     return dataclasses.replace(
-        MEASURED, layers=layers, shared={}, hops={2: (seconds,)}, latency=0.0
+        MEASURED, stages=stages(layers), shared={}, hops={2: (seconds,)}, latency=0.0
     )
 
 
@@ -128,7 +150,7 @@ def test_stages_that_take_turns_are_not_recommended():
     odd = LayerTimes((1.0,) * 4, (0.5,) * 4, (2.5,) * 4, (0.5,) * 4)
     kept = {Setting(): odd, Setting(pipelines=2): times(5.0)}
     advice = Advice.of(
-        dataclasses.replace(MEASURED, layers=kept, shared={}, hops={2: (0.0,)}, latency=0.0)
+        dataclasses.replace(MEASURED, stages=stages(kept), shared={}, hops={2: (0.0,)}, latency=0.0)
     )
     assert advice.row("backprop", 2).speedup == pytest.approx(10 / 8)
     assert advice.choice is advice.rows[0]
@@ -182,13 +204,17 @@ def test_a_network_is_measured():
     assert [(row.method, row.devices) for row in advice.rows] == rows
     assert advice.notes == ()
     found = advice.measured.layers
-    assert list(found) == [Setting(), Setting(2), Setting(2, parts=4), Setting(shared_by=2)]
-    for setting, seconds in found.items():
-        measured = [name for name, values in seconds._asdict().items() if values]
-        assert measured == list(setting.programs)
-        for name in measured:
-            assert len(getattr(seconds, name)) == 5
-            assert min(getattr(seconds, name)) > 0
+    assert list(found) == [Setting(), Setting(2)]
+    of_stages = advice.measured.stages
+    assert list(of_stages[1]) == [Setting(), Setting(shared_by=2)]
+    assert list(of_stages[2]) == [Setting(), Setting(2), Setting(2, parts=4)]
+    for count, own in ((5, found), (1, of_stages[1]), (2, of_stages[2])):
+        for setting, seconds in own.items():
+            measured = [name for name, values in seconds._asdict().items() if values]
+            assert measured == list(setting.programs)
+            for name in measured:
+                assert len(getattr(seconds, name)) == count
+                assert min(getattr(seconds, name)) > 0
     # Equal layers are measured once.
     forward = found[Setting()].forward
     assert forward[1] == forward[2] == forward[3] != forward[4]
@@ -237,9 +263,8 @@ def test_measured_programs_are_those_of_training(setting, monkeypatch):
     monkeypatch.setattr(module, "_sample", lambda benches, program, repeats: _keep(seen, benches))
     batch = networks.batches(1)[0]
     units = units_of([networks.dense(4), networks.batch_norm(), networks.dense(3)])
-    layer_times(
-        units, batch, networks.loss_fn, optax.sgd(0.1, 0.9), jax.devices(), [setting], seconds=0
-    )
+    rest = batch, networks.loss_fn, optax.sgd(0.1, 0.9), jax.devices()
+    layer_times([(units, [setting])], *rest, seconds=0)
     groups = {id(benches): benches for benches in seen}.values()
     assert len(groups) == 3
     for benches in groups:

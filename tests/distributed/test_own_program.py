@@ -4,6 +4,8 @@ import re
 import shutil
 import sys
 
+import pytest
+
 from tests import pages, processes
 
 PAGE = processes.ROOT / "docs" / "guides" / "processes.md"
@@ -23,6 +25,7 @@ def near(a, b):
     return a.keys() == b.keys() and all(abs(a[name] - b[name]) < 0.02 for name in a)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_and_go_on_from_its_checkpoints(tmp_path):
     ((_, code),) = pages.blocks(PAGE.read_text(encoding="utf-8"))
     assert len(code.splitlines()) <= 60

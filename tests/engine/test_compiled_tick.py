@@ -13,6 +13,7 @@ from fdg_jax.analysis import Recorder
 from fdg_jax.checkpoint import Checkpointer
 from fdg_jax.engine import steady
 from tests import networks
+from tests.thinned import thinned
 
 STEPS = 40
 SCHEDULES = {
@@ -79,8 +80,7 @@ def test_schedules(name):
         equal(one.drain(plain)[0], two.drain(compiled)[0])
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("guard", ["ignore", "skip"])
+@pytest.mark.parametrize(("rule", "guard"), thinned(RULES, ["ignore", "skip"], keep=3))
 def test_rules_and_guard(rule, guard):
     with jax.enable_x64(True):
         data = batches()
@@ -147,7 +147,9 @@ def test_checkpoint_of_either_form(tmp_path):
             equal(train(b, data[30:], state)[0], whole)
 
 
-@pytest.mark.parametrize("name", ["adl", "then_fdg", "pipedream_2bw", "period_not_named"])
+@pytest.mark.parametrize(
+    "name", thinned(["adl", "then_fdg", "pipedream_2bw", "period_not_named"], keep=3)
+)
 def test_a_restored_run_compiles_the_ticks_of_an_undisturbed_one(name, monkeypatch):
     """Compiled ticks may round differently, so these decide over the bits."""
     ticks = []

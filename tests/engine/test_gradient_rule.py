@@ -11,6 +11,7 @@ import pytest
 import fdg_jax as fdg
 from fdg_jax import reference
 from tests import networks
+from tests.thinned import thinned
 
 DATA = networks.batches(24)
 
@@ -69,8 +70,10 @@ CORRECTIONS = {
 }
 
 
-@pytest.mark.parametrize("rule", ["stale", "recompute_stale", "recompute"])
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize(
+    ("rule", "correction"),
+    thinned(["stale", "recompute_stale", "recompute"], CORRECTIONS, keep=3),
+)
 def test_corrections_equal_the_oracle(correction, rule):
     # They need the weights of a gradient's own forward, and the oracle has every version.
     optimizer = networks.sgd(0.5, 3)
@@ -164,8 +167,7 @@ def test_losses_must_be_where_the_schedule_has_them():
         )
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 4])
-@pytest.mark.parametrize("rule", ["stale", "recompute"])
+@pytest.mark.parametrize(("num_stages", "rule"), thinned([1, 2, 4], ["stale", "recompute"], keep=3))
 def test_a_split_backward_is_gpipe_to_rounding(num_stages, rule):
     layers = networks.network(dropping=False)
     stages = fdg.partition(layers, num_stages, DATA[0][0], cost=[1] * 6)

@@ -134,7 +134,7 @@ def test_this_process_leaves_the_device_to_the_pieces(tmp_path):
 def test_bfloat16_of_the_transformer_keeps_its_parameters():
     tiny = network.TINY["transformer"]
     work = network.workload(tiny, "bfloat16")
-    tokens = work.images
+    tokens = work.inputs
     x = tokens
     for i, layer in enumerate(work.layers):
         params, state = layer.init(work.key, x)

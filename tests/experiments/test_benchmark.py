@@ -167,7 +167,8 @@ def test_torch_is_left_out_of_other_networks(tiny, capsys):
     chosen = dataclasses.replace(tiny, contenders=("backprop", "backprop_torch"), rounds=1)
     results = benchmark.run(chosen)
     assert [row["name"] for row in results["contenders"]] == ["backprop"]
-    note = "backprop_torch is skipped: tiny is not written in PyTorch here, plain16 is"
+    note = "backprop_torch is skipped: tiny is not written in PyTorch here; "
+    note += "plain16 and transformer are"
     assert results["notes"] == [note]
     assert note in capsys.readouterr().out
 
@@ -191,6 +192,7 @@ REFUSED = {
     "--image_size=0": "--image_size=0: must be 1 or more",
     "--batch_size=6": "--microbatches=4: does not divide --batch_size=6, as gpipe asks",
     "--batch_size=5 --microbatches=1": "--batch_size=5: does not divide over the 2 devices of data",
+    "--model=transformer --heads=3": "--heads=3: does not divide --width=64",
     "--rounds=0": "--rounds=0: must be 1 or more",
     "--steps=-1": "--steps=-1: must be 0 or more",
     "--turn_seconds=0": "--turn_seconds=0.0: must be above 0; 3 is usual",

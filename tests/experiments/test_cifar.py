@@ -116,6 +116,7 @@ def test_a_run_writes_its_files_and_repeats_bit_for_bit(images, cache, tmp_path)
         assert text in done.stdout
 
 
+@pytest.mark.slow
 def test_seed_order_beta_and_method_each_change_the_result(images, cache, tmp_path):
     hashes = set()
     for i, change in enumerate(
@@ -129,6 +130,7 @@ def test_seed_order_beta_and_method_each_change_the_result(images, cache, tmp_pa
     assert len(hashes) == 5
 
 
+@pytest.mark.slow
 def test_half_precision_own_derivatives_and_short_messages_change_no_more_than_rounding(
     images, cache, tmp_path
 ):
@@ -151,6 +153,7 @@ def test_half_precision_own_derivatives_and_short_messages_change_no_more_than_r
     assert sent["test_loss"] == pytest.approx(full["test_loss"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_flags_that_a_method_does_not_use_are_ignored(images, cache, tmp_path):
     hashes = set()
     for i, change in enumerate(["--beta=1", "--beta=0.5", "--order=backward_first"]):
@@ -203,11 +206,11 @@ def test_every_method_trains(name, images, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--method=dgl"],
         ["--message_dtype=int8"],
         *(
             pytest.param(arguments, marks=pytest.mark.slow)
             for arguments in (
+                ["--method=dgl"],
                 ["--method=petra", "--model=small_revnet", "--partition=flops"],
                 ["--method=dgl", "--message_dtype=int8"],
                 ["--method=dni", "--synthesizer_width=8"],

@@ -307,6 +307,7 @@ def test_what_does_not_fit_network_or_data_is_refused(tmp_path, arguments, messa
     assert not (tmp_path / "series").exists()
 
 
+@pytest.mark.slow
 def test_a_real_series_of_two_runs(tmp_path):
     rng = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 10)):

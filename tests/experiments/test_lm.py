@@ -80,6 +80,7 @@ def test_the_head_may_use_the_embeddings_table(settings):
         dataclasses.replace(tied, method="petra", model="reversible_transformer").check()
 
 
+@pytest.mark.slow
 def test_it_trains_with_messages_of_a_byte_a_number(settings):
     int8 = dataclasses.replace(settings, message_dtype="int8")
     assert loop.run(int8, Text)["validation_loss"] < 1
@@ -151,6 +152,7 @@ def test_reversible_blocks_are_undone_and_the_head_reads_the_mean():
     assert sum(jax.tree.leaves(kernels(params))) == 5
 
 
+@pytest.mark.slow
 def test_a_reversible_transformer_is_trained_where_the_flag_says_so(settings):
     reversible = dataclasses.replace(settings, model="reversible_transformer")
     assert loop.run(reversible, Text)["validation_loss"] < 1

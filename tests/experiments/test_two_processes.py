@@ -27,6 +27,7 @@ def sent(dtype: str) -> int:
     return json.loads(line.removeprefix(two_processes.MARK))["bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.cpu_count() < 2, reason="two processes need two cores")
 def test_fewer_bits_are_fewer_bytes_between_two_processes():
     found = {dtype: sent(dtype) for dtype in SIZES}

@@ -181,6 +181,7 @@ def wide(layer, times):
     return dataclasses.replace(layer, init=init)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", thinned(["reversible", "stale"]))
 def test_three_stages_of_fdg_equal_the_oracle(gradient):
     rng = np.random.default_rng(0)

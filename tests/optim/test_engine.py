@@ -90,7 +90,7 @@ CASES = [
     for i, name in enumerate(SCHEDULES)
     for j, k in enumerate((2, 3, 4))
     for n, gradient in enumerate(("stale", "recompute_stale", "recompute"))
-    for slow in [(i + j + n) % 5 != 0]
+    for slow in [(i + j + n) % 7 != 0]
 ]
 
 

@@ -52,6 +52,22 @@ def test_untuned_trains_what_jax_makes_of_it_and_its_memory_is_not_kept():
         row.close()
 
 
+@pytest.mark.slow
+def test_two_processes_train_what_one_does():
+    work = Workload(dataclasses.replace(SETTINGS, partition="2"))
+    row = benchmark.make("fdg_two_processes", work)
+    try:
+        cores = [os.sched_getaffinity(pid) for pid in row.processes]
+        assert [len(own) for own in cores] == [1, 1]
+        assert cores[0] != cores[1]
+        assert row.turn(4) > 0
+        here = contender.make("fdg", work)
+        here.turn(here.fill + 4)
+        assert row.loss == pytest.approx(here.loss, rel=1e-5)
+    finally:
+        row.close()
+
+
 @pytest.mark.parametrize(
     ("name", "kept"), [("backprop_one_core", True), ("backprop_untuned", False)]
 )
@@ -60,7 +76,8 @@ def test_which_of_them_keeps_memory(monkeypatch, capsys, name, kept):
     monkeypatch.setattr(setup, "prepare_jax", lambda stages, keep_memory: asked.append(keep_memory))
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None)
     monkeypatch.setattr("jax.config.update", lambda name, value: None)
-    monkeypatch.setattr("sys.argv", ["child", name, json.dumps(dataclasses.asdict(SETTINGS))])
+    words = json.dumps(dataclasses.asdict(SETTINGS))
+    monkeypatch.setattr("sys.argv", ["child", name, words, "1234", "0"])
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     child.main()
     assert asked == [kept]

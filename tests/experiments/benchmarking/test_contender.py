@@ -55,7 +55,7 @@ def test_the_update_is_sgd_with_momentum_and_weight_decay(tiny):
     velocity = jax.tree.map(jnp.zeros_like, weights)
 
     def loss(weights, model_state):
-        y, new = layer.apply(weights, model_state, work.images, train=True, key=work.key)
+        y, new = layer.apply(weights, model_state, work.inputs, train=True, key=work.key)
         return -jax.nn.log_softmax(y)[jnp.arange(8), work.labels].mean(), new
 
     for _ in range(3):

@@ -110,6 +110,7 @@ def test_stages_that_reconstruct_their_inputs_hold_less_than_half(tiny):
     assert petra[0]["bytes"]["in flight"] == again[0]["bytes"]["in flight"] > 0
 
 
+@pytest.mark.slow
 def test_so_do_stages_of_the_reversible_transformer():
     held_by = {}
     for method in ("petra", "dsp"):

@@ -1,77 +1,128 @@
-"""The process that trains in PyTorch; a program that pretends to be it, where torch is not."""
+"""The processes that train in PyTorch; a program that pretends to be one, where torch is not."""
 
+import dataclasses
+import json
 import os
-import pathlib
 import stat
 import sys
 
 import jax
+import numpy as np
 import pytest
 
+from experiments.benchmarking import contender
 from experiments.benchmarking.other_process import LeftOut
-from experiments.benchmarking.torch_row import Torch
-from experiments.benchmarking.workload import Settings, Workload
+from experiments.benchmarking.torch_row import Torch, arrays_of
+from experiments.benchmarking.workload import TORCH, Settings, Workload
+from experiments.training.task import loss_fn
 
 FAKE_TORCH = """#!{python}
-import json, sys
+import json, pathlib, sys
 settings = json.loads(sys.argv[3])
-assert sys.argv[1] == "-I" and sys.argv[2].endswith("torch_net.py"), sys.argv
-print(json.dumps({{"torch": "9", "threads": 2, "memory_format": "m", "parameters": {count}}}))
-sys.stdout.flush()
+assert sys.argv[1] == "-I" and sys.argv[2].endswith("peers/main.py"), sys.argv
+assert (pathlib.Path(settings["folder"]) / "index.json").is_file()
+ready = {{"torch": "9", "threads": 2, "parameters": {count}, "first_loss": {loss}}}
+print(json.dumps(ready), flush=True)
 for line in sys.stdin:
     if line == "13\\n":
         sys.exit("out of luck")
-    answer = {{"seconds": 0.5 * int(line), "loss": settings["depth"], "settling_cpu_seconds": 0}}
+    answer = {{"seconds": 0.5 * int(line), "loss": settings["network"]["depth"]}}
     print(json.dumps(answer), flush=True)
 """
+PLAIN = Settings("somewhere", model="plain16", image_size=4, batch_size=8, partition="flops")
+TEXT = dataclasses.replace(PLAIN, model="transformer", width=16, blocks=2, heads=2, context=8)
 
 
-def fake_torch(folder: pathlib.Path, count: int) -> str:
+def fake_torch(folder, **values):
     path = folder / "python_with_torch"
-    path.write_text(FAKE_TORCH.format(python=sys.executable, count=count))
+    path.write_text(FAKE_TORCH.format(python=sys.executable, **values))
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
 
 
-def plain16(torch_python: str) -> Workload:
-    return Workload(Settings("somewhere", model="plain16", image_size=4, torch_python=torch_python))
+def workload(torch_python, settings=PLAIN):
+    return Workload(dataclasses.replace(settings, torch_python=torch_python))
 
 
-def parameters(work: Workload) -> int:
-    shapes = jax.eval_shape(work.split(1)[0].init, work.key, work.example)[0]
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+@pytest.fixture(scope="module")
+def expected():
+    """Number of parameters, and loss of the first step."""
+    work = workload(sys.executable)
+    layer = work.split(1)[0]
+    params, state = layer.init(work.key, work.example)
+    y, _ = layer.apply(params, state, work.inputs, train=True, key=work.key)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return {"count": count, "loss": float(loss_fn(y, work.labels)[0])}
 
 
-def test_torch_in_a_process_of_its_own(tmp_path):
-    count = parameters(plain16(sys.executable))
-    work = plain16(fake_torch(tmp_path, count))
+def test_torch_in_a_process_of_its_own(tmp_path, expected):
+    work = workload(fake_torch(tmp_path, **expected))
     row = Torch("backprop_torch", work)
     assert row.turn(4) == 2.0
     assert row.loss == 16
-    assert row.about == "PyTorch 9, 2 threads, m"
-    (pid,) = row.processes
+    assert row.about == "PyTorch 9, eager, 2 threads"
     with pytest.raises(RuntimeError, match="out of luck"):
         row.turn(13)
-    row = Torch("backprop_torch", work)
-    (pid,) = row.processes
-    os.kill(pid, 0)
-    row.close()
-    with pytest.raises(ProcessLookupError):
+    row = Torch("fdg_torch", work)
+    assert row.about == "PyTorch 9, FDG, 2 processes of one core"
+    assert len(row.processes) == 2
+    for pid in row.processes:
         os.kill(pid, 0)
-    with pytest.raises(RuntimeError, match=f"{count + 1} parameters, but plain16 has {count}"):
-        Torch("backprop_torch", plain16(fake_torch(tmp_path, count + 1)))
+    row.close()
+    for pid in row.processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_another_network_is_found_out(tmp_path, expected):
+    other = {**expected, "count": expected["count"] + 1}
+    with pytest.raises(RuntimeError, match=f"{other['count']} parameters, but plain16 has"):
+        Torch("backprop_torch", workload(fake_torch(tmp_path, **other)))
+    other = {**expected, "loss": 1.01 * expected["loss"]}
+    with pytest.raises(RuntimeError, match="backprop_torch: the loss of the first step is"):
+        Torch("backprop_torch", workload(fake_torch(tmp_path, **other)))
 
 
 def test_torch_is_left_out_where_it_does_not_run():
     with pytest.raises(LeftOut, match=r"false cannot run torch \(status 1\)"):
-        Torch("backprop_torch", plain16("false"))
+        Torch("backprop_torch", workload("false"))
+    other = dataclasses.replace(PLAIN, model="small_resnet")
+    with pytest.raises(LeftOut, match="plain16 and transformer are"):
+        Torch("backprop_torch", workload("false", other))
+
+
+@pytest.mark.parametrize("settings", [PLAIN, TEXT], ids=["plain16", "transformer"])
+def test_arrays_are_named_by_layer(settings):
+    work = workload("false", settings)
+    params, _ = work.split(1)[0].init(work.key, work.example)
+    arrays = arrays_of(work, params)
+    own = {name for name in arrays if name.startswith("1.")}
+    assert np.array_equal(arrays.pop("inputs"), work.inputs)
+    assert np.array_equal(arrays.pop("labels"), work.labels)
+    assert sum(a.size for a in arrays.values()) == sum(a.size for a in jax.tree.leaves(params))
+    if settings is PLAIN:
+        assert own == {"1.conv.kernel", "1.norm.scale", "1.norm.bias"}
+        assert json.loads(json.dumps(sorted(arrays)))[-1].startswith("9.")
+    else:
+        assert "1.qkv.kernel" in own
+        assert arrays["0.position"].shape == (8, 16)
 
 
 @pytest.mark.skipif("FDG_TORCH_PYTHON" not in os.environ, reason="names a Python that has torch")
-def test_torch_itself():
-    row = Torch("backprop_torch", plain16(os.environ["FDG_TORCH_PYTHON"]))
-    first = row.turn(1), row.loss
-    row.turn(5)
-    assert first[0] > 0
-    assert row.loss < first[1]
-    row.close()
+@pytest.mark.parametrize("settings", [PLAIN, TEXT], ids=["plain16", "transformer"])
+def test_torch_itself(settings):
+    """The same first loss, which `Torch` checks, and the same delayed training."""
+    work = workload(os.environ["FDG_TORCH_PYTHON"], settings)
+    for name in TORCH:
+        row = Torch(name, work)
+        row.turn(1)
+        first = row.loss
+        if name == "fdg_torch":
+            row.turn(10)
+            here = contender.make("fdg", work)
+            here.turn(1 + 1 + 1 + 10)
+            assert row.loss == pytest.approx(here.loss, rel=1e-4)
+        else:
+            row.turn(30)
+            assert row.loss < first
+        row.close()

@@ -177,6 +177,7 @@ def test_what_needs_no_times_measures_none(values, taken):
     assert not taken
 
 
+@pytest.mark.slow
 def test_the_command_line_measures_by_default(tmp_path):
     """The compiled programs are kept between runs; the times are this test's own."""
     arguments = ["--model=small_resnet", "--batch_size=16", "--train_size=80", "--steps=2"]

@@ -105,6 +105,7 @@ def content(workdir: pathlib.Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(workdir.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_stopped_ends_as_an_undisturbed_one(images, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     status, _, errors = end(start(images, whole))

@@ -16,6 +16,7 @@ from tests import networks
 from tests.experiments.test_cifar import cache, cifar, images, small  # noqa: F401
 
 
+@pytest.mark.slow
 def test_a_watched_run_ends_as_one_that_is_not(images, cache, tmp_path):  # noqa: F811
     base = [*small(images, tmp_path), "--epochs=10", "--eval_every_epochs=10"]
     added = ("--timeline=20", "--profile=2", "--writers=tensorboard")

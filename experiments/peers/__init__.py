@@ -1,0 +1,1 @@
+"""The networks of the benchmark in PyTorch and their training loops."""
