@@ -23,12 +23,12 @@ LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Network:
-    """A network, its batch, and how long a timed case of it takes.
+    """A network, its batch, and the expected time of a timed case.
 
     Attributes:
-      model: of `fdg_jax.models.create`, or "transformer".
-      sizes: of its batch, and of the transformer.
-      expected: seconds of a process that compiles and times it, before any is known.
+      model: a name of `fdg_jax.models.create`, or "transformer".
+      sizes: sizes of its batch and of the transformer.
+      expected: expected seconds of a process that compiles and times it.
     """
 
     model: str
@@ -37,7 +37,7 @@ class Network:
 
     @property
     def about(self) -> str:
-        """Its size, in words."""
+        """Its size as text."""
         own = self.sizes
         if self.model != "transformer":
             return f"{own.image_size}x{own.image_size}, batch {own.batch_size}, SGD"
@@ -56,7 +56,7 @@ NETWORKS = {
     "resnet110": Network("resnet110", _IMAGES, 90.0),
     "resnet1202": Network("resnet1202", _IMAGES, 180.0),
 }
-# For a rehearsal.
+# For rehearsals.
 TINY = {
     "small_resnet": Network("small_resnet", Sizes(batch_size=4, image_size=8), 10.0),
     "transformer": Network(
@@ -69,8 +69,8 @@ class Text(Workload):
     """The transformer on random bytes, with AdamW.
 
     Args:
-      settings: of the benchmark; dtype and seed count.
-      sizes: of network and batch.
+      settings: settings of the benchmark; only dtype and seed are used.
+      sizes: sizes of network and batch.
     """
 
     def __init__(self, settings: Settings, sizes: Sizes) -> None:
@@ -83,7 +83,7 @@ class Text(Workload):
         self.unit = "FLOPs"
 
     def network(self, fast_derivatives: bool = True) -> list[Layer]:
-        del fast_derivatives  # has none of its own
+        del fast_derivatives  # there are no custom derivatives
         return self.layers
 
     def optimizer(self, name: str = "", late: Staleness = 0) -> optax.GradientTransformation:
@@ -110,7 +110,7 @@ def computed_in(layers: Sequence[Layer], dtype: str) -> list[Layer]:
     """Layers that compute in ``dtype`` with float32 parameters; the last returns float32.
 
     Args:
-      layers: of a transformer: activations take the dtype of the parameters.
+      layers: a transformer, whose activations have the dtype of the parameters.
       dtype: "float32" or "bfloat16".
     """
     if dtype == "float32":
@@ -132,7 +132,7 @@ def _cast(layer: Layer, dtype: str) -> Layer:
 
 
 def parameters(work: Workload) -> int:
-    """How many a network has."""
+    """The number of parameters of a network."""
     init = fdg.chain(work.layers).init
     params, _ = jax.eval_shape(init, work.key, work.example)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
