@@ -1,7 +1,7 @@
 """Plain back-propagation in its own process: pinned to one core, or with JAX's defaults.
 
-Run by `experiments.benchmark`: it reads the settings from its arguments, says when it is ready, and
-then trains as many steps as each line of its input says.
+Run by `experiments.benchmark`: it reads the settings from its arguments, reports when it is ready,
+and then trains the number of steps in each line of its input.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from experiments.benchmarking.workload import Settings
 
 
 class Child(OtherProcess):
-    """A contender that this module's `main` trains.
+    """A contender trained by this module's `main`.
 
     Args:
       name: as in --contenders.
-      settings: of the benchmark.
+      settings: settings of the benchmark.
 
     Raises:
       RuntimeError: it ended before it was ready.
@@ -36,12 +36,12 @@ class Child(OtherProcess):
 class OneCore(Child):
     """`backprop` in a process pinned to one core.
 
-    XLA gives a CPU device the threads of all cores that its process may use, and runs what is
-    independent inside a program side by side. So a step "on one device" takes more than one core,
-    where a stage of a pipeline must share them with the other stages.
+    An XLA CPU device uses threads on all cores available to its process and runs independent parts
+    of a program in parallel. So a step "on one device" uses several cores, which the stages of a
+    pipeline must share.
 
     Raises:
-      LeftOut: this system does not hold a process to a core.
+      LeftOut: this system cannot pin a process to a core.
     """
 
     def __init__(self, name: str, settings: Settings) -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     core = None
     if one_core:
         core = max(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {core})  # before JAX counts the cores, and makes its threads
+        os.sched_setaffinity(0, {core})  # before JAX counts the cores and creates its threads
     import jax
 
     from experiments.benchmarking import contender
@@ -73,7 +73,7 @@ def main() -> None:
     from experiments.training import setup
 
     settings = Settings(**{**values, "contenders": tuple(values["contenders"]), "num_stages": 1})
-    # XLA makes other programs where there is one core; its cache would not tell them apart.
+    # XLA compiles different programs for one core, which its cache does not distinguish.
     if one_core:
         jax.config.update("jax_enable_compilation_cache", False)
     setup.prepare_jax(1, keep_memory=one_core)

@@ -44,7 +44,7 @@ class OtherProcess(Contender):
             self._process.stdin.write(f"{steps}\n")
             self._process.stdin.flush()
         except OSError:
-            pass  # it has ended, and its answer says why
+            pass  # it has ended; `_answer` reports why
         self.last = self._answer()
         return float(self.last["seconds"])
 
@@ -64,7 +64,7 @@ class OtherProcess(Contender):
         self._errors.close()
 
     def _answer(self) -> dict[str, Any]:
-        """The next line; raises `RuntimeError` with the last line of its errors where it ended."""
+        """The next line; if it has ended, raises `RuntimeError` with the last line of stderr."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:

@@ -1,8 +1,8 @@
 """The network of the benchmark in PyTorch, trained in its own process.
 
 Run by `experiments.benchmarking.torch_row`, with any Python that has torch; nothing else is
-imported. Reads one number a line (train so many steps), answers one line of JSON each; the end of
-the input ends it.
+imported. Reads a number of steps per line and answers each with a line of JSON; ends at the end of
+its input.
 """
 
 import json
@@ -12,7 +12,7 @@ import time
 import torch
 from torch import nn
 
-# After this long no OpenMP thread spins any more, whichever library torch was built with.
+# After this time OpenMP threads have stopped spinning, in every library used by torch.
 SETTLE_SECONDS = 0.3
 
 

@@ -19,15 +19,14 @@ WIDTH = 64
 
 
 class Torch(OtherProcess):
-    """`experiments.benchmarking.torch_net`, told when it is its turn.
+    """Runs `experiments.benchmarking.torch_net` in turns.
 
-    Its OpenMP threads spin for a moment after a turn (0.2 s at most, in the library that spins
-    longest): the turn's answer comes only when they have stopped. Nothing about threads is set, so
-    it runs as PyTorch does by default, on all cores.
+    Its OpenMP threads spin after a turn (for at most 0.2 s), so it answers after they have stopped.
+    No setting of threads is changed: it uses all cores, PyTorch's default.
 
     Args:
       name: as in --contenders.
-      work: what is trained; a plain network.
+      work: the workload; a plain network.
 
     Raises:
       LeftOut: torch cannot be imported, or has no such network.
@@ -53,7 +52,7 @@ class Torch(OtherProcess):
         python = shutil.which(os.path.expanduser(settings.torch_python))
         program = pathlib.Path(__file__).with_name("torch_net.py")
         try:
-            # -I: our own modules, which lie beside the program, must not shadow torch's.
+            # -I: modules in the program's folder must not shadow torch's.
             super().__init__(name, [str(python), "-I", str(program), json.dumps(network)])
         except (RuntimeError, OSError) as error:
             raise LeftOut(f"{settings.torch_python} cannot run torch ({error})") from error

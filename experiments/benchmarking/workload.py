@@ -28,12 +28,12 @@ from fdg_jax.partition import Cost, units_of
 from fdg_jax.schedule import Schedule
 
 CHANNELS, CLASSES = 3, 10
-# So small that random labels cannot drive the weights anywhere: numbers that are not finite, or
-# denormal, would be computed at another speed.
+# Small, so that training on random labels does not diverge: non-finite or denormal numbers have a
+# different speed.
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4
 
 ONE_DEVICE = re.compile(r"one_device_k([1-9]\d{0,3})(_dispatched)?")
-# Methods that the engine runs, one stage a device.
+# Methods run by the engine, with one stage per device.
 PIPED = {
     **{name: own for name, own in METHODS.items() if not own.one_stage},
     "fdg_recompute_stale": Method("fdg", gradient="recompute_stale"),
@@ -46,7 +46,7 @@ PIPED = {
     "fdg_muon": Method("fdg"),
     "fdg_muon_recipe": Method("fdg"),
 }
-del PIPED["backprop"]  # is the plain loop here
+del PIPED["backprop"]  # run as a plain loop here
 OTHER_PROCESSES = ("backprop_one_core", "backprop_untuned", "backprop_torch")
 NAMES = ("backprop", "backprop_xla", "engine_k1", "data_parallel", *PIPED, *OTHER_PROCESSES)
 ALLOWED = f"{', '.join(NAMES)}, one_device_k<K>, one_device_k<K>_dispatched"
@@ -136,7 +136,7 @@ class Settings:
 
     @property
     def family(self) -> family.Family:
-        """Heads and synthesizers of the methods that have them."""
+        """Settings of heads and synthesizers, for methods that have them."""
         return family.Family(synthesizer_width=self.synthesizer_width)
 
     def schedule(self, name: str) -> Schedule:
@@ -159,12 +159,12 @@ class Workload:
     """Network, batch and optimizer of a benchmark.
 
     Args:
-      settings: checked.
+      settings: checked settings.
 
     Attributes:
-      images, labels: numpy; random, the same for all.
+      images, labels: random numpy arrays, equal for all contenders.
       example: shapes of the images.
-      layer_costs: of every layer that can be cut between, in `unit`.
+      layer_costs: costs of the layers between which cuts are possible, in `unit`.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -180,18 +180,18 @@ class Workload:
         self.unit = "seconds" if settings.partition == "time" else "FLOPs"
 
     def network(self, fast_derivatives: bool = True) -> list[fdg.Layer]:
-        """The layers; or those whose derivatives are left to JAX and XLA."""
+        """The layers, with the models' own derivatives or those of JAX and XLA."""
         how = compute(self.settings.dtype, fast_derivatives)
         return fdg.models.create(self.settings.model, CLASSES, CHANNELS, compute=how)
 
     @functools.cached_property
     def layer_costs(self) -> tuple[float, ...]:
         cost: Cost = "time" if self.unit == "seconds" else "flops"
-        # Measured once, so that all splits are made from the same numbers.
+        # Measured once, so that all splits use the same costs.
         return fdg.partition(self.layers, 1, self.example, cost=cost).layer_costs
 
     def split(self, num_stages: int) -> fdg.Partition:
-        """The network in K stages; cuts that were given are those of --num_stages only."""
+        """The network in K stages; given cuts only apply to --num_stages."""
         settings = self.settings
         costs: tuple[float, ...] = self.layer_costs if num_stages > 1 else ()
         if num_stages == settings.num_stages and settings.partition not in ("time", "flops"):
@@ -199,7 +199,7 @@ class Workload:
         return fdg.partition(self.layers, num_stages, self.example, cost=costs)
 
     def optimizer(self, name: str = "", late: Staleness = 0) -> optax.GradientTransformation:
-        """SGD with momentum and weight decay, or what a contender is named after; one a stage."""
+        """A stage's optimizer: SGD with momentum and weight decay, or that of the contender."""
         recipe = name.endswith("_recipe")
         if name == "fdg_recipe":
             return recipes.sgd(LEARNING_RATE, late, MOMENTUM, WEIGHT_DECAY)
