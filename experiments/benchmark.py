@@ -42,7 +42,7 @@ from experiments.training import family, setup
 from experiments.training.config import MESSAGE_DTYPES
 
 FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
-# Settings of locations, not of what is measured.
+# Settings that only name locations.
 PLACES = ("workdir", "torch_python", "overwrite")
 HELP = {
     "workdir": f"Directory for {', '.join(FILES)}.",

@@ -1,4 +1,4 @@
-"""A network with batch and loss, by name: of the project, or returned by the user's function."""
+"""A network with batch and loss, by name: the project's, or returned by the user's function."""
 
 from __future__ import annotations
 

@@ -27,9 +27,9 @@ class Usage(NamedTuple):
 
     Attributes:
       wall: wall-clock seconds.
-      busy: of all processes, on the cores available to this one; None if unavailable.
+      busy: used by all processes, on the cores available to this one; None if unavailable.
       idle: the rest.
-      own: of this program.
+      own: used by this program.
     """
 
     wall: float

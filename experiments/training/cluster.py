@@ -64,8 +64,8 @@ def join(config: Config, values: flags.FlagValues = flags.FLAGS) -> None:
         return
     # Two CPU devices of a process can wait for each other's thread, so its stages share one.
     setup.prepare_jax(1)
-    # The order of sums in XLA's CPU kernels depends on the process's number of threads: one per core,
-    # or per device if there are more. With that of a single process with all devices, results are
+    # The order of sums in XLA's CPU kernels depends on the process's threads: one per core, or per
+    # device if there are more. With as many as a single process with all devices has, results are
     # bitwise equal.
     devices = config.num_stages * config.devices_per_stage
     os.environ.setdefault("NPROC", str(max(machine.cores(), devices)))

@@ -44,8 +44,8 @@ class LayerBench:
     Args:
       stage: the layer as a stage.
       x: its input.
-      labels: of the batch.
-      output: of the layer; None: computed by the forward.
+      labels: the batch's labels.
+      output: the layer's output; None: computed by the forward.
       keeps: whether backwards will run, which need the residuals of a forward.
     """
 

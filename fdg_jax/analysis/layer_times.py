@@ -88,8 +88,8 @@ def layer_times(
     Args:
       units: layers, input first, as returned by `fdg_jax.partition.units_of`.
       batch: inputs and labels, arrays.
-      loss_fn: of the network.
-      optimizer: of every layer.
+      loss_fn: the network's loss function.
+      optimizer: the optimizer of every layer.
       devices: at least as many as the settings require.
       settings: the settings to measure.
       seconds: time after which no further round starts; at least 3 and at most 21 rounds.

@@ -67,7 +67,7 @@ class GradientRule:
         """The rule of one stage.
 
         Args:
-          has_loss: whether the stage has a loss of its own.
+          has_loss: whether the stage has its own loss.
           staleness: the most updates between a batch's forward and its backward, in steady state.
         """
         del has_loss, staleness

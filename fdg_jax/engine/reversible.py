@@ -66,7 +66,7 @@ def kept_by(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> list[PyTr
 
     Args:
       layer: the stage.
-      params, state: of the layer, which may be abstract.
+      params, state: its params and model state, which may be abstract.
       x: its input, which may be abstract.
 
     Returns:
