@@ -2,8 +2,8 @@
 
     python -m tests.distributed.living OWN COUNT HOST:PORT DEED
 
-DEED: stay, leave (success), fail (uncaught exception), quit (status 3 by os._exit, after a notice to
-the others).
+DEED: stay, leave (success), fail (uncaught exception), quit (status 3 by os._exit, after a notice
+to the others).
 """
 
 from __future__ import annotations
