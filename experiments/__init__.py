@@ -1,1 +1,1 @@
-"""Programs that train with fdg_jax: python -m experiments.<name>; folders hold their parts."""
+"""Programs that train with fdg_jax: python -m experiments.<name>; folders contain their modules."""

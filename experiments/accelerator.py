@@ -7,8 +7,8 @@ of back-propagation, the engine with K = 1, and FDG with K = 2, 4, 8 on one devi
 dispatched, with peak memory. training: the paper's recipe for ResNet-20 and ResNet-56 with
 back-propagation, FDG and DDG. Every piece is a process; none needs the network.
 
-A piece that does not fit into --minutes is not begun. The same command goes on: exit status 75
-says that pieces remain, 0 that all are done. Writes accelerator.json, accelerator.md and
+Pieces that do not fit into --minutes are not started. Repeat the command to continue: exit status
+75 means that pieces remain, 0 that all are done. Writes accelerator.json, accelerator.md and
 accelerator.png after every piece.
 """
 
@@ -32,7 +32,7 @@ from experiments.common.errors import Failed, Stopped, UsageError
 
 FLAGS = flags.FLAGS
 PARTS = ("tests", "times", "training")
-# Rehearsals say nothing about speed, so little is spent on compilation.
+# Speed is irrelevant in rehearsals, so compilation is kept cheap.
 REHEARSED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 Runner = Callable[[Piece, float], Outcome]
@@ -40,7 +40,7 @@ Runner = Callable[[Piece, float], Outcome]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the flags say; each field is the flag of that name."""
+    """The settings; each field is the flag of that name."""
 
     workdir: str
     minutes: float = 8.0
@@ -53,7 +53,7 @@ class Settings:
     retry_failed: bool = False
 
     def check(self) -> None:
-        """Raises `UsageError` for the first value that is not allowed."""
+        """Raises `UsageError` for the first invalid value."""
         if not self.workdir:
             raise UsageError("--workdir: is missing; name the folder for the results")
         if not 0 < self.minutes < math.inf:
@@ -71,7 +71,7 @@ class Settings:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What all pieces of a workdir have in common."""
+        """The settings common to all pieces of a workdir."""
         return {name: getattr(self, name) for name in ("rehearse", "dataset", "epochs")}
 
 
@@ -99,7 +99,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Settings:
-    """The settings that the flags say, checked."""
+    """The settings given by the flags, checked."""
     given: dict[str, Any] = fields.given(Settings, parsed)
     known = network.TINY if given["rehearse"] else network.NETWORKS
     given["networks"] = tuple(known if given["networks"] is None else given["networks"])
@@ -112,7 +112,7 @@ def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Settings:
 
 
 def plan(settings: Settings, platform: str) -> list[Piece]:
-    """All pieces of the chosen parts, in the order in which they are run."""
+    """All pieces of the chosen parts, in execution order."""
     own, found = settings, []
     if "tests" in own.parts:
         found += checks.pieces(folder(own.workdir, "smoke"), platform, own.rehearse)
@@ -135,18 +135,18 @@ def work(
     runner: Runner = piece.run,
     clock: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Runs what is missing and fits; writes the files after every piece.
+    """Runs the missing pieces that fit the time limit; writes the files after every piece.
 
     Args:
-      pieces: all that belong to it.
-      record: of what is known; its machine is.
-      minutes: for all of it. The first piece is begun however long it is expected to take, so that
-        every command gets on.
-      runner: runs a piece for so many seconds at most.
-      clock: seconds.
+      pieces: all pieces.
+      record: the record of the workdir, with its machine.
+      minutes: the time limit. The first piece is started regardless of its expected time, so that
+        every command makes progress.
+      runner: runs a piece with a time limit in seconds.
+      clock: the time in seconds.
 
     Returns:
-      How many pieces remain.
+      The number of remaining pieces.
     """
     deadline = clock() + 60 * minutes
     pending = record.pending(pieces)
@@ -167,14 +167,14 @@ def work(
 
 
 def save(record: Record, remaining: int) -> None:
-    """accelerator.json, accelerator.md and accelerator.png."""
+    """Writes accelerator.json, accelerator.md and accelerator.png."""
     text = tables.markdown(record.machine, record.settings, record.rows)
     rehearsed = bool(record.settings["rehearse"])
     record.write(text, chart.draw(record.machine, record.rows, rehearsed=rehearsed), remaining)
 
 
 def summary(row: dict[str, Any]) -> str:
-    """A row, for one line on screen."""
+    """A row as text for the console."""
     if row["state"] == FAILED:
         return f"FAILED  {row['error']}  {row['seconds']:.0f} s"
     found, parts = row["found"], []
@@ -190,8 +190,8 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def stop(*_: object) -> None:
-    """SIGTERM: the piece that is under way is stopped, and the same command goes on."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the piece has its time to end
+    """Handles SIGTERM: stops the current piece; the same command continues."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the piece needs time to end
     raise Stopped("stopped; the same command goes on")
 
 
@@ -201,7 +201,7 @@ def main() -> None:
     record = Record(settings.workdir, settings.shared)
     signal.signal(signal.SIGTERM, stop)
     if "training" in settings.parts:
-        # Found wrong here or not at all; it also fills the cache of decoded images.
+        # Detects errors of the data set early and fills the cache of decoded images.
         data.load(settings.dataset, settings.data_dir)
         print(f"trains on {settings.dataset}", flush=True)
     if settings.retry_failed:

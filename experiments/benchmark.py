@@ -44,7 +44,7 @@ from experiments.training import family, setup
 from experiments.training.config import MESSAGE_DTYPES
 
 FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
-# Settings that say where things are, not what is measured.
+# Settings that only name locations.
 PLACES = ("workdir", "torch_python", "overwrite")
 HELP = {
     "workdir": f"Directory for {', '.join(FILES)}.",
@@ -83,7 +83,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Measures, prints and writes; returns the contents of benchmark.json.
 
     Raises:
-      UsageError: a setting is not allowed; nothing has been written then.
+      UsageError: an invalid setting; nothing has been written.
     """
     settings.check()
     folder = pathlib.Path(settings.workdir).expanduser()
@@ -91,7 +91,7 @@ def run(settings: Settings) -> dict[str, Any]:
         raise UsageError(f"--workdir={settings.workdir}: holds a training run; name another folder")
     workdir.check(settings.workdir, overwrite=settings.overwrite, files=FILES)
     screen = Screen(0)
-    # --- The machine, before this program makes it busy itself.
+    # --- The load of the machine, before this program adds to it.
     found, reason = machine.at_rest(settings.max_load)
     setup.prepare_jax(settings.num_stages)
     about = {**machine.environment(), **found}
@@ -111,7 +111,7 @@ def run(settings: Settings) -> dict[str, Any]:
             f"other programs used up to {max(disturbed):.2f} cores in {len(disturbed)} of "
             f"{len(used)} rounds"
         )
-    # --- What follows from the seconds.
+    # --- Quantities derived from the seconds.
     base = "backprop" if "backprop" in rows else contenders[0].name
     own = {c.name: seconds[c.name] for c in contenders}
     for c in contenders:
@@ -144,7 +144,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "cost_unit": work.unit,
         **log,
     }
-    # --- On disk first: a terminal may be gone by now.
+    # --- Files first, since the terminal may be gone by now.
     out = workdir.Workdir(settings.workdir, overwrite=settings.overwrite, files=FILES)
     out.write_json("benchmark.json", results)
     out.write_bytes("benchmark.md", tables.markdown(results).encode())
@@ -158,10 +158,10 @@ def run(settings: Settings) -> dict[str, Any]:
 def warm_up(
     work: Workload, screen: Screen, stack: contextlib.ExitStack
 ) -> tuple[list[Contender], dict[str, dict[str, Any]], list[str]]:
-    """Makes, compiles and fills every contender, and counts its bytes.
+    """Creates, compiles and fills every contender, and counts its bytes.
 
     Returns:
-      The contenders, a row for each by name, and notes on skipped contenders.
+      The contenders, their rows by name, and notes on skipped contenders.
     """
     contenders: list[Contender] = []
     rows: dict[str, dict[str, Any]] = {}
@@ -216,7 +216,7 @@ def make(name: str, work: Workload) -> Contender:
 
 
 def alones(made: Contender) -> list[Alone]:
-    """The stages of FDG, each alone; other schedules make a stage wait in every tick."""
+    """The stages of FDG, each alone; in other schedules a stage waits within a tick."""
     if not isinstance(made, Piped) or made.schedule.name != "fdg" or made.name not in PIPED:
         return []
     return [Alone(made, k) for k in range(made.stages)]
@@ -242,7 +242,7 @@ def rounds(
             groups[at_once(c)] = alone[c.name]
         turns += [(name, functools.partial(turn, group)) for name, group in groups.items()]
     processes = [pid for c in contenders for pid in c.processes]
-    trial = {name: take(2) / 2 for name, take in turns}  # also compiles what is left
+    trial = {name: take(2) / 2 for name, take in turns}  # also compiles the rest
     pace = "backprop" if "backprop" in trial else contenders[0].name
     period = math.lcm(*(c.schedule.period for c in contenders if isinstance(c, Piped)), 1)
     steps = settings.steps or period * math.ceil(settings.turn_seconds / trial[pace] / period)

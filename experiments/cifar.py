@@ -2,12 +2,12 @@
 
     python -m experiments.cifar --flagfile=experiments/flags/quickstart.cfg --workdir=runs/try
 
-Every setting is a flag; a flagfile holds flags, one a line, and later flags win. A flag that the
-chosen method does not use is checked but ignored, so that one flagfile serves every method.
+Every setting is a flag; a flagfile contains one flag per line, and later flags take precedence. A
+flag that the chosen method does not use is checked but ignored, so one flagfile serves all methods.
 
-The same command again goes on with a run that was stopped or killed. SIGTERM and Ctrl-C end a run
-after a checkpoint, with status 75; a second one ends it at once. A stage that fails, or numbers
-that are not finite, end it with status 1.
+Repeat the command to resume a run that was stopped or killed. SIGTERM and Ctrl-C end a run after a
+checkpoint, with status 75; a second one ends it immediately. A failed stage or non-finite numbers
+end it with status 1.
 """
 
 from __future__ import annotations

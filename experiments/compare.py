@@ -31,7 +31,7 @@ from experiments.training.config import Config
 from experiments.training.shown import number
 from fdg_jax.partition import units_of
 
-# Flags of a run that the lists below stand for.
+# Flags of a run that are replaced by the lists below.
 LISTED = {
     "method": "methods",
     "num_stages": "stages",
@@ -57,7 +57,7 @@ Runner = Callable[[list[str]], tuple[int, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """What is compared: the settings in common, and the lists."""
+    """A series of runs: common settings, and the lists."""
 
     common: Config
     methods: tuple[str, ...]
@@ -122,10 +122,10 @@ class Series:
 
 
 def run(series: Series, runner: Runner = train) -> int:
-    """Runs what is missing and writes the results after every run; returns the exit status.
+    """Trains missing runs and writes the results after each; returns the exit status.
 
     Raises:
-      UsageError: a folder holds a run with other settings.
+      UsageError: a folder contains a run with other settings.
     """
     records: dict[str, Record] = {}
     choosing = series.choosing()
@@ -135,7 +135,7 @@ def run(series: Series, runner: Runner = train) -> int:
     began = time.monotonic()
 
     def missing(configs: Sequence[Config]) -> list[Config]:
-        """Takes up the finished runs, and returns the others."""
+        """Adds finished runs to the records and returns the others."""
         found = []
         for config in configs:
             try:
@@ -159,12 +159,12 @@ def run(series: Series, runner: Runner = train) -> int:
         bands.write(folder, settings, choice(), list(records.values()))
 
     def go(configs: list[Config], later: int) -> int:
-        """Trains one after the other; returns how many the time did not suffice for."""
+        """Trains sequentially; returns the number of runs beyond the time limit."""
         for i, config in enumerate(configs):
             if 0 < series.limit_minutes * 60 <= time.monotonic() - began:
                 return len(configs) - i
             start = time.monotonic()
-            # An interrupted run goes on from its newest checkpoint, unless --overwrite gives it up.
+            # An interrupted run resumes from its newest checkpoint, unless --overwrite is given.
             overwrite = series.common.overwrite
             status, errors = runner(arguments(config, overwrite=overwrite))
             spent.append(time.monotonic() - start)
@@ -188,7 +188,7 @@ def run(series: Series, runner: Runner = train) -> int:
             )
         return 0
 
-    # All that can be refused is refused before the first run, whatever beta will be chosen.
+    # Raises all usage errors before the first run, for every beta that may be selected.
     missing(series.configs(sorted({1.0, *series.betas}), series.seeds))
     records.clear()
     first = missing(choosing)
@@ -196,7 +196,7 @@ def run(series: Series, runner: Runner = train) -> int:
     print(f"{len(records)} runs finished, {len(first) + len(final)} remaining", flush=True)
     if not series.report_only:
         left = go(first, len(final))
-        # The choice is known now, and with it which betas remain.
+        # With beta selected, the remaining runs are known.
         left += go(missing(series.final(choice())), 0)
         if left:
             print(f"time limit reached with {left} runs remaining; repeat the command to resume")
@@ -232,7 +232,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Series:
-    """The series that the flags say; raises `UsageError` for what is not allowed."""
+    """The series given by the flags; raises `UsageError` for invalid values."""
     if not parsed["workdir"].value:
         raise UsageError("--workdir: is missing; name the folder for the results")
     for name, instead in LISTED.items():
@@ -284,13 +284,13 @@ def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Series:
 
 
 def check(series: Series) -> Series:
-    """``series`` checked against network, data and disk, the size of the validation split set."""
+    """Checks ``series`` against network, data and disk, and sets the validation split's size."""
     common = series.common
     if not series.report_only:
         workdir.check(common.workdir, overwrite=True)
     elif series.choose_validation_size or not series.choose_beta:
         return series
-    # Loading also fills the cache of decoded images, before any clock runs.
+    # Loading also fills the cache of decoded images, before any time is measured.
     task = TASKS[common.PROGRAM](common)
     units = len(units_of(task.layers))
     cut = [methods.num_stages(c) for c in series.configs(series.betas, series.seeds)]

@@ -127,7 +127,7 @@ def numbers() -> list[float]:
     """Parses the learning rates and checks all other numbers.
 
     Raises:
-      UsageError: one is out of bounds.
+      UsageError: a number is out of bounds.
     """
     bounds = {"num_stages": 3, "blocks": 1, "steps": 1, "last": 1, "batch_size": 1, "seed": 0}
     for name, least in bounds.items():

@@ -55,7 +55,7 @@ def run_of(workdir: str) -> dict[str, Any]:
     """The config.json of the run in ``workdir``.
 
     Raises:
-      UsageError: there is no run, or it was begun before config.json said what a model needs.
+      UsageError: there is no run, or its config.json is too old to contain what a model needs.
     """
     if not workdir:
         raise UsageError("--workdir: is missing; name the folder of a run")
@@ -82,11 +82,11 @@ def choose(workdir: str, checkpoint: str) -> pathlib.Path:
     """The directory of the requested checkpoint.
 
     Args:
-      workdir: of the run.
+      workdir: the run's directory.
       checkpoint: "last", "best" or a step.
 
     Raises:
-      UsageError: there is none such.
+      UsageError: there is no such checkpoint.
     """
     directory = pathlib.Path(workdir).expanduser() / resume.FOLDER
     steps = manifest.steps(directory)
@@ -127,7 +127,7 @@ def place(output: str, overwrite: bool) -> pathlib.Path:
     """The output path.
 
     Raises:
-      UsageError: that is not possible, or something is there that may not be replaced.
+      UsageError: an invalid path, or an existing file that may not be replaced.
     """
     if not output:
         raise UsageError("--output: is missing; name the file to write")
@@ -140,7 +140,7 @@ def place(output: str, overwrite: bool) -> pathlib.Path:
         raise UsageError(f"--output={output}: cannot be written ({error}); name another") from error
     if there and not overwrite:
         raise UsageError(f"--output={output}: is there already; name another, or add --overwrite")
-    if folder:  # it would be deleted, with all that is in it
+    if folder:  # it would be deleted with its contents
         try:
             model_file.metadata(path)
         except ValueError as error:
@@ -161,13 +161,13 @@ def export(
     """Writes a run's model.
 
     Args:
-      workdir, output, kind, checkpoint, overwrite, averaged: what the flags say.
+      workdir, output, kind, checkpoint, overwrite, averaged: the values of the flags.
 
     Returns:
-      A line that says what has been written.
+      A line that describes the written file.
 
     Raises:
-      UsageError: it cannot be done; nothing has been written or replaced then.
+      UsageError: export is not possible; nothing has been written or replaced.
     """
     path = place(output, overwrite)
     run = run_of(workdir)
@@ -191,7 +191,7 @@ def export(
     about |= {
         "experiment": program_of(run),
         "step": step,
-        # Of the run's own params, where a tied array stands once.
+        # Hash of the run's own params, which contain a tied array once.
         "averaged": averaged,
         "params_sha256": params_sha256(emptied(tied_stages(stages, tie), found.params)),
         "fdg_jax": fdg.__version__,
@@ -207,7 +207,7 @@ def export(
 def read(
     run: dict[str, Any], folder: pathlib.Path, averaged: bool = False
 ) -> tuple[Sequence[Layer], weights.Weights, Tie | None]:
-    """The stages of a run, what a checkpoint has of them, and which of the arrays are tied."""
+    """The stages of a run, their weights from a checkpoint, and the tie."""
     task, config = task_of(run), settings_of(run)
     layers, example = model_file.layers(run), model_file.example(run, 1)
     stages = fdg.partition(layers, len(run["cuts"]) + 1, example, cost=run["cuts"])

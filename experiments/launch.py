@@ -4,8 +4,8 @@
 
 Adds --coordinator, --num_processes and --process_id to the command. Prints the output of each
 process with its number, and writes it to a file with --logs. If a process fails, all end, and its
-exit status is returned; with --restarts they start again from the newest checkpoint, with
---nooverwrite and --resume. Ctrl-C and SIGTERM are sent to all.
+exit status is returned; with --restarts they restart from the newest checkpoint, with --nooverwrite
+and --resume. Ctrl-C and SIGTERM are forwarded to all.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from fdg_jax.checkpoint.paths import local
 from fdg_jax.distributed import failure_detector, rendezvous
 
 FLAGS = flags.FLAGS
-# Seconds for the others to say what they know before they are killed.
+# Seconds for the others to report errors before they are killed.
 GRACE = 3.0
 TAIL = 20  # lines
-# Statuses of a process that others need not be killed for: done, and stopped because it was asked.
+# Exit statuses for which the others are not killed: success, and stopped on request.
 PEACEFUL = (0, distributed.PAUSED)
 USAGE = 2
 
@@ -52,11 +52,11 @@ class Member:
     """One process, its output, and the thread that reads it.
 
     Args:
-      number: which.
-      command: what to run; in a group of its own, so that nothing of it is left behind.
-      environment: for it.
-      log: where its lines go too.
-      ended: hears of its end.
+      number: the process number.
+      command: the command, run in its own process group, so that all its children can be ended.
+      environment: its environment.
+      log: additional destination of its output.
+      ended: receives the member when its process ends.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Member:
         for line in self.process.stdout:
             text = line.decode(errors="replace").rstrip()
             self.last.append(text)
-            # As one string: others write too.
+            # One write, because other threads write, too.
             sys.stdout.write(f"[{self.number}] {text}\n")
             sys.stdout.flush()
             if self._log is not None:
@@ -127,7 +127,7 @@ class Member:
 def once(arguments: list[str], count: int, logs: pathlib.Path | None) -> Member | None:
     """Runs all processes to the end; returns the first that failed or was stopped."""
     ended: queue.SimpleQueue[Member] = queue.SimpleQueue()
-    # With a token of their own, so that nobody else joins or ends the run.
+    # With a new token, so that no other process can join or end the run.
     token = {rendezvous.TOKEN: secrets.token_hex(16)}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **token}
     if count >= machine.cores():
@@ -163,14 +163,14 @@ def once(arguments: list[str], count: int, logs: pathlib.Path | None) -> Member 
 
 
 def _next(ended: queue.SimpleQueue[Member]) -> Member:
-    """The next to end; in short waits, since Python handles signals between them."""
+    """The next member to end; waits in short intervals, between which Python handles signals."""
     while True:
         with contextlib.suppress(queue.Empty):
             return ended.get(timeout=0.2)
 
 
 def _cause(members: list[Member]) -> Member:
-    """The process that failed first by itself."""
+    """The first process that failed on its own."""
     ended = [member for member in members if member.process.poll() is not None]
     own = [member for member in ended if member.status not in (*PEACEFUL, failure_detector.LOST)]
     return (own or ended)[0]
@@ -218,13 +218,13 @@ def main(arguments: list[str]) -> None:
         )
         if not again:
             sys.exit(failed.status)
-        # A run that has begun goes on, whatever the command said of the one before it.
+        # Resumes the run, even if the command has --overwrite.
         more = ["--nooverwrite", "--resume"]
 
 
 if __name__ == "__main__":
     define_flags()
-    # What stands after -- is no flag of this program.
+    # Arguments after -- are not flags of this program.
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     own, rest = sys.argv[:end], sys.argv[end + 1 :]
     if "-m" in own:

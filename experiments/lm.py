@@ -2,16 +2,16 @@
 
     python -m experiments.lm --flagfile=experiments/flags/lm_quick.cfg --workdir=runs/lm
 
-The text is a file (--dataset=file:PATH), or the documentation of Python's standard library as it is
-installed. Its end is held out; the loss on it, in nats per byte, is the result. Every setting is a
+The text is a file (--dataset=file:PATH), or the installed documentation of Python's standard
+library. Its end is held out; the loss on it, in nats per byte, is the result. Every setting is a
 flag; a flag that the chosen method does not use is checked but ignored.
 
-Each stage has an AdamW or Muon of its own, after clipping by the stage's own gradient norm; --beta
-shrinks what it gives, since a factor before it would cancel.
+Each stage has its own AdamW or Muon, after clipping by the stage's gradient norm; --beta shrinks
+its updates, since a factor on the gradient would cancel.
 
-The loop is that of experiments.cifar: the same command again goes on with a run that was stopped or
-killed, SIGTERM and Ctrl-C end one after a checkpoint, with status 75, and experiments.launch starts
-it in several processes.
+The loop is that of experiments.cifar: repeat the command to resume a run that was stopped or
+killed; SIGTERM and Ctrl-C end a run after a checkpoint, with status 75; experiments.launch starts
+several processes.
 """
 
 from __future__ import annotations

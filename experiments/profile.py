@@ -61,7 +61,7 @@ def kind(name: str, shape: str) -> str:
     if re.match(r"ynn_fusion|conv", stem):
         if len(sizes) < 4:
             return "reduction"
-        # The weight gradient is made as [channels, size, size, channels].
+        # The weight gradient has the shape [channels, size, size, channels].
         kernel = sizes[1] == sizes[2] and sizes[1] in (1, 3, 5, 7)
         return "convolution, weight gradient" if kernel else "convolution, forward and input"
     if "transpose" in stem or stem == "copy":

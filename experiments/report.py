@@ -25,7 +25,7 @@ from experiments.reporting.runs import Run
 from experiments.training.shown import number
 
 FLAGS = flags.FLAGS
-# Of config.json what is no setting, and has its own place on the page.
+# Entries of config.json that are not settings and are shown elsewhere on the page.
 DERIVED = {"stages", "versions", "layer_costs", "devices", "device_kind", "machine", "cores"}
 DERIVED |= {"experiment", "cuts", "cost_unit", "balance", "total_steps"}
 
@@ -35,7 +35,7 @@ def define_flags() -> None:
 
 
 def comparison(shown: Sequence[Run]) -> str:
-    """The table over the runs; the swatches are the legend of the plots."""
+    """The table of all runs; its swatches are the legend of the plots."""
     task = shown[0].task
     heads = ["run", "method", "K", task.metric, "best", "time", f"{task.unit}/s", "x the first"]
     heads += ["staleness", "stages busy", "all at once", "remedy", "beta", "seed", "state"]
@@ -68,7 +68,7 @@ def comparison(shown: Sequence[Run]) -> str:
 
 
 def curves(shown: Sequence[Run]) -> str:
-    """Error or loss against epochs and seconds, loss of training, speed."""
+    """Error or loss against epochs and seconds, training loss, speed."""
     task = shown[0].task
     metric, factor, unit = task.metric, *((100, ", %") if task.metric == "error" else (1, ""))
 
@@ -85,7 +85,7 @@ def curves(shown: Sequence[Run]) -> str:
     by_second = lines("seconds", metric, train=False, factor=factor)
     loss = lines("epoch", "loss", train=True)
     speed = lines("seconds", runs.speed_name(task), train=True)
-    # An error is a share of all; what a loss of 0 would be is far from any curve.
+    # Errors are fractions, so their axis starts at 0; a loss of 0 would be far from any curve.
     evaluated = functools.partial(page.plot, points=True, from_zero=metric == "error")
     plots = [
         evaluated(f"{name} {metric}{unit}", "epoch", by_epoch),
@@ -170,7 +170,7 @@ def percent(parts: Sequence[float]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, as minutes or hours where there are many."""
+    """A duration in seconds, minutes or hours."""
     if seconds is None:
         return "-"
     if seconds < 600:
@@ -179,7 +179,7 @@ def duration(seconds: float | None) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value of config.json in a cell."""
+    """A value of config.json as a cell."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {cell(part)}" for name, part in value.items())
     if isinstance(value, list):
@@ -188,7 +188,7 @@ def cell(value: Any) -> str:
 
 
 def names(folders: Sequence[str]) -> list[str]:
-    """What the runs are called: the last part of their path, or all of it where two are alike."""
+    """The names of the runs: the last part of the path, or the whole path if that is ambiguous."""
     short = [pathlib.Path(folder).name or folder for folder in folders]
     return short if len(set(short)) == len(short) else list(folders)
 
@@ -197,7 +197,7 @@ def write(folders: Sequence[str], output: str) -> None:
     """Writes the report of the runs in ``folders``.
 
     Raises:
-      UsageError: no run, or a damaged one; the page cannot be written.
+      UsageError: no run, or a damaged run; the page cannot be written.
     """
     path = local_path(output, "--output")
     if not folders:

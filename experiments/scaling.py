@@ -23,7 +23,7 @@ from fdg_jax.schedule import create
 
 FLAGS = flags.FLAGS
 METHODS = [name for name, method in methods.METHODS.items() if not method.one_stage]
-# Bytes per second that a device sends, one way, and seconds that a message takes on top.
+# Bytes per second of a device, one way, and latency of a message in seconds.
 NETWORKS = ["NVLink:450e9:3e-6", "InfiniBand:50e9:5e-6", "Ethernet:3.125e9:30e-6"]
 
 
@@ -45,9 +45,9 @@ class Network:
     """A network between devices.
 
     Attributes:
-      name: of the kind.
-      bandwidth: bytes per second, one way, of each device.
-      latency: seconds on top of every message.
+      name: its kind.
+      bandwidth: bytes per second of each device, one way.
+      latency: additional seconds of every message.
     """
 
     name: str
@@ -72,7 +72,7 @@ def network(text: str) -> Network:
     """One of --networks.
 
     Raises:
-      UsageError: it is none.
+      UsageError: an unknown network.
     """
     name, *rest = text.split(":")
     try:
@@ -87,7 +87,7 @@ def network(text: str) -> Network:
 
 
 def costs(devices: int, stages: int, its: Network) -> Costs:
-    """Of one mini-batch in each stage's group of devices."""
+    """The costs of one mini-batch in each stage's group of devices."""
     alone = FLAGS.images * FLAGS.flops / FLAGS.speed
     group = devices // stages
     # A device has K times the images of data parallelism, and 1 / K of the network.
@@ -110,7 +110,7 @@ def efficiency(method: str, devices: int, stages: int, its: Network) -> float:
 
 
 def whole(name: str) -> list[int]:
-    """A flag's whole numbers above 0."""
+    """The positive integers of a flag."""
     given: list[str] = getattr(FLAGS, name)
     if not given or not all(text.isdecimal() and int(text) for text in given):
         raise UsageError(f"--{name}={','.join(given)}: give whole numbers above 0, such as 8,64")

@@ -64,7 +64,7 @@ def define_flags() -> None:
 
 
 def numbers(name: str, count: int, per: str = "stage") -> list[float]:
-    """A flag's numbers, ``count`` of them."""
+    """The ``count`` numbers of a flag."""
     given: list[str] = getattr(FLAGS, name)
     try:
         values = [float(text) for text in given]
@@ -106,7 +106,7 @@ def costs(num_stages: int, block: str) -> Costs | None:
 
 
 def slow_stage() -> str:
-    """Which it is, in words that hold for every number of stages."""
+    """A description of the slow stage that holds for every number of stages."""
     k = FLAGS.slow_stage
     if k >= 0:
         return f"stage {k}"
@@ -131,7 +131,7 @@ def timeline(method: str, num_stages: int, its: Costs, batches: int | None = Non
 
 
 def result(method: str, run: Timeline) -> dict[str, Any]:
-    """The numbers of one simulation for simulate.json."""
+    """The results of one simulation for simulate.json."""
     stages, its = range(run.schedule.num_stages), run.costs
     alone = sum(its.forward) + sum(its.backward) + sum(its.update)
     return {
@@ -151,7 +151,7 @@ def result(method: str, run: Timeline) -> dict[str, Any]:
 
 
 def row(result: dict[str, Any]) -> list[str]:
-    """The numbers of one simulation for the table."""
+    """The results of one simulation as a table row."""
     use = [100 * part for part in result["utilisation"]]
     return [
         result["method"],

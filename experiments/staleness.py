@@ -38,7 +38,7 @@ Found = dict[tuple[str, int], dict[str, Any]]
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """The flags of the program."""
+    """Defines the flags."""
     flags.DEFINE_string("study", "", "TOML file with the rows.", flag_values=values)
     flags.DEFINE_string("workdir", "", "Directory for results and runs.", flag_values=values)
     text = "Number of parallel runs, one core each; 1: one run on all cores."
@@ -52,7 +52,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def report(folder: pathlib.Path, plan: Study, found: Found, fraction: float) -> None:
-    """results.json, table.md and staleness.png, each whole."""
+    """Writes results.json, table.md and staleness.png atomically."""
     rows = overhead.rows(plan, found, fraction)
     machines: list[dict[str, Any]] = []
     for run in found.values():
@@ -76,7 +76,7 @@ class Workers:
     """Trains runs in separate processes, several at a time.
 
     Args:
-      jobs: how many; if more than one, each has a core of its own.
+      jobs: number of simultaneous runs; if more than one, each has its own core.
     """
 
     def __init__(self, jobs: int) -> None:
@@ -92,7 +92,7 @@ class Workers:
         core = self._cores.get()
         try:
             if core is not None:
-                os.sched_setaffinity(0, {core})  # of this thread, and of what it starts
+                os.sched_setaffinity(0, {core})  # for this thread and its child processes
             began = time.monotonic()
             process = self._start(run)
             errors = process.communicate()[1]
@@ -106,7 +106,7 @@ class Workers:
         with self._lock:
             if self._stopped:
                 raise concurrent.futures.CancelledError
-            # A session of its own: Ctrl-C is for the study, which asks its runs to stop, once.
+            # Its own session, so that Ctrl-C only reaches the study, which then stops its runs.
             process = subprocess.Popen(
                 run.command,
                 stdout=subprocess.DEVNULL,
@@ -129,10 +129,10 @@ class Workers:
 def run_study(
     plan: Study, folder: pathlib.Path, jobs: int, fraction: float, report_only: bool
 ) -> int:
-    """Runs what is missing and writes the results after every run; returns the exit status.
+    """Trains missing runs and writes the results after each; returns the exit status.
 
     Raises:
-      UsageError: a row is not allowed, or a folder holds a run with other settings.
+      UsageError: an invalid row, or a folder contains a run with other settings.
     """
     runs = plan.runs(str(folder))
     found: Found = {}

@@ -33,7 +33,7 @@ from fdg_jax.analysis.stage_bytes import nbytes
 from fdg_jax.schedule.action import ACTIVATION, COTANGENT
 
 FLAGS = flags.FLAGS
-# What is timed: how many processes, and which contender of the benchmark.
+# The timed cases: number of processes, and contender of the benchmark.
 CASES = {
     "two processes, fdg": (2, "fdg"),
     "one process, fdg": (1, "fdg"),
@@ -62,7 +62,7 @@ def member() -> None:
     count, name = CASES[FLAGS.case]
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[FLAGS.process_id]})
-    # XLA makes other programs where there is one core; its cache would not tell them apart.
+    # XLA compiles different programs for one core, which its cache does not distinguish.
     jax.config.update("jax_compilation_cache_dir", str(cache.directory() / "compiled_for_one_core"))
     setup.prepare_jax(1)
     if count > 1:
@@ -87,13 +87,13 @@ def member() -> None:
 
 
 def sent(one: contender.Piped) -> int:
-    """Bytes of a step's messages between the stages: of the arrays on their way after a step."""
+    """Bytes of a step's messages between the stages: the pending messages after a step."""
     stages = one.state.stages
     messages = [
         *(own.inbox[ACTIVATION].values for own in stages[1:]),
         *(own.inbox[COTANGENT].values for own in stages[:-1]),
     ]
-    # FDG uses what is sent in a tick in the next: a place for each, and all are taken.
+    # In FDG messages of a tick are consumed in the next, so there is one filled slot for each.
     return nbytes(messages)
 
 
@@ -101,7 +101,7 @@ def measure(case: str) -> dict[str, Any]:
     """Starts the processes of a case and waits for them.
 
     Raises:
-      UsageError: one failed, or took too long.
+      UsageError: a process failed or took too long.
     """
     address = f"127.0.0.1:{distributed.free_port()}"
     names = ("steps", "model", "image_size", "batch_size", "message_dtype")

@@ -29,13 +29,13 @@ def from_fn(
       f: ``f(x) -> y``, traceable by JAX. Flags with common names (``training``, ``deterministic``
         ...) are set.
       train_kwargs: flags with other names, and their values in training.
-      eval_kwargs: their values in evaluation; None: booleans are turned round.
+      eval_kwargs: their values in evaluation; None: inverted booleans.
 
     Returns:
       A `Layer` whose params and state are ``()``.
 
     Raises:
-      ValueError: not a function; a flag that nobody sets, or a parameter without a default.
+      ValueError: not a function; a flag that is not set, or a parameter without a default.
 
     Example:
       >>> import jax.numpy as jnp

@@ -20,7 +20,7 @@ EVALUATION = frozenset(
         *("evaluation", "test", "istest", "testing", "istesting"),
     }
 )
-# Their callables do more than one thing, and none of their other flags is about training.
+# Libraries whose callables have no training flags with other names.
 _LIBRARIES = frozenset({"flax", "jax", "jaxlib", "numpy", "optax", "builtins", None})
 
 Values = Mapping[str, Any]
@@ -28,11 +28,11 @@ Convention = Callable[[bool], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def mode_of(name: str, train: bool) -> bool | None:
-    """The value of a flag with a common name; None: the name is not known.
+    """The value of a flag with a common name; None: unknown name.
 
     Args:
-      name: of a parameter or an attribute.
-      train: whether the network is trained.
+      name: the name of a parameter or an attribute.
+      train: whether the network is in training mode.
 
     Example:
       >>> mode_of("is_training", True), mode_of("deterministic", True), mode_of("mask", True)
@@ -48,14 +48,14 @@ def modes(train_kwargs: Values | None, eval_kwargs: Values | None) -> tuple[Valu
     """Keywords of training and of evaluation.
 
     Args:
-      train_kwargs: in training.
-      eval_kwargs: in evaluation; None: booleans are turned round.
+      train_kwargs: keywords in training.
+      eval_kwargs: keywords in evaluation; None: inverted booleans.
 
     Returns:
       Both, with the same names.
 
     Raises:
-      ValueError: it is not known what a keyword is in evaluation, or in training.
+      ValueError: the value of a keyword in evaluation or in training is unknown.
 
     Example:
       >>> modes({"training": True}, None)[1]
@@ -90,16 +90,16 @@ def convention(
     eval_kwargs: Values | None = None,
     fixed: Collection[str] = (),
 ) -> Convention:
-    """How a callable is called beyond its input.
+    """The arguments of a callable besides its input.
 
-    Arguments go by position where they can: a transformation with ``static_argnums`` knows no
+    Arguments are positional if possible: a transformation with ``static_argnums`` accepts no
     keywords.
 
     Args:
       call: a function of the input, or a bound method.
-      name: of it, for messages.
-      train_kwargs, eval_kwargs: see `modes`; they go before the common names.
-      fixed: parameters that are left alone.
+      name: its name, for messages.
+      train_kwargs, eval_kwargs: see `modes`; they take precedence over the common names.
+      fixed: parameters that are not set.
 
     Returns:
       ``convention(train) -> (args, kwargs)``.
@@ -168,7 +168,7 @@ def check_sequence(layers: Iterable[Any], name: str, module: type[Any]) -> None:
 
     Args:
       layers: modules and functions.
-      name: of what they are in, for messages.
+      name: name of the ``Sequential``, for messages.
       module: the class of modules.
 
     Raises:
@@ -178,7 +178,7 @@ def check_sequence(layers: Iterable[Any], name: str, module: type[Any]) -> None:
         call: Any = layer.__call__ if isinstance(layer, module) else layer
         if is_library(call):
             continue
-        # Of a tuple or a dict the layers after the first get several inputs.
+        # Layers after the first get several inputs from a tuple or a dict.
         inputs = {p.name for p in _parameters(call) if i and _is_input(p)}
         what = f"{name}.layers[{i}], {type(layer).__name__}"
         args, kwargs = convention(call, what, fixed=inputs)(True)
@@ -198,7 +198,7 @@ def is_library(call: Callable[..., Any]) -> bool:
 def _parameters(call: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(call).parameters.values())
-    except (TypeError, ValueError):  # some callables of C say nothing of their parameters
+    except (TypeError, ValueError):  # some C callables have no signature
         return []
 
 
@@ -217,7 +217,7 @@ def _says_bool(p: inspect.Parameter) -> bool:
 
 
 def _may_be_flag(p: inspect.Parameter) -> bool:
-    """Whether a parameter with a common name can be that flag."""
+    """Whether a parameter with a common name can be a flag."""
     plain = p.default is p.empty or p.default is None or isinstance(p.default, bool)
     return plain and (p.annotation is p.empty or _says_bool(p) or _annotation(p) == "Any")
 

@@ -145,8 +145,8 @@ class Skeleton(NamedTuple):
     """A module without its arrays.
 
     Attributes:
-      name: of its class.
-      structure: of its leaves.
+      name: name of its class.
+      structure: tree structure of its leaves.
       leaves: a `_Place` for each array, and the leaves that are not arrays.
       stateful: the structure of its ``equinox.nn.State``; None without state.
       arguments: flags of the call.

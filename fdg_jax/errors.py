@@ -5,7 +5,7 @@ class StageError(RuntimeError):
     """A stage failed; the message names the stage, its layers and the mini-batch.
 
     Attributes:
-      stage: k.
+      stage: number of the stage.
       batch: number of the mini-batch.
     """
 

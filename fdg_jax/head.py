@@ -9,7 +9,7 @@ import jax
 from fdg_jax.layer import Layer, output_of, zeros_like
 from fdg_jax.typing import Key, PyTree
 
-# Keys of a head come from their own branch, away from those of the layers.
+# Folded into the key, so that a head's keys differ from those of the layers.
 _HEAD = 0x68656164
 
 
@@ -49,11 +49,11 @@ def with_head(body: Layer, head: Layer) -> Layer:
 
     Args:
       body: f, a stage of `fdg_jax.partition`.
-      head: a, such as `fdg_jax.models.auxiliary_head`. It is no layer of the network: it is not
-        counted, and `Pipeline.predict` and exports leave it out.
+      head: a, such as `fdg_jax.models.auxiliary_head`. It is not a layer of the network: it has no
+        number, and `Pipeline.predict` and exports omit it.
 
     Returns:
-      A layer whose params and state are pairs, of body and head.
+      A layer whose params and state are pairs for body and head.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The jaxprs inside of an equation's parameters."""
+"""The jaxprs in an equation's parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def inner(values: Iterable[Any]) -> Iterator[Jaxpr]:
     """Yields the functions that an equation calls, in order.
 
     Args:
-      values: of the equation's parameters.
+      values: the values of the equation's parameters.
 
     Example:
       >>> import jax

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fdg_jax.layer_check import check_layers, naming, pair_of
 from fdg_jax.typing import Key, PyTree
 
-# Dropout keys come from their own branch of the root key, away from the keys of `init`.
+# Folded into the root key, so that dropout keys differ from the keys of `init`.
 _NOISE = 0x6E6F6973
 
 
@@ -32,7 +32,7 @@ def typed_key(key: Key) -> Key:
     """A typed key from either form of JAX (``jax.random.key`` or ``PRNGKey``).
 
     Raises:
-      TypeError: it is no key.
+      TypeError: it is not a key.
     """
     if not hasattr(key, "dtype"):
         raise TypeError(f"key={key!r}: is no JAX key; give jax.random.key(seed)")
@@ -114,10 +114,10 @@ class Layer:
         return y, state
 
     def key_at(self, key: Key, index: int | jax.Array) -> Key:
-        """What `at` makes of a key.
+        """The key that layer number ``index`` gets from `at`.
 
         Args:
-          key: of the whole network.
+          key: the key of the whole network.
           index: the number of the layer.
         """
         return jax.random.fold_in(key, index)
@@ -125,8 +125,8 @@ class Layer:
     def at(self, index: int | jax.Array) -> Layer:
         """This layer as number ``index`` of a network: it folds that number into every key.
 
-        Initial weights and dropout noise then depend on where a layer stands in the network, and
-        not on how the network is cut into stages.
+        Initial weights and dropout noise then depend on a layer's position in the network, not on
+        how the network is cut into stages.
         """
 
         def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:

@@ -19,14 +19,14 @@ def check_layers(layers: Any, name: str = "layers") -> list[Any]:
     """Rejects anything but a list of layers.
 
     Args:
-      layers: given in the place of one.
-      name: of the argument.
+      layers: the argument to check.
+      name: its name.
 
     Returns:
-      A list of them.
+      The layers as a list.
 
     Raises:
-      ValueError: no list, or one of them is no layer; the message says how to make one of it.
+      ValueError: not a list, or an element is not a layer; the message says how to make one.
 
     Example:
       >>> check_layers([len])
@@ -48,11 +48,11 @@ def check_layer(layer: Any, name: str = "layer") -> None:
     """Rejects anything but a layer.
 
     Args:
-      layer: given in the place of one.
-      name: of the argument.
+      layer: the argument to check.
+      name: its name.
 
     Raises:
-      ValueError: the message says how to make one of it.
+      ValueError: the message says how to make a layer of it.
     """
     if is_layer(layer):
         return
@@ -83,11 +83,11 @@ def naming(index: Any, x: PyTree) -> Iterator[None]:
     """Adds the layer's number and input to its errors.
 
     Args:
-      index: the number; a traced one, of a repeated layer, is not told.
-      x: its input; only shapes and dtypes are looked at.
+      index: the number; a traced number (of a repeated layer) is not shown.
+      x: its input; only shapes and dtypes are used.
 
     Raises:
-      LayerError: in the place of errors of types, shapes and values.
+      LayerError: replaces errors of types, shapes and values.
     """
     try:
         yield
@@ -111,11 +111,11 @@ def pair_of(index: Any, what: str, made: Any) -> tuple[PyTree, PyTree]:
 
     Args:
       index: the layer's number.
-      what: the function, and what it must return.
-      made: what it has returned.
+      what: the function and its required result, for the message.
+      made: its result.
 
     Raises:
-      LayerError: not two.
+      LayerError: not two values.
     """
     if isinstance(made, (tuple, list)) and len(made) == 2:
         return made[0], made[1]

@@ -16,7 +16,7 @@ from fdg_jax.calling import Values, check_sequence, convention, is_library, mode
 from fdg_jax.layer import Layer
 from fdg_jax.typing import Key, PyTree
 
-# Collections that no state is made of.
+# Collections that do not become state.
 _NO_STATE = DenyList(("params", "intermediates"))
 Path = tuple[str, ...]
 
@@ -28,23 +28,23 @@ def from_linen(
 
     The collection ``params`` becomes ``params``, all others become ``state``. Flags with common
     names (``train``, ``training``, ``is_training``, ``deterministic``, ``use_running_average``,
-    ``inference``, ``eval`` ...) are set; those with other names by ``train_kwargs``. Weights are
-    those that training or evaluation makes. Of what is sown (``Module.sow``, by default a tuple)
-    the state has the values of the last call. In evaluation the streams of random numbers are
+    ``inference``, ``eval`` ...) are set; set flags with other names with ``train_kwargs``.
+    Variables are those created in training or evaluation. For sown values (``Module.sow``, by
+    default a tuple) the state contains those of the last call. In evaluation the random streams are
     always the same.
 
     Args:
       module: called with one array (or pytree) and its flags.
       train_kwargs: flags of ``__call__``, or fields of the module, and their values in training.
-      eval_kwargs: their values in evaluation; None: booleans are turned round.
+      eval_kwargs: their values in evaluation; None: inverted booleans.
 
     Returns:
       A `Layer`.
 
     Raises:
       ValueError: not an instance of a linen module; a flag that is not set, or a parameter
-        without a default; (from ``init``) variables that are made in ``apply`` alone; (from
-        ``apply``) random numbers are drawn in training and key is None.
+        without a default; (from ``init``) variables that only ``apply`` creates; (from ``apply``)
+        random numbers are drawn in training and key is None.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -70,7 +70,7 @@ def from_linen(
     in_eval = None if of_call is None else {k: evaluated[k] for k in of_call}
     of_fields = {k for k in trained if of_call is None or k not in of_call}
     _check_fields(module, name, fields, of_fields | own.keys())
-    # A field that is set says what the same parameter of the call would say.
+    # If a field is set, the parameter of the call with the same name is not needed.
     both = own.keys() & fields.keys()
     fixed = {k for k in both if isinstance(fields[k], bool) and own[k].default is None}
     arguments = convention(module.__call__, name, of_call, in_eval, fixed - trained.keys())
@@ -82,7 +82,7 @@ def from_linen(
         return module.clone(**{k: given[k] for k in of_fields}) if of_fields else module
 
     def streams(key: Key) -> dict[str, Key]:
-        # linen falls back to the stream "params" for every name that is not given.
+        # linen uses the stream "params" for all missing names.
         return {"params": key, "dropout": jax.random.fold_in(key, 1)}
 
     def run(variables: PyTree, x: PyTree, train: bool, key: Key | None, mutable: Any) -> Any:
@@ -159,7 +159,7 @@ def _joined(a: PyTree, b: PyTree) -> PyTree:
 
 
 def _sown(state: PyTree, after: PyTree) -> set[Path]:
-    """Detects where a call sowed values."""
+    """The paths at which a call sowed values."""
     old = flatten_dict(state)
     return {
         path

@@ -1,12 +1,12 @@
 """Training methods by name; each combines a schedule and a gradient rule.
 
-Stages of dgl have heads and losses of their own (`fdg_jax.with_head`), those of dni and dni_late
+Stages of dgl have their own heads and losses (`fdg_jax.with_head`), those of dni and dni_late
 synthesizers (`fdg_jax.Synthesizer`).
 
-    method          schedule        gradient rule   what it is
+    method          schedule        gradient rule   description
     backprop        backprop                        back-propagation through the stages
-    data_parallel   backprop                        one stage that all devices share
-    fdg             fdg                             delayed gradients, no lock left
+    data_parallel   backprop                        one stage on all devices
+    fdg             fdg                             delayed gradients, no locks
     dsp             fdg             recompute       diversely stale parameters
     ddg             ddg                             delayed gradients, backward unlocked
     fr              ddg             recompute       features replay
@@ -21,9 +21,9 @@ synthesizers (`fdg_jax.Synthesizer`).
     pipemare        ddg             reconstruct     1F1B without a flush, weights reconstructed
     dgl             local                           a loss in every stage
     dni             dni                             predicted gradients
-    dni_late        dni_late                        predicted gradients, taught by FDG's
+    dni_late        dni_late                        predicted gradients, with FDG's as targets
 
-Where a method leaves the gradient rule open, it is "stale".
+If a method does not specify a gradient rule, it is "stale".
 """
 
 from __future__ import annotations
@@ -41,13 +41,12 @@ class Method:
 
     Attributes:
       schedule: its name in `fdg_jax.schedule`.
-      gradient: the gradient rule that belongs to the method; None leaves it open.
-      shrinks: whether gradient shrinking belongs to it.
-      one_stage: whether the devices share one stage instead of having one each.
-      stale: whether gradients are, so that a remedy has something to mend.
-      accumulate: the backwards of an update, unless an option says otherwise; None: the schedule's
-        own default.
-      beside: whether stages need something beside them: heads with losses, or synthesizers.
+      gradient: the method's gradient rule; None: not specified.
+      shrinks: whether gradient shrinking is part of it.
+      one_stage: whether all devices share one stage instead of having one each.
+      stale: whether gradients are stale, so that remedies have an effect.
+      accumulate: the default number of backwards per update; None: the schedule's default.
+      beside: whether stages need additional networks: heads with losses, or synthesizers.
     """
 
     schedule: str
@@ -93,14 +92,14 @@ def create(name: str, num_stages: int, **options: Any) -> Preset:
 
     Args:
       name: one of `METHODS`.
-      num_stages: K; 1 where the method has one stage.
-      **options: of its schedule (`fdg_jax.schedule.create`).
+      num_stages: K; 1 for methods with one stage.
+      **options: options of its schedule (`fdg_jax.schedule.create`).
 
     Returns:
       Arguments for `fdg_jax.Pipeline`.
 
     Raises:
-      ValueError: no such method; an option that its schedule refuses.
+      ValueError: unknown method, or an invalid option of its schedule.
 
     Example:
       >>> made = create("adl", 2, accumulate=4)
@@ -214,9 +213,9 @@ def dsp(num_stages: int) -> Preset:
 def pipemare(num_stages: int) -> Preset:
     """PipeMare: DDG with recomputation at estimated weights.
 
-    This is its second technique, the correction of the discrepancy. Its first, a rate that begins
-    divided by the staleness, is `fdg_jax.staleness_rate` in the optimizer; its third, a synchronous
-    beginning, is `fdg_jax.schedule.then`.
+    This is its second technique, discrepancy correction. Its first, an initial rate divided by the
+    staleness, is `fdg_jax.staleness_rate` in the optimizer; its third, a synchronous start, is
+    `fdg_jax.schedule.then`.
 
     Args:
       num_stages: K.

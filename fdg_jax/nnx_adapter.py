@@ -123,7 +123,7 @@ class Skeleton(NamedTuple):
     """A module without its values.
 
     Attributes:
-      name: of its class.
+      name: name of its class.
       graph, params, state: structures.
       rngs: its random state; only shapes are used.
       call: ``call(module, x, train) -> y``.
@@ -194,13 +194,13 @@ def made_outside(make: Callable[[], list[Any]]) -> list[Any]:
         calls.append(make())
 
     for _ in range(2):
-        jax.eval_shape(lambda: call())  # a new function: JAX would know the old one's shapes
+        jax.eval_shape(lambda: call())  # a new function each time, because JAX caches shapes
     one, two = calls
     return [node for node in one if any(node is other for other in two)]
 
 
 def module_of(factory: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
-    """What a factory makes; refuses what is no nnx module."""
+    """The result of a factory; raises if it is not an nnx module."""
     module = factory(rngs)
     if not isinstance(module, nnx.Module):
         raise ValueError(
@@ -251,7 +251,7 @@ def _split(module: nnx.Module) -> Any:
 
 
 def _unwritable(array: Any) -> Any:
-    """An array that a module cannot modify; it would modify a numpy array of the caller."""
+    """A JAX array for a numpy array, which a module could modify in place."""
     return jax.numpy.asarray(array) if isinstance(array, np.ndarray) else array
 
 

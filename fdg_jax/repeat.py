@@ -53,7 +53,7 @@ def repeat(
       independent of ``unroll``.
 
     Raises:
-      ValueError: n < 1, no layer, or (from ``init``) the layer changes the shape of its input.
+      ValueError: n < 1, not a layer, or (from ``init``) the layer changes the shape of its input.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -68,7 +68,7 @@ def repeat(
     if n < 1:
         raise ValueError(f"n={n}: a layer is repeated at least once")
 
-    # One compiled program for all of them, so that a weight's bits do not depend on the cuts.
+    # One compiled program for all, so that initial weights are bitwise independent of the cuts.
     init_one = jax.jit(lambda key, index, x: layer.at(index).init(key, x))
 
     def init(key: Key, x: PyTree) -> tuple[PyTree, PyTree]:
@@ -150,7 +150,7 @@ def _signature(leaf: jax.Array) -> str:
 
 
 def _unstack(tree: PyTree, n: int) -> list[PyTree]:
-    # One split: its derivative is one concatenation, where n slices would give n padded sums.
+    # A single split has one concatenation as derivative; n slices would have n padded sums.
     leaves, structure = jax.tree.flatten(tree)
     parts = [jax.lax.split(leaf, [1] * n) for leaf in leaves]
     return [jax.tree.unflatten(structure, [part[i][0] for part in parts]) for i in range(n)]

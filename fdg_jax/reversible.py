@@ -25,8 +25,8 @@ def coupling(branch: Layer) -> Layer:
       A layer from a pair to a pair, with the params and state of ``branch``.
 
     Raises:
-      ValueError: (from ``init``) the branch changes the shape, or the input is no pair of one
-        shape.
+      ValueError: (from ``init``) the branch changes the shape, or the input is not a pair of
+        equal shapes.
 
     Example:
       >>> import jax, jax.numpy as jnp

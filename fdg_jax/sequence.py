@@ -101,7 +101,7 @@ def _nnx_layers(factory: Callable[[nnx.Rngs], nnx.Sequential]) -> list[Layer]:
         return jax.make_jaxpr(initial, return_shape=True)(jax.random.key(0))
 
     layers: list[Layer] = []
-    streams = 0  # of random numbers, in the layers before
+    streams = 0  # random streams of the previous layers
     for place, path in enumerate(paths):
         module, call = _at(whole, path), functools.partial(_call, spreads=place > 0)
         if isinstance(module, nnx.Module):

@@ -1,7 +1,7 @@
 """Arrays of a batch without a batch axis, such as class weights or a mask [T, T].
 
 (images, (labels, shared(class_weights)))         images, labels   [B, ...]   divided
-                                                  class_weights    [C]        whole, to each part
+                                                  class_weights    [C]        copied to each part
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def tie(
     backward of n returns the gradient. These are two additional messages; no stage waits for them.
     Both uses of a mini-batch therefore see the same version, and both parts of the gradient have
     the staleness of the owner's stage: 2(K-1-k) updates with FDG. Without staleness it is ordinary
-    tying. In FDG, between the first and the last stage, K-1 copies of the array and K-1 of its
-    gradient wait.
+    tying. With FDG, K-1 copies of the array and K-1 of its gradient are in flight between the first
+    and the last stage.
 
     Args:
       owner: number of the layer that owns the array, counted through the whole network, including
@@ -91,7 +91,7 @@ class TiedArray(NamedTuple):
     """A tied array or its gradient as a message, replicated on devices and not converted.
 
     Attributes:
-      array: in the owner's layout.
+      array: the array, in the owner's layout.
     """
 
     array: jax.Array

@@ -70,7 +70,7 @@ class Tied(Layer):
         """The stage's params with the array inserted where it is used.
 
         Args:
-          params: of the stage.
+          params: params of the stage.
           tied: the borrowed array; None if the stage owns it.
         """
         assert self.tie is not None
@@ -122,8 +122,8 @@ def tied_stages(stages: Sequence[Layer], tie: Tie | None) -> list[Layer]:
     """Wraps the stages of a tie as `Tied`.
 
     Args:
-      stages: of the network.
-      tie: the tied array; None: no tie.
+      stages: the network's stages.
+      tie: the tied array, or None.
 
     Returns:
       The stages.
@@ -149,7 +149,7 @@ def emptied(stages: Sequence[Layer], params: Sequence[PyTree]) -> list[PyTree]:
 
     Args:
       stages: returned by `tied_stages`.
-      params: of the original network.
+      params: params of the original network.
 
     Returns:
       One pytree per stage, without the borrowed array.
@@ -170,7 +170,7 @@ def untied(stages: Sequence[Layer], params: Sequence[PyTree]) -> list[PyTree]:
 
     Args:
       stages: returned by `tied_stages`.
-      params: of the stages, on one device or as numpy arrays.
+      params: params of the stages, on one device or as numpy arrays.
 
     Returns:
       One pytree per stage.

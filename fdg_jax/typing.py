@@ -9,8 +9,8 @@ import jax
 
 PyTree = Any
 Key = jax.Array
-# The mean loss, or a sum and the weight to divide it by; and metrics.
+# The mean loss, or a pair (sum, weight).
 Loss = jax.Array | tuple[jax.Array, jax.Array]
 LossFn = Callable[[PyTree, PyTree], tuple[Loss, dict[str, jax.Array]]]
-# What is made of one for a stage (`fdg_jax.engine.loss`): a scalar, and what is reported.
+# A stage's form of a loss function (`fdg_jax.engine.loss`): a scalar, and auxiliary output.
 LossOfPart = Callable[[PyTree, PyTree], tuple[jax.Array, Any]]

@@ -3,17 +3,17 @@
 import os
 import pathlib
 
-# A cuda plugin that is installed without a GPU warns at start-up; the tests need no accelerator.
+# An installed cuda plugin without a GPU warns at start; the tests need no accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most programs of a test run for milliseconds and take seconds to compile. Programs that a test
-# starts are compiled in the same way, so that their results have the same bits.
+# Most programs of a test run for milliseconds and take seconds to compile. Programs started by a
+# test are compiled in the same way, so that their results are bitwise equal.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
 
-# The same examples every time, so that a test that passed passes again; a search for new ones is
-# `pytest --hypothesis-profile=long`. A compilation may take any time, hence no deadline.
+# The same examples every time, so that tests are deterministic; `pytest --hypothesis-profile=long`
+# searches for new ones. There is no deadline, since compilation may take long.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("long", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile("repeatable")

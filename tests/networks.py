@@ -1,4 +1,4 @@
-"""Small networks, data and runs that the tests of the pipeline share."""
+"""Small networks, data and runs shared by the tests of the pipeline."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def merge() -> fdg.Layer:
 
 
 def reversible_network(*, dropping: bool = True) -> list[fdg.Layer]:
-    """Thirteen layers: two streams, five couplings, a dense layer amid them, four couplings."""
+    """Thirteen layers: two streams, five couplings, a dense layer, four couplings."""
     drop = [dropout()] if dropping else []
     branch = fdg.chain([dense(WIDTH), batch_norm(), *drop])
     return [

@@ -1,4 +1,4 @@
-"""Runs the Python blocks of Markdown pages, as somebody would who reads them from top to bottom.
+"""Runs the Python blocks of Markdown pages from top to bottom.
 
 python -m tests.pages PAGE...
 
@@ -22,13 +22,13 @@ def blocks(text: str) -> list[tuple[int, str]]:
 
 
 def run(path: pathlib.Path) -> int:
-    """Runs a page; how many examples failed. What fails outside a doctest raises."""
+    """Runs a page; returns the number of failed examples. Errors outside doctests are raised."""
     names: dict[str, Any] = {"__name__": "__main__"}
     runner = doctest.DocTestRunner()
     for line, code in blocks(path.read_text(encoding="utf-8")):
         if code.startswith(">>>"):
             test = doctest.DocTestParser().get_doctest(code, names, path.name, str(path), line)
-            test.globs = names  # not a copy: later blocks see what this one defines
+            test.globs = names  # not a copy, so that later blocks see the names of this one
             runner.run(test, clear_globs=False)
         else:
             exec(compile("\n" * line + code, str(path), "exec"), names)

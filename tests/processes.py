@@ -1,4 +1,4 @@
-"""Runs of several processes, for tests: each has a deadline, and none outlives its test."""
+"""Runs of several processes for tests, with deadlines; no process outlives its test."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from typing import NamedTuple
 from tests.conftest import CACHE
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Far beyond what is needed: a test that hangs must end, a slow machine must not fail one.
+# Much more than needed: hanging tests must end, but slow machines must not fail tests.
 SECONDS = 300.0
 
 
 class Result(NamedTuple):
-    """How a process ended, and what it said on standard output and error."""
+    """Exit status and output (stdout and stderr) of a process."""
 
     status: int
     text: str
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process that runs the package as it is here, on CPUs, without warnings."""
+    """The environment of a process that runs this copy of the package on CPUs, without warnings."""
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
@@ -42,7 +42,7 @@ def environment(**more: str) -> dict[str, str]:
 def started(
     commands: Sequence[Sequence[str]], **more: str
 ) -> Iterator[list[tuple[subprocess.Popen, pathlib.Path]]]:
-    """Starts ``python -m`` commands; each in a group of its own that is killed at the end."""
+    """Starts ``python -m`` commands, each in its own process group, which is killed at the end."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         found = []
         for i, command in enumerate(commands):
@@ -62,7 +62,7 @@ def started(
 
 
 def run(commands: Sequence[Sequence[str]], seconds: float = SECONDS, **more: str) -> list[Result]:
-    """Runs commands side by side to their end; those that take longer are killed, and fail."""
+    """Runs commands in parallel; those beyond the time limit are killed and fail."""
     with started(commands, **more) as found:
         return [Result(process.wait(timeout=seconds), path.read_text()) for process, path in found]
 

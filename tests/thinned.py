@@ -1,4 +1,4 @@
-"""Combinations of parameters, most of which are left to `make test-slow`."""
+"""Combinations of parameters, most of them only in `make test-slow`."""
 
 import itertools
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ import pytest
 def thinned(*axes: Iterable[Any], keep: int = 5) -> list[Any]:
     """All combinations for `pytest.mark.parametrize`; one in ``keep`` is fast, the others are slow.
 
-    Every value of an axis is among the fast ones where another has at least ``keep`` values.
+    Every value of an axis is among the fast ones if another axis has at least ``keep`` values.
     """
     cases = []
     for numbered in itertools.product(*map(enumerate, axes)):

@@ -1,4 +1,4 @@
-"""A timed case: one network, one dtype, one training loop, in a process of its own."""
+"""A timed case: one network, one dtype, one training loop, in its own process."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from experiments.accelerating.piece import MARK, Piece
 
 STAGES = (2, 4, 8)
 DTYPES = ("float32", "bfloat16")
-# A turn has no more steps, however short they are.
+# Maximum number of steps of a turn.
 MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed; contenders as in experiments.benchmark.
+    """A timed case; contenders as in experiments.benchmark.
 
     Attributes:
-      network: a name of NETWORKS, or with ``tiny`` of TINY.
-      dtype: of activations.
+      network: a name in NETWORKS, or with ``tiny`` in TINY.
+      dtype: dtype of activations.
       contender: backprop, engine_k1, one_device_k<K> or one_device_k<K>_dispatched.
-      rounds: whose median is taken.
-      turn_seconds: of a round.
-      tiny: whether it is rehearsed.
+      rounds: number of rounds, of which the median is taken.
+      turn_seconds: seconds of a round.
+      tiny: whether it is a rehearsal.
     """
 
     network: str
@@ -84,7 +84,7 @@ def pieces(networks: list[str], rehearse: bool) -> list[Piece]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Seconds of a step and peak memory of the device; of this process, so once in each."""
+    """Seconds of a step and the device's peak memory in this process; call once per process."""
     import jax
 
     from experiments.benchmarking import contender
@@ -95,7 +95,7 @@ def measure(case: Case) -> dict[str, Any]:
     work = workload(network, case.dtype)
     began = time.perf_counter()
     one = contender.make(case.contender, work)
-    one.turn(one.fill + 1)  # compiles, and fills
+    one.turn(one.fill + 1)  # compiles and fills
     ready = time.perf_counter() - began
     few = one.turn(2) / 2
     steps = min(max(math.ceil(case.turn_seconds / few), 2), MOST_STEPS)

@@ -21,7 +21,7 @@ COLUMNS = 3
 
 
 def series(rows: Rows, network: str, dtype: str, how: str) -> list[tuple[int, float]]:
-    """Points (K, time relative to backprop); the engine's K = 1 begins both lines."""
+    """Points (K, time relative to backprop); the engine with K = 1 is the first of both lines."""
     base = rows.get(f"times/{network}/{dtype}/backprop")
     found = []
     for name, row in rows.items():
@@ -42,7 +42,7 @@ def series(rows: Rows, network: str, dtype: str, how: str) -> list[tuple[int, fl
 
 
 def draw(machine: Mapping[str, Any], rows: Rows, *, rehearsed: bool = False) -> bytes:
-    """A PNG with a panel for each network; ``rehearsed``: the title says that it means nothing."""
+    """A PNG with a panel per network; ``rehearsed``: the title says that it is meaningless."""
     names = networks(rows)
     columns = min(max(len(names), 1), COLUMNS)
     lines = math.ceil(max(len(names), 1) / columns)

@@ -11,27 +11,27 @@ from experiments.accelerating.piece import Piece
 ROOT = pathlib.Path(__file__).parents[2]
 ORACLE = ("tests/test_reference.py",)
 ENGINE = ("tests/engine/test_compiled_tick.py", "tests/engine/test_pipeline.py")
-# A test that takes seconds, for a rehearsal.
+# A short test for rehearsals.
 SHORT = ("tests/test_reference.py::test_the_oracle_itself_on_a_network_solved_by_hand",)
 PYTEST_SECONDS, SMOKE_SECONDS = 240.0, 40.0
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
-# Empty: the device that JAX finds, where the tests would take the CPU; compiled as in a training.
+# Empty: JAX's default device, instead of the tests' CPU; compiled as in a training.
 ON_DEVICE = {"JAX_PLATFORMS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 PROGRAMS = (
     *("cifar", "lm", "benchmark", "compare", "staleness", "advise", "drift", "simulate"),
     *("scaling", "profile", "two_processes", "launch", "report", "export"),
 )
-# They need several devices, or name operations as XLA does on CPU.
+# These need several devices, or XLA's names of operations on CPU.
 CPU_PROGRAMS = ("profile", "two_processes", "launch")
 
 
 def pieces(folder: pathlib.Path, platform: str, rehearse: bool) -> list[Piece]:
-    """Tests with pytest, where their folder is, and a piece for each program.
+    """Tests with pytest, if their folder exists, and a piece for each program.
 
     Args:
-      folder: where the programs write.
-      platform: of JAX's default devices: "cpu", "gpu", "tpu".
-      rehearse: whether one short test stands for all.
+      folder: output folder of the programs.
+      platform: platform of JAX's default devices: "cpu", "gpu", "tpu".
+      rehearse: whether one short test replaces all.
     """
     found = []
     if (ROOT / "tests").is_dir():
@@ -40,14 +40,14 @@ def pieces(folder: pathlib.Path, platform: str, rehearse: bool) -> list[Piece]:
         else:
             found += [_pytest("oracle", ORACLE, ON_CPU), _pytest("engine", ENGINE, ON_CPU)]
         if platform != "cpu":
-            # Tests of groups of devices need four, so the engine's stay on CPU.
+            # Some tests of the engine need four devices, so they run on CPU.
             chosen = SHORT if rehearse else ORACLE
             found.append(_pytest(f"oracle_{platform}", chosen, ON_DEVICE))
     return found + smoke(folder)
 
 
 def smoke(folder: pathlib.Path) -> list[Piece]:
-    """A few steps of every program; report and export take the run of cifar."""
+    """A few steps of every program; report and export use the run of cifar."""
     options = commands(folder)
     found = []
     for name in PROGRAMS:

@@ -1,4 +1,4 @@
-"""What this machine is, found in a process of its own: a device has one user at a time."""
+"""Describes this machine, in its own process, since a device has one user at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXPECTED_SECONDS = 20.0
 
 
 def piece() -> Piece:
-    """Looks at the devices."""
+    """The piece that describes the devices."""
     command = (sys.executable, "-m", "experiments.accelerating.host")
     return Piece("machine", "machine", command, EXPECTED_SECONDS)
 

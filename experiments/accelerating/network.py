@@ -19,12 +19,12 @@ LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Network:
-    """A network, its batch, and how long a timed case of it takes.
+    """A network, its batch, and the expected time of a timed case.
 
     Attributes:
-      model: of `fdg_jax.models.create`, or "transformer".
-      sizes: of its batch, and of the transformer.
-      expected: seconds of a process that compiles and times it, before any is known.
+      model: a name of `fdg_jax.models.create`, or "transformer".
+      sizes: sizes of its batch and of the transformer.
+      expected: expected seconds of a process that compiles and times it.
     """
 
     model: str
@@ -33,7 +33,7 @@ class Network:
 
     @property
     def about(self) -> str:
-        """Its size, in words."""
+        """Its size as text."""
         own = self.sizes
         if self.model != "transformer":
             return f"{own.image_size}x{own.image_size}, batch {own.batch_size}, SGD"
@@ -52,7 +52,7 @@ NETWORKS = {
     "resnet110": Network("resnet110", _IMAGES, 90.0),
     "resnet1202": Network("resnet1202", _IMAGES, 180.0),
 }
-# For a rehearsal.
+# For rehearsals.
 TINY = {
     "small_resnet": Network("small_resnet", Sizes(batch_size=4, image_size=8), 10.0),
     "transformer": Network(
@@ -83,7 +83,7 @@ def workload(network: Network, dtype: str, seed: int = 0) -> Workload:
 
 
 def parameters(work: Workload) -> int:
-    """How many a network has."""
+    """The number of parameters of a network."""
     init = fdg.chain(work.layers).init
     params, _ = jax.eval_shape(init, work.key, work.example)
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""A piece of the work: one command in a process of its own, and how it ended."""
+"""A piece of the work: one command in its own process, and its outcome."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# Precedes the line of JSON in which a process says what it has found.
+# Prefix of the line of JSON with a process's results.
 MARK = "found: "
-# Seconds that a process has to end in, once it is asked to.
+# Seconds for a process to end on request before it is killed.
 GRACE = 30.0
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory", "MemoryError")
 
@@ -27,14 +27,14 @@ class Piece:
     Attributes:
       part: "tests", "times" or "training".
       name: unique, with slashes.
-      command: what is run.
-      expected: seconds, before any is known.
-      group: pieces of a group take about as long as each other.
-      environment: variables beside those of this process.
+      command: the command.
+      expected: expected seconds, before any measurement.
+      group: pieces of a group take about the same time.
+      environment: additional environment variables.
       folder: the working directory, or None for this one.
-      resumes: whether it can be stopped and goes on when it is run again.
+      resumes: whether it can be stopped and resumed.
       ends: seconds before the limit at which it is asked to stop.
-      clears: a folder of an earlier attempt, which goes before it begins.
+      clears: a folder of an earlier attempt, removed at the start.
     """
 
     part: str
@@ -51,13 +51,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a piece ended.
+    """The outcome of a piece.
 
     Attributes:
       status: exit status.
-      seconds: that it took.
-      cut: whether it was stopped for lack of time.
-      out, err: what it printed.
+      seconds: duration.
+      cut: whether it was stopped at the time limit.
+      out, err: its output.
     """
 
     status: int
@@ -76,13 +76,13 @@ class Outcome:
 
 
 def run(piece: Piece, limit: float) -> Outcome:
-    """Runs a piece for ``limit`` seconds at most; ends with it whatever it has started."""
+    """Runs a piece for at most ``limit`` seconds; ends all its child processes."""
     began, cut = time.monotonic(), False
     environment = {**os.environ, **piece.environment}
     if piece.clears is not None:
         shutil.rmtree(piece.clears, ignore_errors=True)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        # A session of its own: Ctrl-C is for this program, which then stops the piece.
+        # Its own session, so that Ctrl-C only reaches this program, which then stops the piece.
         process = subprocess.Popen(
             piece.command,
             stdout=out,
@@ -105,7 +105,7 @@ def run(piece: Piece, limit: float) -> Outcome:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Asks the group to stop, and ends what has not after a while."""
+    """Asks the process group to stop, and kills it after a while."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""accelerator.json: the rows of all pieces that have been run, kept after every one."""
+"""accelerator.json: the rows of all finished pieces, written after each."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ FILE = "accelerator.json"
 FILES = (FILE, "accelerator.md", "accelerator.png")
 FOLDERS = ("smoke", "training")
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
-# Of a machine: figures of others do not belong in one table.
+# Properties of the machine that all rows must share.
 SAME = ("device_kind", "versions")
 
 
 class Record:
-    """What is known of a workdir.
+    """The results in a workdir.
 
     Args:
       path: --workdir.
-      settings: that all pieces share.
+      settings: settings shared by all pieces.
 
     Raises:
-      UsageError: the folder holds something else, or a record with other settings.
+      UsageError: the folder contains something else, or a record with other settings.
 
     Attributes:
-      rows: by the piece's name: part, state, seconds, error, and what was found.
+      rows: by the piece's name: part, state, seconds, error, and results.
     """
 
     def __init__(self, path: str, settings: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ class Record:
                 )
 
     def of_machine(self, found: dict[str, Any]) -> None:
-        """Notes the machine; raises `UsageError` if the rows are of another."""
+        """Sets the machine; raises `UsageError` if the rows are from another one."""
         for name in SAME:
             if self.machine and self.machine[name] != found[name]:
                 raise UsageError(
@@ -86,11 +86,11 @@ class Record:
         return [p for p in pieces if self.rows.get(p.name, {}).get("state") not in (DONE, FAILED)]
 
     def forget_failed(self) -> None:
-        """Failed pieces are run again."""
+        """Removes failed pieces, so that they run again."""
         self.rows = {name: row for name, row in self.rows.items() if row["state"] != FAILED}
 
     def expected(self, piece: Piece) -> float:
-        """Seconds of a piece: of the slowest in its group, and more than it was once given."""
+        """Expected seconds of a piece: twice its last attempt, or the slowest of its group."""
         row = self.rows.get(piece.name, {})
         if piece.resumes:
             return piece.expected
@@ -104,12 +104,12 @@ class Record:
         return max(took, default=piece.expected)
 
     def note(self, piece: Piece, outcome: Outcome, whole: bool) -> dict[str, Any]:
-        """The row of a piece that has been run.
+        """Adds and returns the row of a piece that was run.
 
         Args:
-          piece: which.
-          outcome: how it ended.
-          whole: whether it had all the time of the command; one that needs more has failed.
+          piece: the piece.
+          outcome: its outcome.
+          whole: whether it had the command's whole time; if that was not enough, it has failed.
         """
         before = self.rows.get(piece.name, {})
         seconds = outcome.seconds + (before.get("seconds", 0.0) if piece.resumes else 0.0)
@@ -132,7 +132,7 @@ class Record:
         return row
 
     def write(self, markdown: str, picture: bytes, remaining: int) -> None:
-        """All three files, each whole; the record first."""
+        """Writes all three files atomically, the record first."""
         content = {
             "settings": self.settings,
             "machine": self.machine,
@@ -145,7 +145,7 @@ class Record:
 
 
 def found_in(outcome: Outcome) -> dict[str, Any]:
-    """What a process says that it has found."""
+    """The results printed by a process."""
     lines = [line for line in outcome.out.splitlines() if line.startswith(MARK)]
     if not lines:
         raise UsageError(f"a process printed no result: {outcome.error}")

@@ -1,4 +1,4 @@
-"""accelerator.md: the tables of a record, fit for BENCHMARKS.md and EXPERIMENTS.md."""
+"""accelerator.md: the tables of a record, as used in BENCHMARKS.md and EXPERIMENTS.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def markdown(machine: Mapping[str, Any], settings: Mapping[str, Any], rows: Rows) -> str:
-    """The whole page; parts without rows are left out."""
+    """The page; parts without rows are omitted."""
     memory = machine.get("memory_bytes")
     size = f", {memory / 1e9:.0f} GB" if memory else ""
     versions = machine["versions"]
@@ -32,7 +32,7 @@ def markdown(machine: Mapping[str, Any], settings: Mapping[str, Any], rows: Rows
 
 
 def tests(rows: Rows) -> list[str]:
-    """What passed and what failed."""
+    """The passed and failed tests."""
     chosen = {name: row for name, row in rows.items() if row["part"] == "tests"}
     if not chosen:
         return []
@@ -46,7 +46,7 @@ def tests(rows: Rows) -> list[str]:
 
 
 def times(rows: Rows) -> list[str]:
-    """A table for each network: milliseconds a step, and peak memory, by dtype."""
+    """A table per network: milliseconds per step and peak memory, by dtype."""
     lines: list[str] = []
     for network in networks(rows):
         own = {name.split("/", 2)[2]: row for name, row in rows.items() if _of(name, network)}
@@ -96,7 +96,7 @@ def cells(row: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> list
 
 
 def ratio(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> float | None:
-    """Time of a case relative to another's; None where one has none."""
+    """Time of a case relative to another's; None if either is missing."""
     if base is None or row["state"] != DONE or base["state"] != DONE:
         return None
     own: float = row["found"]["seconds"]["median"]
@@ -104,13 +104,13 @@ def ratio(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> float | Non
 
 
 def networks(rows: Rows) -> list[str]:
-    """Those with a timed case, in the order of the rows."""
+    """The networks with a timed case, in the order of the rows."""
     names = [name.split("/")[1] for name, row in rows.items() if row["part"] == "times"]
     return list(dict.fromkeys(names))
 
 
 def shown(loop: str) -> str:
-    """A training loop, as tables have it."""
+    """The name of a training loop in tables."""
     match = re.fullmatch(r"one_device_k(\d+)(_dispatched)?", loop)
     if match is None:
         return {"engine_k1": "engine, K = 1"}.get(loop, loop)
@@ -118,7 +118,7 @@ def shown(loop: str) -> str:
 
 
 def trainings(rows: Rows) -> list[str]:
-    """Errors of the runs, finished or under way."""
+    """Errors of finished and unfinished runs."""
     chosen = {name: row for name, row in rows.items() if row["part"] == "training"}
     if not chosen:
         return []
@@ -163,7 +163,7 @@ def _percent(value: float | None) -> str:
 
 
 def _result(row: Mapping[str, Any]) -> str:
-    """Of a row, one word or its error, fit for a cell."""
+    """The result of a row in one word, or its error, as a cell."""
     if row["state"] == FAILED:
         return "failed: " + str(row["error"]).replace("|", "/")
     return {"done": "passed"}.get(row["state"], "not finished")

@@ -14,12 +14,12 @@ from experiments.data import prepared
 from experiments.data.cifar import CIFAR
 
 NETWORKS = ("resnet20", "resnet56")
-# Of the paper's recipe, and the epochs after which its learning rate falls.
+# Epochs of the paper's recipe, and those after which its learning rate is reduced.
 EPOCHS, MILESTONES = 300, (150, 225, 275)
 BUNDLED = "fashion_mnist_small"
-# The least time worth a start, and what an evaluation and a checkpoint may take at its end.
+# Minimum time for a start, and time for an evaluation and a checkpoint at the end.
 EXPECTED_SECONDS, ENDING_SECONDS = 60.0, 20.0
-# What replaces the recipe's values in a rehearsal.
+# Flags that replace the recipe's in a rehearsal.
 TINY = (
     *("--model=small_resnet", "--partition=flops", "--steps=6", "--batch_size=16"),
     *("--train_size=96", "--validation_size=64", "--eval_every_steps=3"),
@@ -31,16 +31,16 @@ class Run:
     """A method of the table.
 
     Attributes:
-      name: of the run's folder.
-      flags: after those of the network's flagfile, which are of FDG with K = 2 and the authors'
-        beta.
+      name: name of the run's folder.
+      flags: flags after those of the network's flagfile, which are for FDG with K = 2 and the
+        authors' beta.
     """
 
     name: str
     flags: tuple[str, ...]
 
 
-# The authors' code applies a gradient before it runs the next forward.
+# The authors' code applies a gradient before the next forward.
 ORDER = "--order=backward_first"
 RUNS = (
     Run("backprop", ("--method=backprop", "--num_stages=1", "--partition=flops", "--beta=1")),
@@ -51,7 +51,7 @@ RUNS = (
 
 
 def dataset(wanted: str | None, data_dir: str | None) -> str:
-    """What is trained on: what is wanted; else CIFAR-10 if it is there, else the bundled images."""
+    """The data set: the requested one; else CIFAR-10 if available, else the bundled images."""
     if wanted is not None:
         return wanted
     root = prepared.default_dir(data_dir)
@@ -63,14 +63,14 @@ def dataset(wanted: str | None, data_dir: str | None) -> str:
 def pieces(
     folder: pathlib.Path, data: str, data_dir: str | None, epochs: int, rehearse: bool
 ) -> list[Piece]:
-    """A run of experiments.cifar for each network and method; every one can be stopped.
+    """A resumable run of experiments.cifar for each network and method.
 
     Args:
-      folder: of the runs.
+      folder: folder of the runs.
       data: --dataset.
       data_dir: --data_dir, or None.
-      epochs: of every run; the milestones of the learning rate move in proportion.
-      rehearse: whether a tiny network takes a few steps instead.
+      epochs: epochs of every run; the milestones of the learning rate are scaled.
+      rehearse: whether to train a tiny network for a few steps instead.
     """
     milestones = ",".join(f"{epochs * epoch / EPOCHS:g}" for epoch in MILESTONES)
     common = [f"--dataset={data}", f"--epochs={epochs}", f"--lr_milestones={milestones}"]
@@ -98,7 +98,7 @@ def pieces(
 
 
 def read(piece: Piece) -> dict[str, Any]:
-    """How far a run is: its settings and its last evaluation; empty before it has begun."""
+    """The progress of a run: settings and last evaluation; empty before it has started."""
     path = pathlib.Path(piece.command[-1].partition("=")[2])
     try:
         config = json.loads((path / "config.json").read_text())

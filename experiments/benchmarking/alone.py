@@ -1,8 +1,8 @@
 """Stages without their neighbours: a lower bound for the time of a tick.
 
-One alone shows what the schedule could reach at best. All at once, each on its own device and none
-with a message for another, show what the machine leaves of that: its caches, memory and cores are
-shared. What the pipeline then takes more is its own doing.
+A stage alone shows the best possible time of the schedule. All stages at once, each on its own
+device and without messages, show the effect of shared caches, memory and cores. Any further time
+is overhead of the pipeline.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from fdg_jax.schedule.ledger import LABEL
 class Alone:
     """The programs of one stage of FDG, dispatched as in a tick in steady state.
 
-    Its state is a copy. What the neighbours would send is made beforehand, and what it would send
-    stays on its own device.
+    Its state is a copy. The neighbours' messages are made beforehand, and its own messages stay on
+    its device.
 
     Args:
-      contender: filled; of a schedule in which every stage can begin every tick at once.
+      contender: a filled contender with a schedule in which no stage waits within a tick.
       k: the stage.
     """
 
@@ -39,14 +39,14 @@ class Alone:
         self.schedule = contender.schedule
         self.max_ahead = pipe.max_ahead
         self.last = k == pipe.num_stages - 1
-        # Every neighbour is the stage itself: messages then need no transfer.
+        # Every neighbour is the stage itself, so messages need no transfer.
         self.programs = [pipe.stages[k]] * pipe.num_stages
         own = jax.tree.map(jnp.copy, state.stages[k])
         waiting = {port: slots.values[0] for port, slots in own.inbox.items()}
         self.inputs = contender.batch[0] if k == 0 else waiting[ACTIVATION]
         self.labels = contender.batch[1]
         self.cotangent = waiting.get(COTANGENT)
-        # A neighbour has nothing; what is sent to it is dropped at the end of the tick.
+        # Neighbours are empty; messages to them are dropped at the end of the tick.
         none = Slots(np.zeros(0, np.int32), ())
         nothing = own._replace(
             params=(),
@@ -73,7 +73,7 @@ class Alone:
         jax.block_until_ready((self.messages, self.state))
 
     def tick(self) -> None:
-        """Dispatches the stage's part of one tick; waits only if it is too far ahead."""
+        """Dispatches the stage's part of one tick; waits only beyond ``max_ahead`` ticks."""
         if len(self.tokens) >= self.max_ahead:
             jax.block_until_ready(self.tokens.popleft())
         inputs, cotangent = self.messages.pop()
@@ -97,7 +97,7 @@ class Alone:
 
 
 def turn(stages: Sequence[Alone], steps: int) -> float:
-    """Does the part of some stages of so many ticks, all at once; returns the seconds."""
+    """Runs the parts of some stages for a number of ticks, all at once; returns the seconds."""
     for stage in stages:
         stage.prepare(steps)
     start = time.perf_counter()

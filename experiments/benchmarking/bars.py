@@ -16,9 +16,9 @@ COLOURS = {"one device": "#8C8C8C", "FDG": "#D55E00", "others on several devices
 
 
 def draw(results: dict[str, Any]) -> bytes:
-    """A PNG of the medians with whiskers from least to largest; ``results`` as in benchmark.json.
+    """A PNG of the medians with whiskers from minimum to maximum; ``results`` as in benchmark.json.
 
-    Beside each bar stand its time and how many times as fast as the baseline it is.
+    Each bar is labelled with its time and its speedup over the baseline.
     """
     rows, base = results["contenders"], results["base"]
     figure = Figure(figsize=(9, 1.8 + 0.42 * len(rows)), layout="constrained")

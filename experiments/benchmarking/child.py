@@ -1,7 +1,7 @@
 """Contenders in their own processes: each pinned to a core, or with JAX's defaults.
 
-Run by `experiments.benchmark`: it reads the settings from its arguments, says when it is ready, and
-then trains as many steps as each line of its input says.
+Run by `experiments.benchmark`: it reads the settings from its arguments, reports when it is ready,
+and then trains the number of steps in each line of its input.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fdg_jax import distributed
 
 
 class Child(OtherProcess):
-    """A contender that this module's `main` trains.
+    """A contender trained by this module's `main`.
 
     Args:
       name: as in --contenders.
@@ -38,12 +38,12 @@ class Child(OtherProcess):
 class OneCore(Child):
     """`backprop` in a process pinned to one core.
 
-    XLA gives a CPU device the threads of all cores that its process may use, and runs what is
-    independent inside a program side by side. So a step "on one device" takes more than one core,
-    where a stage of a pipeline must share them with the other stages.
+    An XLA CPU device uses threads on all cores available to its process and runs independent parts
+    of a program in parallel. So a step "on one device" uses several cores, which the stages of a
+    pipeline must share.
 
     Raises:
-      LeftOut: this system does not hold a process to a core.
+      LeftOut: this system cannot pin a process to a core.
     """
 
     def __init__(self, name: str, settings: Settings) -> None:

@@ -29,10 +29,10 @@ class Contender(abc.ABC):
 
     Attributes:
       name: as in --contenders.
-      about: what it is, in a few words.
-      devices: how many it uses.
-      stages: how many it cuts the network into.
-      processes: ids of processes that it runs in, beside this one.
+      about: a short description.
+      devices: number of devices.
+      stages: number of stages.
+      processes: ids of its other processes.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Contender(abc.ABC):
         """Steps until the pipeline is in steady state."""
         return 1
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to end
+    def close(self) -> None:  # noqa: B027 - most have nothing to stop
         """Stops what it has started."""
 
 
@@ -73,7 +73,7 @@ class Plain(Contender):
 
     Args:
       name: as in --contenders.
-      work: what is trained.
+      work: the workload.
       devices: one, or several that share every batch.
     """
 
@@ -110,7 +110,7 @@ class Plain(Contender):
             whole = NamedSharding(mesh, PartitionSpec())
             parts = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
             self.step = jax.jit(step, donate_argnums=0, out_shardings=whole)
-        # A copy: the first donation must not take an initial value that a layer's maker holds.
+        # A copy, since the caller may hold initial values, which must not be donated.
         self.state = jax.device_put(jax.tree.map(jnp.copy, state), whole)
         self.batch = jax.device_put((work.inputs, work.labels), parts)
         self.metrics: dict[str, jax.Array] = {}
@@ -132,12 +132,12 @@ class Piped(Contender):
 
     Args:
       name: as in --contenders.
-      work: what is trained.
-      schedule: who does what when.
-      devices: fewer than stages are shared.
-      choice: which gradient a delayed backward takes.
-      on_nonfinite: whether anybody looks.
-      compiled: whether stages that share a device make one program a tick.
+      work: the workload.
+      schedule: the schedule.
+      devices: its devices; shared by stages if there are fewer.
+      choice: the gradient rule.
+      on_nonfinite: as in `fdg_jax.Pipeline`.
+      compiled: whether stages that share a device are compiled into one program per tick.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class Piped(Contender):
 
     @property
     def fill(self) -> int:
-        # Until stage 0 has its first gradient, and until every period has been compiled.
+        # Until the first gradient of stage 0, and until every period has been compiled.
         return 2 * self.stages + 2 * self.schedule.period
 
     def turn(self, steps: int) -> float:
@@ -210,7 +210,7 @@ class Piped(Contender):
 
 
 class Saving(Piped):
-    """The same, with a checkpoint in the middle of every `EVERY` steps, to a temporary folder."""
+    """`Piped` with a checkpoint in the middle of every `EVERY` steps, in a temporary folder."""
 
     EVERY = 50
 
@@ -233,7 +233,7 @@ class Saving(Piped):
                 self.checkpointer.save(self.state, self.count)
         jax.block_until_ready((self.state, self.metrics))
         seconds = time.perf_counter() - start
-        self.checkpointer.wait()  # the next contender's turn is its own
+        self.checkpointer.wait()  # so as not to disturb the next contender's turn
         return seconds
 
     def close(self) -> None:

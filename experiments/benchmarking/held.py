@@ -1,17 +1,16 @@
 """Bytes held by a stage: counted from its arrays, and predicted by the simulator.
 
-Counted whenever a program of a tick has been dispatched; the peak is kept. A stage of FDG holds
+Counted after every dispatched program of a tick; the peak is kept. A stage of FDG holds
 
-    weights     today's, and each older version that a batch in flight has met
+    weights     the newest, and each older version used by a batch in flight
     optimizer   its state
     in flight   input and residuals of each batch between its forward and its backward
 
-which is what the simulator predicts, and besides, not predicted: ``messages`` that wait to be used,
-``gradients`` being accumulated, and ``small`` things (batch statistics, labels, counters,
-synthesizers). Where forward, backward and update of a batch are one program (the last stage of
-FDG), the batch is never in flight between programs: its residuals live inside, and its input is a
-message until then. What a program uses inside is not counted anywhere; a backward that runs the
-forward again uses most.
+as predicted by the simulator, and in addition, not predicted: pending ``messages``, accumulated
+``gradients``, and ``small`` data (batch statistics, labels, counters, synthesizers). If forward,
+backward and update of a batch are one program (the last stage of FDG), the batch is never in flight
+between programs: its residuals are temporary, and its input is a message until then. Temporary
+values of programs are not counted; a backward that recomputes the forward has most.
 """
 
 from __future__ import annotations
@@ -52,15 +51,14 @@ def table(contender: Contender, ticks: int = 0) -> list[dict[str, Any]]:
     """Peak bytes of each stage, counted and predicted.
 
     Args:
-      contender: filled; goes on training with copies of its batch, as real batches are different
-        buffers.
-      ticks: how many to watch; 0: enough for one of every kind.
+      contender: a filled contender; trains on with copies of its batch, since real batches are
+        different buffers.
+      ticks: number of ticks to observe; 0: enough for one of every kind.
 
     Returns:
-      A row a stage: bytes by kind, at the moment at which the predicted kinds together were most,
-      and the bytes that it sends to other stages for a mini-batch.
-      A plain loop is one stage without prediction. Empty for a contender whose arrays are not in
-      this process.
+      A row per stage: bytes by kind when the sum of the predicted kinds is largest, and the bytes
+      sent to other stages per mini-batch. A plain loop is one stage without prediction. Empty for
+      contenders in other processes.
     """
     if isinstance(contender, Plain):
         state = contender.state
@@ -91,8 +89,7 @@ def table(contender: Contender, ticks: int = 0) -> list[dict[str, Any]]:
 
 
 def bytes_of(stage: StageWork) -> dict[str, int]:
-    """Bytes that a stage holds now, by kind; a buffer that is found twice counts where it was found
-    first."""
+    """Bytes currently held by a stage, by kind; a shared buffer counts for the first kind."""
     stashes = [stash for _, stash in stage.flights.values()]
     messages = {port: list(there.values()) for port, there in stage.inbox.items()}
     small = [messages.pop(port, []) for port in (LABEL, METRIC)]
@@ -110,7 +107,7 @@ def bytes_of(stage: StageWork) -> dict[str, int]:
 
 
 def count(groups: Sequence[Sequence[PyTree]]) -> dict[str, int]:
-    """Bytes of distinct buffers on the device with most, a number for each of `KINDS`."""
+    """Bytes of distinct buffers on the device with most, for each of `KINDS`."""
     seen: set[tuple[int, int]] = set()
     return {
         kind: max(_new_bytes(jax.tree.leaves(trees), seen).values(), default=0)
@@ -138,8 +135,8 @@ def predict(contender: Piped) -> list[float]:
         parameter_bytes=sizes.parameters,
     )
     run = simulate(schedule, costs, gradient=contender.gradient)
-    # Added here: the simulator takes one multiple of the weights for all stages. Of what is in an
-    # optimizer's state it has an average of the weight changes already.
+    # Optimizer states are added here, since the simulator uses one multiple of the weights for all
+    # stages. It already includes the average of weight changes.
     optimizers = [
         size - own * stage.rule.estimates_weights
         for stage, size, own in zip(pipe.stages, sizes.optimizer, sizes.parameters, strict=True)
@@ -157,7 +154,7 @@ def live() -> dict[str, int]:
 
 
 def predicted_part(kinds: dict[str, int]) -> int:
-    """The bytes of the kinds that the simulator knows."""
+    """The bytes of the predicted kinds."""
     return sum(kinds[kind] for kind in PREDICTED)
 
 
@@ -173,7 +170,7 @@ def _row(k: int, kinds: dict[str, int], predicted: float | None, sent: int) -> d
 
 
 def _new_bytes(leaves: Iterable[Any], seen: set[tuple[int, int]]) -> dict[str, int]:
-    """Bytes by device of the buffers that are not in ``seen``, and adds them to it."""
+    """Bytes by device of the buffers that are not in ``seen``; adds them to it."""
     found: dict[str, int] = {}
     for leaf in leaves:
         if not isinstance(leaf, jax.Array) or not is_plain(leaf) or leaf.is_deleted():

@@ -1,4 +1,4 @@
-"""A network with batch and loss, by name: of the project, or returned by the user's function."""
+"""A network with batch and loss, by name: the project's, or returned by the user's function."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ RETURNS = "return (layers, (inputs, labels)) or (layers, (inputs, labels), loss_
 
 @dataclass(frozen=True)
 class Model:
-    """What a training step needs beside an optimizer.
+    """The parts of a training step except the optimizer.
 
     Attributes:
       layers: input first.
       batch: inputs and labels, arrays.
-      loss_fn: None where the function has returned none.
+      loss_fn: the loss function, or None.
     """
 
     layers: Sequence[Layer]
@@ -41,7 +41,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the batches of the project's own models, and of its transformer."""
+    """Sizes of the batches of the project's own models, and of its transformer."""
 
     batch_size: int = 32
     image_size: int = 32
@@ -55,15 +55,15 @@ def load(name: str, sizes: Sizes) -> Model:
     """A model by its name.
 
     Args:
-      name: of `fdg_jax.models.create`, "transformer", or "module:function", which is imported and
-        called.
-      sizes: of the project's own models.
+      name: a name of `fdg_jax.models.create`, "transformer", or "module:function", which is
+        imported and called.
+      sizes: sizes for the project's own models.
 
     Returns:
-      The model; of the project's own with random inputs and labels.
+      The model; the project's own models have random inputs and labels.
 
     Raises:
-      UsageError: there is none such, or the function does not return one.
+      UsageError: unknown name, or the function does not return a model.
     """
     if ":" in name:
         return _of_function(name)

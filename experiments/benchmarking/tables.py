@@ -10,11 +10,11 @@ from typing import Any
 from experiments.benchmarking import held
 
 Table = tuple[str, list[str], list[list[str]]]
-LONG = 10  # rounds, from which on a drift is looked for
+LONG = 10  # minimum number of rounds for the table of drifts
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """The values of the rounds, and their median, least and largest."""
+    """The values of the rounds, and their median, minimum and maximum."""
     return {
         "rounds": list(values),
         "median": statistics.median(values),
@@ -24,8 +24,8 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def over(seconds: dict[str, list[float]], name: str) -> dict[str, dict[str, Any]]:
-    """How many times as fast as each other one: round by round, so that what disturbs a whole round
-    falls out."""
+    """Speedups over each other contender, per round, so that disturbances of a whole round
+    cancel."""
     return {
         other: spread([b / a for a, b in zip(seconds[name], theirs, strict=True)])
         for other, theirs in seconds.items()
@@ -39,7 +39,7 @@ def bound(
 
     Args:
       alone: seconds of each stage, round by round.
-      devices: the device of each stage; stages that share one can only take turns.
+      devices: the device of each stage; stages that share one run one at a time.
       steps: seconds of a step of the pipeline, round by round.
 
     Returns:
@@ -64,7 +64,7 @@ def bound(
 
 
 def at_once(stages: Sequence[float], steps: Sequence[float]) -> dict[str, Any]:
-    """What all stages at once, without messages, say about the whole; seconds, round by round."""
+    """The time of all stages at once, without messages, and its ratio to a step, per round."""
     return {
         "at_once": spread(stages),
         "of_at_once": spread([a / s for a, s in zip(stages, steps, strict=True)]),
@@ -141,7 +141,7 @@ def drift(results: dict[str, Any]) -> Table:
 
 
 def fifths(values: Sequence[float]) -> list[float]:
-    """The medians of five equal parts, the last of which takes what is left over."""
+    """The medians of five equal parts; the last includes the remainder."""
     size = len(values) // 5
     bounds = [*range(0, 5 * size, size), len(values)]
     return [statistics.median(values[a:b]) for a, b in itertools.pairwise(bounds)]

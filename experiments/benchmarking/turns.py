@@ -21,11 +21,11 @@ class Turns:
     """A pipeline that stays filled between its turns.
 
     Args:
-      row: which method, on how many devices, cut where.
-      model: what is trained.
-      loss_fn: of the network.
-      optimizer: of every stage.
-      microbatches: of one_f_one_b.
+      row: the method, number of devices and cuts.
+      model: the model.
+      loss_fn: its loss function.
+      optimizer: the optimizer of every stage.
+      microbatches: number of micro-batches of one_f_one_b.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Turns:
             model.layers, made["schedule"].num_stages, inputs, cost=list(row.cuts)
         )
         devices = jax.devices()[: row.devices]
-        # Two steps under way on the same group of CPU devices can wait for each other for ever.
+        # Two concurrent steps on the same group of CPU devices can deadlock.
         ahead = 1 if row.method == "data_parallel" else 4
         self.pipe = fdg.Pipeline(
             stages, loss_fn, optimizer, devices=devices, max_ahead=ahead, **made
@@ -55,10 +55,10 @@ class Turns:
             jax.device_put(x, first.places(x)),
             jax.device_put(labels, last.places(labels)),
         )
-        self.turn(4 * self.pipe.num_stages)  # compiles, and fills
+        self.turn(4 * self.pipe.num_stages)  # compiles and fills
 
     def turn(self, steps: int) -> float:
-        """Trains, and waits for the devices at the end; returns seconds a step."""
+        """Trains, and waits for the devices at the end; returns seconds per step."""
         start = time.perf_counter()
         metrics = None
         for _ in range(steps):
@@ -70,13 +70,13 @@ class Turns:
 def rounds(
     turns: Sequence[Turns], count: int, turn_seconds: float, say: Callable[[str], None]
 ) -> list[list[float]]:
-    """Mini-batches a second of each, round by round; who begins moves on by one.
+    """Mini-batches per second of each, round by round; the order rotates by one per round.
 
     Args:
-      turns: who is timed; all do as many steps as the first does in a turn's seconds.
-      count: of rounds.
-      turn_seconds: of the first's turn.
-      say: told how far it is.
+      turns: the timed pipelines; all run the number of steps of the first one in a turn.
+      count: number of rounds.
+      turn_seconds: seconds of a turn of the first one.
+      say: callback for progress messages.
     """
     steps = max(math.ceil(turn_seconds / turns[0].turn(2)), 2)
     found: list[list[float]] = [[] for _ in turns]

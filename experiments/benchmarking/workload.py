@@ -33,7 +33,7 @@ from fdg_jax.schedule import Schedule
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4
 
 ONE_DEVICE = re.compile(r"one_device_k([1-9]\d{0,3})(_dispatched)?")
-# Methods that the engine runs, one stage a device.
+# Methods run by the engine, with one stage per device.
 PIPED = {
     **{name: own for name, own in METHODS.items() if not own.one_stage},
     "fdg_recompute_stale": Method("fdg", gradient="recompute_stale"),
@@ -174,7 +174,7 @@ class Settings:
 
     @property
     def family(self) -> family.Family:
-        """Heads and synthesizers of the methods that have them."""
+        """Settings of heads and synthesizers, for methods that have them."""
         return family.Family(synthesizer_width=self.synthesizer_width)
 
     def schedule(self, name: str) -> Schedule:
@@ -197,7 +197,7 @@ class Workload:
     """Network, batch and optimizer of a benchmark.
 
     Args:
-      settings: checked.
+      settings: checked settings.
 
     Attributes:
       layers: of the network, input first.
@@ -233,11 +233,11 @@ class Workload:
     @functools.cached_property
     def layer_costs(self) -> tuple[float, ...]:
         cost: Cost = "time" if self.unit == "seconds" else "flops"
-        # Measured once, so that all splits are made from the same numbers.
+        # Measured once, so that all splits use the same costs.
         return fdg.partition(self.layers, 1, self.example, cost=cost).layer_costs
 
     def split(self, num_stages: int) -> fdg.Partition:
-        """The network in K stages; cuts that were given are those of --num_stages only."""
+        """The network in K stages; given cuts only apply to --num_stages."""
         settings = self.settings
         costs: tuple[float, ...] = self.layer_costs if num_stages > 1 else ()
         if num_stages == settings.num_stages and settings.partition not in ("time", "flops"):
@@ -245,7 +245,7 @@ class Workload:
         return fdg.partition(self.layers, num_stages, self.example, cost=costs)
 
     def optimizer(self, name: str = "", late: Staleness = 0) -> optax.GradientTransformation:
-        """SGD with momentum and weight decay, or what a contender is named after; one a stage."""
+        """A stage's optimizer: SGD with momentum and weight decay, or that of the contender."""
         recipe = name.endswith("_recipe")
         if name == "fdg_recipe":
             return recipes.sgd(LEARNING_RATE, late, MOMENTUM, WEIGHT_DECAY)

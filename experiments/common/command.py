@@ -20,8 +20,8 @@ def run(main: Callable[..., None], takes: str = "") -> None:
 
     Args:
       main: reads ``absl.flags.FLAGS``.
-      takes: what the arguments are that are no flags; ``main`` is given them as a list. Empty:
-        there are none.
+      takes: a description of the arguments that are not flags, passed to ``main`` as a list.
+        Empty: none are allowed.
     """
 
     def parse(arguments: Sequence[str]) -> Sequence[str]:
@@ -36,7 +36,7 @@ def run(main: Callable[..., None], takes: str = "") -> None:
                 raise UsageError(f"{rest[1]}: not a flag; flags are written --name=value")
         except (flags.Error, UsageError, OSError, UnicodeError) as error:
             fail(error)
-        # JAX tells of every kind of device that it did not find; that is no news.
+        # JAX logs every kind of device that it did not find; this is not of interest.
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         return rest

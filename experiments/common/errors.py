@@ -11,7 +11,7 @@ class UsageError(ValueError):
 class Stopped(Exception):
     """A run was stopped on request and can be resumed; exit status 75.
 
-    75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again.
+    75 is EX_TEMPFAIL of sysexits.h: no error, repeat the command.
     """
 
 

@@ -26,8 +26,8 @@ def define(settings: type, texts: Mapping[str, str], values: flags.FlagValues) -
 
     Args:
       settings: a dataclass.
-      texts: what each flag is for, by the field's name.
-      values: where the flags are defined.
+      texts: help text of each flag, by the field's name.
+      values: the flags are defined in it.
     """
     for field in dataclasses.fields(settings):
         default: Any = "" if field.default is dataclasses.MISSING else field.default
@@ -37,5 +37,5 @@ def define(settings: type, texts: Mapping[str, str], values: flags.FlagValues) -
 
 
 def given(settings: type, parsed: flags.FlagValues) -> dict[str, Any]:
-    """What the flags say, by the field's name; of a tuple the list of its parts as text."""
+    """Values of the flags by the field's name; a tuple as the list of its parts as text."""
     return {field.name: parsed[field.name].value for field in dataclasses.fields(settings)}

@@ -14,16 +14,16 @@ from fdg_jax.analysis.timeline import Event, Timeline
 
 COLOURS = {"F": "#9ec5e8", "B": "#f6c08a", "U": "#2e7d32", "FBU": "#c3b1e1"}
 NAMES = {"F": "forward", "B": "backward", "U": "update", "FBU": "all three, one program"}
-# Inches for the widest and the narrowest picture, and for a cell of the shortest program.
+# Inches of the widest and the narrowest picture, and of a cell of the shortest program.
 WIDEST, NARROWEST, CELL = 60.0, 8.0, 0.36
 
 
 def draw(rows: Sequence[tuple[str, Timeline]], marked: int | None = None) -> bytes:
-    """A PNG of timelines of the same stages, one above the other, on one axis of time.
+    """A PNG of timelines of the same stages, stacked, with a common time axis.
 
     Args:
-      rows: a title and a timeline each.
-      marked: the mini-batch whose cells have a black edge; None: the last third's first.
+      rows: pairs of title and timeline.
+      marked: the mini-batch whose cells have a black edge; None: one third through the run.
 
     Returns:
       The file's bytes.
@@ -32,7 +32,7 @@ def draw(rows: Sequence[tuple[str, Timeline]], marked: int | None = None) -> byt
     stages = runs[0].schedule.num_stages
     span = max(run.makespan for run in runs)
     lasting = [e.end - e.start for run in runs for e in run.events if e.end > e.start]
-    # A program that ended unusually soon must not make the picture wide.
+    # Outliers of short programs must not make the picture wide.
     shortest = sorted(lasting)[len(lasting) // 20]
     width = min(max(CELL * span / shortest, NARROWEST), WIDEST)
     figure = Figure(figsize=(width, 0.4 + len(rows) * (1.0 + 0.55 * stages)), layout="constrained")
@@ -59,15 +59,15 @@ def draw(rows: Sequence[tuple[str, Timeline]], marked: int | None = None) -> byt
 
 
 def _kind(event: Event) -> str:
-    """Which colour: a backward with its update is a backward."""
+    """The kind that determines the colour; a backward with its update is a backward."""
     kinds = "".join(action.kind for action in event.actions)
     return kinds if kinds == "FBU" else kinds[0]
 
 
 def _cell(panel: Axes, event: Event, traced: int, inches: float) -> None:
-    """One program; ``inches`` are those of a second."""
+    """Draws one program; ``inches`` per second."""
     kind, k, seconds = _kind(event), event.action.stage, event.end - event.start
-    if kind == "U" and seconds == 0:  # takes no time: a mark
+    if kind == "U" and seconds == 0:  # no duration: drawn as a mark
         panel.plot([event.end] * 2, [k - 0.4, k + 0.4], color=COLOURS["U"], linewidth=2.5)
         panel.text(event.end, k - 0.41, "U", ha="center", va="bottom", fontsize=6)
         return
@@ -82,7 +82,7 @@ def _cell(panel: Axes, event: Event, traced: int, inches: float) -> None:
         zorder=3 if this else 1,
     )
     panel.add_patch(box)
-    # On one line where it fits; else each action on a line of its own.
+    # On one line if it fits, otherwise one line per action.
     for lines in ([event.label], [action.label for action in event.actions]):
         fits = 72 * seconds * inches / (0.75 * max(map(len, lines)))
         if fits >= 5:

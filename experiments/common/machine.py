@@ -15,21 +15,21 @@ import jax
 import fdg_jax as fdg
 
 STAT = pathlib.Path("/proc/stat")
-# Processor time is counted in hundredths of a second: in less than this only noise is seen.
+# Processor time has a resolution of 0.01 s; shorter intervals would only show noise.
 SHORTEST_SECONDS = 0.5
-# Of a line of /proc/stat: everything but idle and iowait; guests are counted in user already.
+# Fields of /proc/stat except idle and iowait; user already includes guests.
 BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 FIELDS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
 
 
 class Usage(NamedTuple):
-    """Processor seconds since some moment in the past.
+    """Processor seconds since an arbitrary time.
 
     Attributes:
-      wall: seconds by the clock.
-      busy: of all processes, on the cores that this one may use; None where nobody counts.
+      wall: wall-clock seconds.
+      busy: used by all processes, on the cores available to this one; None if unavailable.
       idle: the rest.
-      own: of this program.
+      own: used by this program.
     """
 
     wall: float
@@ -59,13 +59,13 @@ def cores_of_others(before: Usage, after: Usage) -> float | None:
     """The mean number of cores used by other programs between two moments.
 
     Returns:
-      Cores, or None where this machine does not say, or the time was too short.
+      Cores, or None if unavailable or if the interval is too short.
     """
     wall = after.wall - before.wall
     if before.busy is None or after.busy is None or wall < SHORTEST_SECONDS:
         return None
     busy = after.busy - before.busy
-    # A sandbox may show a file of zeros; a true one accounts for the time of every core.
+    # A sandbox may show a file of zeros; a real one accounts for the time of every core.
     if busy + after.idle - before.idle < 0.5 * wall * cores():
         return None
     return max(busy - (after.own - before.own), 0.0) / wall
@@ -79,14 +79,14 @@ def load() -> tuple[float, ...] | None:
 def at_rest(max_load: float, seconds: float = 2.0) -> tuple[dict[str, Any], str | None]:
     """Observes the idle machine for a while.
 
-    The load average lags by a minute, so it decides only where processor time is not counted.
+    The load average lags by a minute, so it is only used if processor time is unavailable.
 
     Args:
-      max_load: how many cores other programs may keep busy.
-      seconds: how long.
+      max_load: the number of cores that other programs may use.
+      seconds: the duration.
 
     Returns:
-      What was found, and why a comparison would not be fair, or None.
+      The findings, and the reason why a comparison would not be fair, or None.
     """
     averages = load()
     before = usage()
@@ -101,7 +101,7 @@ def at_rest(max_load: float, seconds: float = 2.0) -> tuple[dict[str, Any], str 
 
 
 def _all_processes() -> tuple[float | None, float]:
-    """Busy and idle seconds of the cores that this process may use."""
+    """Busy and idle seconds of the cores available to this process."""
     try:
         lines = STAT.read_text().splitlines()
     except OSError:
@@ -121,9 +121,9 @@ def _all_processes() -> tuple[float | None, float]:
 
 
 def _one_process(pid: int) -> float:
-    """Processor seconds of another process; 0 where nobody counts."""
+    """Processor seconds of another process; 0 if unavailable."""
     try:
-        # The name of the program, in brackets, may hold anything: count from its end.
+        # The program's name, in brackets, may contain anything, so fields follow the last one.
         numbers = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):

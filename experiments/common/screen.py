@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-# Without a terminal, a line of progress at most this often.
+# Without a terminal, minimum seconds between progress lines.
 PLAIN_SECONDS = 30.0
 
 
@@ -18,13 +18,13 @@ class Screen:
     """Prints tables and lines, and shows the progress of training.
 
     Args:
-      total: steps of the run.
-      console: where to; None is standard output.
-      shown: False for a process that leaves the screen to another.
+      total: number of steps of the run.
+      console: the destination; None: standard output.
+      shown: False for a process that prints nothing.
     """
 
     def __init__(self, total: int, console: Console | None = None, *, shown: bool = True) -> None:
-        # A pipe has no width of its own, and a table cut to 80 columns helps nobody.
+        # A pipe has no width, and tables should not be cut at 80 columns.
         self.console = console or Console(highlight=False, quiet=not shown)
         if not self.console.is_terminal:
             self.console.width = max(self.console.width, 120)
@@ -60,13 +60,13 @@ class Screen:
             self._progress = None
 
     def line(self, text: str = "") -> None:
-        """One line of text, above the progress bar if there is one."""
+        """Prints a line of text, above the progress bar if there is one."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def advance(
         self, step: int, loss: float, error: float, speed: float, unit: str = "images"
     ) -> None:
-        """Shows the state after ``step`` steps; ``speed`` in units a second."""
+        """Shows the state after ``step`` steps; ``speed`` in units per second."""
         numbers = f"loss {loss:.3f}  error {100 * error:4.1f} %  {speed:,.0f} {unit}/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers)
@@ -78,10 +78,10 @@ class Screen:
             self.line(f"step {step}/{self.total}  {numbers}  {left:.0f} s left")
 
     def table(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table, numbers to the right."""
+        """Prints a table with right-aligned numbers."""
         table = Table(title=title, title_justify="left")
         for i, head in enumerate(heads):
-            # Names stay whole; a head that is too long goes on in the next line.
+            # Names are not wrapped; heads that are too long are.
             first = i == 0
             table.add_column(
                 head, justify="left" if first else "right", no_wrap=first, overflow="fold"

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from experiments.common.errors import UsageError
 from fdg_jax.checkpoint.paths import local
 
-# Seconds that a full disk is waited for.
+# Seconds to wait for space on a full disk.
 PATIENCE = 20.0
 FILES = (
     *("config.json", "metrics.jsonl", "summary.json", "curves.png"),
@@ -27,7 +27,7 @@ class Writer(Protocol):
     """A receiver of the lines of metrics.jsonl."""
 
     def write(self, number: int, line: dict[str, Any]) -> None:
-        """Line ``number``, from 0; None stands for what is not finite."""
+        """Writes line ``number``, from 0; non-finite values are None."""
 
     def close(self) -> None:
         """Writes pending lines."""
@@ -37,15 +37,15 @@ class Workdir:
     """Writes a run's files atomically; metrics are appended line by line.
 
     Args:
-      path: the folder, made if it is not there.
-      overwrite: whether the files of an earlier run there may go.
-      files: which those are.
-      folders: folders of an earlier run, which go before its files.
-      resume: whether the run there goes on instead: its files stay.
-      writes: whether this process writes them; of several only one does.
+      path: the folder; created if missing.
+      overwrite: whether files of an earlier run may be removed.
+      files: names of these files.
+      folders: folders of an earlier run, removed before its files.
+      resume: whether an earlier run is resumed, so that its files stay.
+      writes: whether this process writes the files; only one of several does.
 
     Raises:
-      UsageError: the folder cannot be written, or holds a run that may not be overwritten.
+      UsageError: the folder cannot be written, or contains a run that may not be overwritten.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Workdir:
     ) -> None:
         self.path = local_path(path, "--workdir")
         self.writes = writes
-        self.lines = 0  # of metrics.jsonl
+        self.lines = 0  # number of lines of metrics.jsonl
         self.writers: list[Writer] = []
         if not writes:
             return
@@ -71,21 +71,21 @@ class Workdir:
                 for name in folders:
                     if (self.path / name).exists():
                         shutil.rmtree(self.path / name)
-                # config.json, the first, goes last: what is left by a kill is still a run.
+                # config.json is removed last, so that the folder remains a run after a kill.
                 for name in reversed(files):
                     (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable(path, error) from error
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """One of the JSON files, replaced as a whole."""
+        """Writes one of the JSON files atomically."""
         self.write_bytes(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """One of the files, replaced as a whole.
+        """Writes one of the files atomically.
 
         Raises:
-          UsageError: it cannot be written; what was there is as it was.
+          UsageError: it cannot be written; an existing file is unchanged.
         """
         if not self.writes:
             return
@@ -98,7 +98,7 @@ class Workdir:
             raise self._unwritten(name, error) from error
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl. A loss that is no number becomes null: JSON has none such.
+        """Appends a line to metrics.jsonl; non-finite numbers become null, as JSON has none.
 
         Raises:
           UsageError: it cannot be written.
@@ -116,8 +116,8 @@ class Workdir:
                 break
             except OSError as error:
                 if path.is_file():
-                    os.truncate(path, size)  # part of a line
-                # A checkpoint that does not fit fills the disk until it has failed.
+                    os.truncate(path, size)  # removes part of a line
+                # A checkpoint that is too large fills the disk until it has failed.
                 if error.errno != errno.ENOSPC or time.monotonic() > deadline:
                     raise self._unwritten("metrics.jsonl", error) from error
                 time.sleep(0.1)
@@ -129,7 +129,7 @@ class Workdir:
         """Keeps the first ``lines`` of metrics.jsonl.
 
         Raises:
-          UsageError: there are fewer.
+          UsageError: there are fewer lines.
         """
         if not self.writes:
             return
@@ -157,7 +157,7 @@ class Workdir:
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:
-    """One of the JSON files of the run in ``path``."""
+    """Reads one of the JSON files of the run in ``path``."""
     value: dict[str, Any] = json.loads((pathlib.Path(path).expanduser() / name).read_text())
     return value
 
@@ -166,11 +166,11 @@ def local_path(path: str, flag: str) -> pathlib.Path:
     """An absolute path in the local file system, ``~`` expanded.
 
     Args:
-      path: of a folder or file, which need not exist.
-      flag: that named it, for the error.
+      path: a folder or file, which need not exist.
+      flag: its flag, for the error.
 
     Raises:
-      UsageError: it is none, such as ``gs://bucket/run``.
+      UsageError: not a local path, such as ``gs://bucket/run``.
 
     Example:
       >>> local_path("/runs/a", "--workdir").as_posix()

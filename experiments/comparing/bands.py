@@ -21,8 +21,8 @@ from experiments.tasks import TASKS
 from experiments.training import methods
 from experiments.training.remedies import REMEDIES
 
-# Okabe and Ito's colours, told apart by the colour-blind, and three more; what is most often
-# compared has the most different ones.
+# The colour-blind-safe colours of Okabe and Ito, and three more; methods most often compared have
+# the most distinct ones.
 COLOURS = {
     "backprop": "#000000",
     "fdg": "#D55E00",
@@ -37,13 +37,13 @@ COLOURS = {
     "data_parallel": "#5B3A8C",
 }
 MARKERS = "osD^vP*X<>h"
-# Between names, as a part of the panel's height.
+# Distance of names, as a fraction of the panel's height.
 LABEL_GAP = 0.055
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
 
 def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Over the seeds of each method, K, remedy and beta: mean, standard deviation, curve."""
+    """Mean, standard deviation and curve over the seeds of each method, K, remedy and beta."""
     groups: dict[tuple[bool, str, int, str, float], list[Record]] = {}
     for r in records:
         groups.setdefault((r.choosing, r.method, r.stages, r.remedy, r.beta), []).append(r)
@@ -84,7 +84,7 @@ def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """The sample standard deviation; None of one value, or where one is not finite."""
+    """The sample standard deviation; None for one value, or if a value is not finite."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     return statistics.stdev(values)
@@ -93,8 +93,8 @@ def spread(values: Sequence[float]) -> float | None:
 def draw(groups: Sequence[dict[str, Any]], x: str, title: str) -> bytes:
     """A PNG of error or loss against ``x`` ("epoch" or "seconds"), one panel for each K.
 
-    Backprop stands in every panel. Lines are means, bands the least and largest of the seeds; what
-    is not finite has none.
+    Backprop is in every panel. Lines are means, bands span minimum and maximum over the seeds;
+    non-finite values are not drawn.
     """
     groups = [g for g in groups if all(math.isfinite(p["max"]) for p in g["curve"])]
     stages = sorted({g["stages"] for g in groups if g["method"] != "backprop"}) or [1]
@@ -137,7 +137,7 @@ def draw(groups: Sequence[dict[str, Any]], x: str, title: str) -> bytes:
 
 
 def _label(panel: Any, groups: Sequence[dict[str, Any]], x: str) -> None:
-    """Names beside the panel, from the largest last error to the least, each tied to its line."""
+    """Writes names beside the panel, sorted by the last error and connected to their lines."""
     low, high = panel.get_ylim()
     ends = sorted(groups, key=lambda g: g["curve"][-1]["mean"])
     heights: list[float] = []
@@ -168,7 +168,7 @@ def write(
     choice: dict[str, Any],
     records: Sequence[Record],
 ) -> None:
-    """results.json, table.md, compare_epochs.png and compare_seconds.png, each whole."""
+    """Writes results.json, table.md, compare_epochs.png and compare_seconds.png atomically."""
     groups = aggregate(records)
     machines: list[dict[str, Any]] = []
     for record in records:
@@ -197,7 +197,7 @@ def write(
 
 
 def _row(record: Record, program: str) -> dict[str, Any]:
-    """A run in results.json, its numbers by the names that they have in summary.json."""
+    """A run in results.json, with the names of summary.json."""
     metric = record.metric
     names = {"best": f"best_{metric}", "speed": f"{TASKS[program].unit}_per_second"}
     found = {n: v for n, v in dataclasses.asdict(record).items() if n != "environment"}
@@ -208,7 +208,7 @@ def _row(record: Record, program: str) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same for JSON, which has no number for what is not finite."""
+    """The value for JSON, with None for non-finite numbers."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

@@ -22,7 +22,7 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#5
 
 
 def curve(metrics: Sequence[Mapping[str, Any]], metric: str) -> Curve:
-    """Loss or error of every evaluation, infinity where it was not finite; none of the training."""
+    """Loss or error of every evaluation (not of training); infinity if not finite."""
     values = ((m["step"], m[metric]) for m in metrics if m["split"] != "train")
     return [(step, math.inf if value is None else value) for step, value in values]
 
@@ -58,16 +58,16 @@ def steps_to(points: Curve, target: float) -> float:
 def rows(
     study: Study, found: Mapping[tuple[str, int], Mapping[str, Any]], fraction: float
 ) -> list[dict[str, Any]]:
-    """What every row shows: last value, gap and overhead against its baseline, over the seeds.
+    """The results of every row: last value, gap and overhead against its baseline, by seed.
 
     Args:
-      study: the rows and what they are compared with.
-      found: what each finished run left, by row and seed.
-      fraction: of the baseline's steps, after which its value is the target of the overhead.
+      study: the rows and their baselines.
+      found: results of each finished run, by row and seed.
+      fraction: fraction of the baseline's steps at which its value is the target.
 
     Returns:
-      One dict a row that has a finished run. Of each seed's "overhead": steps to the target over
-      the baseline's, of the same seed; None where it was not reached.
+      One dict per row with a finished run. "overhead" of each seed is the number of steps to the
+      target relative to the baseline of the same seed; None if it was not reached.
 
     Raises:
       UsageError: the target lies before the baseline's first evaluation.
@@ -128,7 +128,7 @@ def spread(values: Sequence[float | None], digits: int, factor: float = 1.0) -> 
 
 
 def overhead_text(values: Sequence[float | None]) -> str:
-    """The overheads of the seeds; says of how many the target was out of reach."""
+    """The overheads of the seeds, and the number of seeds that did not reach the target."""
     reached = [v for v in values if v is not None]
     missed = len(values) - len(reached)
     if not values:
@@ -139,7 +139,7 @@ def overhead_text(values: Sequence[float | None]) -> str:
 
 
 def table(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> str:
-    """table.md."""
+    """The content of table.md."""
     percent = study.metric == "error"
     factor, digits = (100.0, 2) if percent else (1.0, 3)
     unit = "error, %" if percent else "loss"
@@ -170,20 +170,20 @@ def table(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> 
 
 
 def draw(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> bytes:
-    """A PNG: the curves, and the overhead over K with a line for every series.
+    """A PNG of the curves, and of the overhead over K with a line per series.
 
-    Curves are means over the seeds, with bands from the least to the largest.
+    Curves are means over the seeds, with bands from minimum to maximum.
     """
     factor = 100.0 if study.metric == "error" else 1.0
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    # A series has one colour in both panels, its rows one dash pattern for each K.
+    # A series has one colour in both panels, its rows one dash pattern per K.
     series = list(dict.fromkeys(row["series"] for row in found))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(series)}
     for row in found:
         if any(v is None for points in row["curves"] for _, v in points):
-            continue  # what is not finite has no line
+            continue  # non-finite values have no line
         colour = colours[row["series"]]
         steps = [step for step, _ in row["curves"][0]]
         values = [[factor * v for _, v in points] for points in row["curves"]]
@@ -248,5 +248,5 @@ def draw(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> b
 
 
 def describe(row: Row, seed: int) -> str:
-    """A run, for one line on screen."""
+    """A run as text for the console."""
     return f"{row.name}  seed={seed}"

@@ -12,8 +12,8 @@ from experiments.comparing.records import Record
 from experiments.training import methods
 from experiments.training.config import Config
 
-# Zhuang et al., arXiv 1906.09108: test error in percent, median of three. Under "fdg" the figure
-# with beta 1, under "fdg*" that with the best beta (which stands beside it).
+# Zhuang et al., arXiv 1906.09108: test error in percent, median of three. "fdg" is the figure with
+# beta 1, "fdg*" that with the best beta (given with it).
 PAPER: dict[tuple[str, str], dict[tuple[str, int], tuple[float, float | None]]] = {}
 
 
@@ -30,7 +30,7 @@ _paper(
     "cifar10",
     "resnet56",
     backprop=[6.19],
-    # For K=2 one of its tables has 6.63, another 6.60.
+    # For K=2 the paper has 6.63 in one table and 6.60 in another.
     ddg=[6.63, 6.50, 6.61],
     fr=[6.07, 6.33, 6.48],
     fdg=[6.20, 6.20, 6.83],
@@ -50,7 +50,7 @@ _paper("cifar100", "wrn28_10", backprop=[19.6], fdg=[20.28], best=[(19.08, 0.6)]
 
 
 def key(method: str, stages: int, remedy: str) -> str:
-    """What beta is chosen for."""
+    """The name of a combination for which beta is selected."""
     return f"{method}_k{stages}" + (f"_{remedy}" if remedy != "none" else "")
 
 
@@ -60,22 +60,22 @@ def label(group: dict[str, Any]) -> str:
 
 
 def factor(metric: str) -> float:
-    """Errors are shown in percent, losses as they are."""
+    """The factor for display: errors are in percent, losses unscaled."""
     return 100.0 if metric == "error" else 1.0
 
 
 def digits(metric: str) -> int:
-    """Of such a number, behind the point."""
+    """The number of decimals of a metric."""
     return 2 if metric == "error" else 3
 
 
 def quantity(metric: str, percent: str) -> str:
-    """A metric's name, with its unit where it has one."""
+    """A metric's name, with its unit if it has one."""
     return metric + (percent if metric == "error" else "")
 
 
 def choose(wanted: Sequence[Config], records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """For every method, K and remedy whose runs of choosing are complete: the best mean's beta."""
+    """The beta with the best mean, for every method, K and remedy with complete selection runs."""
     found = {}
     keys = [key(c.method, c.num_stages, c.remedy) for c in wanted]
     for name in dict.fromkeys(keys):
@@ -88,7 +88,7 @@ def choose(wanted: Sequence[Config], records: Sequence[Record]) -> dict[str, dic
             continue
         means = {beta: statistics.fmean(values) for beta, values in errors.items()}
         found[name] = {
-            # Of equals the one that shrinks least.
+            # Ties are broken by the largest beta.
             "best": min(means, key=lambda beta: (means[beta], -beta)),
             "validation_size": configs[0].validation_size,
             "seeds": sorted({c.seed for c in configs}),
@@ -98,7 +98,7 @@ def choose(wanted: Sequence[Config], records: Sequence[Record]) -> dict[str, dic
 
 
 def figure(dataset: str, model: str, method: str, k: int, beta: float) -> str:
-    """The paper's error for the same network, method and K; of beta below 1 its best."""
+    """The paper's error for the same network, method and K; its best if beta is below 1."""
     kind, _, name = dataset.partition(":")
     same = kind if kind.startswith("cifar") else name if kind == "tfds" else ""
     figures = PAPER.get((same if same in ("cifar10", "cifar100") else "cifar10", model), {})
@@ -107,7 +107,7 @@ def figure(dataset: str, model: str, method: str, k: int, beta: float) -> str:
     if value is None:
         return ""
     notes = [f"best of its betas, {at:g}"] if at else []
-    # The figure is CIFAR-10's, while the runs are not.
+    # The figure is for CIFAR-10, unlike the runs.
     notes += [] if same in ("cifar10", "cifar100") else ["another data set: CIFAR-10"]
     return f"{value:.2f}" + (f" ({'; '.join(notes)})" if notes else "")
 
@@ -115,7 +115,7 @@ def figure(dataset: str, model: str, method: str, k: int, beta: float) -> str:
 def table(
     settings: dict[str, Any], choice: dict[str, Any], groups: Sequence[dict[str, Any]]
 ) -> str:
-    """table.md."""
+    """The content of table.md."""
     common = settings["common"]
     final = [g for g in groups if not g["choosing"]]
     chosen = {(key, entry["best"]) for key, entry in choice.items()}
@@ -147,7 +147,7 @@ def table(
 
 
 def _seconds(groups: Sequence[dict[str, Any]], values: Sequence[float]) -> list[str]:
-    """One row a group; the seconds lie on straight lines between the evaluations."""
+    """One row per group; seconds are interpolated linearly between evaluations."""
     unit = " %" if groups[0]["metric"] == "error" else ""
     lines = [
         "| method | K | beta | " + " | ".join(f"{value:g}{unit}" for value in values) + " |",
@@ -170,7 +170,7 @@ def _grid(
     *,
     with_paper: bool,
 ) -> list[str]:
-    """Rows method and beta; columns K, once for the error, the seconds and the paper's figure."""
+    """A table by method and beta, with K columns each for error, seconds and the paper's figure."""
     stages = sorted({g["stages"] for g in groups})
     rows: dict[tuple[str, str, float], dict[int, dict[str, Any]]] = {}
     for g in groups:

@@ -21,7 +21,7 @@ from experiments.training.config import FREE, Config
 class Record:
     """A finished run: results, evaluations and environment.
 
-    ``metric``, "error" or "loss", is what ``value``, ``best`` and the curve measure. Non-finite
+    ``metric``, "error" or "loss", is the quantity of ``value``, ``best`` and the curve. Non-finite
     values are stored as infinity. ``speed`` is in images or bytes per second.
     """
 
@@ -52,7 +52,7 @@ class Record:
         summary: dict[str, Any],
         metrics: Sequence[dict[str, Any]],
     ) -> Record:
-        """From the contents of a run's files."""
+        """Creates a record from the contents of a run's files."""
         task = TASKS[program]
         metric = task.metric
         split = "test" if f"test_{metric}" in summary else "validation"
@@ -62,7 +62,7 @@ class Record:
             folder,
             config["method"],
             config["num_stages"],
-            config.get("remedy", "none"),  # a run may be older than the flag
+            config.get("remedy", "none"),  # missing in runs older than the flag
             config["beta"],
             config["seed"],
             split,
@@ -113,7 +113,7 @@ def finished(config: Config) -> Record | None:
         raise UsageError(f"{folder}: cannot be read ({error}); delete it") from error
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
-        # A run that is older than a setting had its default.
+        # Runs older than a setting had its default.
         other = there.get(name, json.loads(json.dumps(defaults[name], default=str)))
         if name not in FREE and other != value:
             raise UsageError(
@@ -125,7 +125,7 @@ def finished(config: Config) -> Record | None:
 
 
 def arguments(config: Config, *, overwrite: bool) -> list[str]:
-    """The command that trains ``config`` in a process of its own: K decides on the devices."""
+    """The command that trains ``config`` in its own process, since K determines the devices."""
     found = [sys.executable, "-m", f"experiments.{config.PROGRAM}"]
     for name, value in dataclasses.asdict(config).items():
         if isinstance(value, tuple):
@@ -144,7 +144,7 @@ def train(command_line: list[str]) -> tuple[int, str]:
 
 
 def describe(config: Config) -> str:
-    """A run, for one line on screen."""
+    """A run as text for the console."""
     beta = f"  beta={config.beta:g}" if methods.METHODS[config.method].shrinks else ""
     held = "  (choosing beta)" if pathlib.Path(config.workdir).name.startswith("choose_") else ""
     remedy = f"  remedy={config.remedy}" if config.remedy != "none" else ""

@@ -4,7 +4,7 @@ title = "A transformer on text"
 program = "lm"                       # or "cifar"
 metric = "loss"                      # or "error"
 seeds = [0, 1, 2]
-flags = ["--flagfile=experiments/flags/lm_quick.cfg"]      # of all rows
+flags = ["--flagfile=experiments/flags/lm_quick.cfg"]      # for all rows
 
 [[rows]]
 name = "backprop, AdamW"
@@ -12,7 +12,7 @@ flags = ["--method=backprop", "--num_stages=1"]
 
 [[rows]]
 name = "FDG, AdamW"
-baseline = "backprop, AdamW"         # the row it is compared with; itself where there is none
+baseline = "backprop, AdamW"         # the row it is compared with; default: itself
 flags = ["--method=fdg", "--num_stages=4"]
 grid = [["--learning_rate=1e-3", "--learning_rate=2e-3"], ["--beta=0.5", "--beta=1"]]    # four rows
 """
@@ -41,13 +41,13 @@ _ROW = {"name": str, "baseline": str, "series": str, "flags": list, "grid": list
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Runs that differ in their seeds.
+    """Runs that only differ in their seeds.
 
     Attributes:
-      name: as it stands in tables.
+      name: its name in tables.
       baseline: name of the row that it is compared with.
-      series: rows of one series are a line of the picture.
-      flags: of its own, after those of all rows.
+      series: rows of one series form a line of the picture.
+      flags: its own flags, after those of all rows.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a study: its row, its seed, and the settings that follow."""
+    """One run of a study: row, seed, and the resulting settings."""
 
     row: Row
     seed: int
@@ -83,10 +83,10 @@ class Study:
     text: str
 
     def runs(self, workdir: str) -> list[Run]:
-        """All runs, one seed of every row, then the next.
+        """All runs, seed by seed.
 
         Raises:
-          UsageError: a row's flags are not allowed; the message names the row.
+          UsageError: a row has invalid flags; the message names the row.
         """
         return [self._run(row, seed, workdir) for seed in self.seeds for row in self.rows]
 
@@ -113,10 +113,10 @@ class Study:
 
 
 def read(path: str) -> Study:
-    """The study in a file.
+    """Reads a study from a file.
 
     Raises:
-      UsageError: it cannot be read, or says what no study says.
+      UsageError: it cannot be read, or is not a valid study.
     """
     try:
         text = pathlib.Path(path).expanduser().read_text()
@@ -184,7 +184,7 @@ def finished(run: Run) -> dict[str, Any] | None:
         raise UsageError(f"{folder}: cannot be read ({error}); delete it") from error
     defaults = {field.name: field.default for field in dataclasses.fields(run.settings)}
     for name, value in json.loads(json.dumps(dataclasses.asdict(run.settings))).items():
-        # A run that is older than a setting had its default.
+        # Runs older than a setting had its default.
         other = config.get(name, json.loads(json.dumps(defaults[name], default=str)))
         if name not in FREE and other != value:
             raise UsageError(
@@ -195,7 +195,7 @@ def finished(run: Run) -> dict[str, Any] | None:
 
 
 def _grid(path: str, entry: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Every combination of a row's alternatives; one without any where there is no grid."""
+    """Every combination of a row's alternatives; one empty combination without a grid."""
     grid = entry.get("grid", [])
     for axis in grid:
         if not isinstance(axis, list) or not axis or not all(isinstance(a, str) for a in axis):

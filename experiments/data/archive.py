@@ -19,7 +19,7 @@ from experiments.data.progress import progress
 
 _CHUNK = 1 << 20
 _TEXT_LIMIT = 1 << 16
-# What an archive may hold, unpacked, beside the members that are wanted.
+# Maximum unpacked size of other members in bytes.
 _OTHER_LIMIT = 1 << 22
 
 
@@ -29,7 +29,7 @@ class Archive:
 
     Attributes:
         url: Its address; the last part is the file's name.
-        md5: Its checksum as its authors publish it; None, in tests alone, checks nothing.
+        md5: The checksum published by its authors; None, only in tests, disables the check.
     """
 
     url: str
@@ -42,10 +42,10 @@ class Archive:
 
 
 def fetch(archive: Archive, root: Path, flag: str) -> Path:
-    """The archive's path in `root` or ``root/downloads``; it is downloaded to the latter if absent.
+    """The archive's path in `root` or ``root/downloads``; downloads it to the latter if missing.
 
     Raises:
-        UsageError: It is damaged, or neither there nor to be downloaded.
+        UsageError: It is damaged, or missing and cannot be downloaded.
     """
     for folder in (root, root / "downloads"):
         path = folder / archive.file
@@ -77,12 +77,12 @@ def fetch(archive: Archive, root: Path, flag: str) -> Path:
 def members(path: Path, sizes: Mapping[str, int | None], flag: str) -> dict[str, bytes]:
     """The contents of the named members, read in one pass over the stream.
 
-    Nothing is written to disk, and nothing is read before its size has been checked: that of a
-    member against what it must have, that of the whole against what all of them have.
+    Nothing is written to disk. Sizes are checked before reading: that of each member against its
+    expected size, that of the whole stream against their sum.
 
     Args:
         path: A ``.tar.gz`` file.
-        sizes: The size in bytes that each wanted member must have; None for a short text.
+        sizes: The expected size in bytes of each member to read; None for a short text.
         flag: The argument that an error names.
 
     Raises:
@@ -118,8 +118,8 @@ def members(path: Path, sizes: Mapping[str, int | None], flag: str) -> dict[str,
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that ends in an error where more than ``most`` bytes are asked for, or more than
-    there are: tarfile would skip a member of a petabyte in little steps at the end of the file."""
+    """A stream that raises an error beyond ``most`` bytes, and for repeated reads at its end, where
+    tarfile would skip a huge member in small steps."""
 
     def __init__(self, file: gzip.GzipFile, most: int) -> None:
         self._file, self._left, self._ends = file, most, 0
@@ -140,7 +140,7 @@ class _Bounded(io.RawIOBase):
 
 
 def _download(archive: Archive, path: Path) -> str:
-    """Downloads to `path`, which appears only when it is complete; returns the md5."""
+    """Downloads to `path` atomically; returns the md5."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.md5(usedforsecurity=False)
     with (

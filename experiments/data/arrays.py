@@ -29,7 +29,7 @@ class Arrays(NamedTuple):
     class_names: tuple[str, ...]
 
     def check(self) -> None:
-        """Raises ValueError unless shapes, dtypes and labels fit together."""
+        """Raises ValueError unless shapes, dtypes and labels are consistent."""
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             if images.dtype != np.uint8 or images.ndim != 4 or not images.size:

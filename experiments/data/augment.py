@@ -29,8 +29,8 @@ def augment(
 ) -> jax.Array:
     """Pads with black, crops at random, mirrors half of the images, then normalises.
 
-    A pure function, made to run inside ``jax.jit`` (`padding` and `flip` static): the randomness
-    is that of ``fold_in(key, step)``, one draw per example.
+    A pure function for use inside ``jax.jit`` (`padding` and `flip` static), with the random key
+    ``fold_in(key, step)`` and one draw per example.
 
     Args:
         key: The root key of the augmentation.
@@ -38,7 +38,7 @@ def augment(
         images: uint8 [B, H, W, C].
         mean: Per channel, as a fraction of the pixel range, [C].
         std: Likewise.
-        padding: Pixels added on each side before cropping back to H x W; 0 switches it off.
+        padding: Pixels added on each side before cropping back to H x W; 0: none.
         flip: Whether to mirror left and right with probability 1/2.
 
     Returns:
@@ -46,10 +46,10 @@ def augment(
     """
     images = jnp.asarray(images)
     batch, height, width, _ = images.shape
-    # The dtypes are written out so that jax_enable_x64 does not change what is drawn.
+    # Explicit dtypes, so that jax_enable_x64 does not change the random numbers.
     crop_key, flip_key = jax.random.split(jax.random.fold_in(key, step))
     if padding:
-        # Black before normalising, as usual for CIFAR; the padding is not 0 afterwards.
+        # Black before normalising, as usual for CIFAR, so padding is not 0 afterwards.
         border = (padding, padding)
         padded = jnp.pad(images, ((0, 0), border, border, (0, 0)))
         offsets = jax.random.randint(crop_key, (batch, 2), 0, 2 * padding + 1, jnp.int32)

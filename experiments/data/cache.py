@@ -21,7 +21,7 @@ from experiments.common.workdir import local_path
 from experiments.data.arrays import Arrays
 
 _LOG = logging.getLogger(__name__)
-# Part of the key: raise it when decoding or the file's layout changes.
+# Part of the key: increase it when decoding or the file's layout changes.
 _FORMAT = 2
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -38,12 +38,12 @@ def directory() -> Path:
 
 
 def key(spec: str, root: Path, files: Iterable[str]) -> str:
-    """The sha256 of a source and of the files it is made from.
+    """The sha256 of a source and its files.
 
     Args:
-        spec: Says which source it is and how it is read.
-        root: The folder that holds the files.
-        files: Below `root`; they count with path relative to `root`, size and time of last change.
+        spec: Identifies the source and how it is read.
+        root: The folder of the files.
+        files: Files below `root`, hashed by relative path, size and modification time.
     """
     listing = []
     for file in files:
@@ -56,7 +56,7 @@ def key(spec: str, root: Path, files: Iterable[str]) -> str:
 def cached(name: str, decode: Callable[[], Arrays]) -> Arrays:
     """Reads the entry `name`, or creates it with `decode`.
 
-    A damaged entry is decoded again. Where nothing can be written, the program goes on without.
+    A damaged entry is decoded again. If the entry cannot be written, the program continues.
     """
     path = directory() / f"{name}.npz"
     found = _read(path)
@@ -79,7 +79,7 @@ def _read(path: Path) -> Arrays | None:
         arrays.check()
     except FileNotFoundError:
         return None
-    # zipfile, zlib and numpy, which reads a header as Python, raise nearly anything.
+    # zipfile, zlib and numpy, which evaluates headers as Python, raise many types.
     except Exception as error:
         _LOG.warning("ignoring the damaged cache entry %s: %s", path, error)
         return None
@@ -87,7 +87,7 @@ def _read(path: Path) -> Arrays | None:
 
 
 def _member(file: zipfile.ZipFile, field: str) -> Any:
-    """One array. numpy would take the memory that a header asks for, whatever follows it."""
+    """Reads one array, with a check of its size: numpy would allocate what the header requests."""
     info = file.getinfo(f"{field}.npy")
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{field} is compressed")
@@ -111,14 +111,14 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     """Writes a file of the cache atomically.
 
     Args:
-        path: Folders that it lacks are made.
-        fill: Writes the content into the open file that it is given.
+        path: The file; missing folders are created.
+        fill: Writes the content into an open file.
 
     Raises:
-        OSError: Nothing can be written there.
+        OSError: The file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A file of its own, renamed when complete: two programs may write the same entry at once.
+    # A temporary file, renamed when complete: two programs may write the same entry.
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
         try:
             fill(file)

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 from their official binary archives.
 
-The archive becomes an array_record data set of tensorflow-datasets, under the name and version
-that tensorflow-datasets gives it, and is read back from there like any other.
+The archive is converted to an array_record data set of tensorflow-datasets, with the name and
+version used by tensorflow-datasets, and read like any other.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ class Cifar:
     """One of the two data sets.
 
     Attributes:
-        archive: The file it is made from.
+        archive: Its archive.
         label_bytes: Bytes before the pixels of a record; the last of them is the label.
         num_classes: The number of labels.
         train: The archive's members with train images, in order, without ``.bin``.
-        records: The number of records of each of these, and of ``test``.
+        records: The number of records of each of these.
         test: The member with test images.
         test_records: Its number of records.
-        names: The member with the class names, one a line.
+        names: The member with the class names, one per line.
     """
 
     archive: Archive
@@ -82,13 +82,13 @@ CIFAR = {
 
 
 def read(name: str, data_dir: str | None, *, cifar: Cifar | None = None) -> Arrays:
-    """Reads ``cifar10`` or ``cifar100``, preparing it first if that has not been done.
+    """Reads ``cifar10`` or ``cifar100``; prepares it first if necessary.
 
     Args:
         name: The data set.
-        data_dir: Holds the prepared data set or the archive (or its ``downloads/`` does); what is
-            missing is put there.
-        cifar: Stands in for the official data set in tests.
+        data_dir: The folder with the prepared data set or the archive (also in ``downloads/``);
+            missing files are written there.
+        cifar: Replaces the official data set in tests.
 
     Raises:
         UsageError: The data can be neither found nor downloaded, or are damaged.
@@ -136,7 +136,7 @@ def _parse(
 def _prepare(
     name: str, root: Path, splits: dict[str, tuple[Images, Labels]], class_names: list[str]
 ) -> None:
-    """Writes the data set as tfds does, with a builder that needs no TensorFlow."""
+    """Writes the data set in the format of tfds, with a builder that needs no TensorFlow."""
     tfds: Any = importlib.import_module("tensorflow_datasets")
 
     def examples(images: Images, labels: Labels, split: str) -> Iterator[tuple[str, Any]]:
@@ -171,13 +171,13 @@ def _prepare(
         "_split_generators": split_generators,
         "_generate_examples": examples,
     }
-    # tfds registers every class under its name, and this name is taken by its own.
+    # tfds registers classes by name, and its own class has this name.
     with tfds.core.registered.skip_registration():
         base = tfds.core.GeneratorBasedBuilder
         builder = type(base)(name.capitalize(), (base,), body)(
             data_dir=root, file_format="array_record"
         )
     tfds.disable_progress_bar()
-    # tfds announces itself on stdout, which belongs to the program.
+    # tfds prints to stdout, which is reserved for the program.
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()

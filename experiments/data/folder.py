@@ -14,26 +14,26 @@ from experiments.data.arrays import Arrays
 from experiments.data.images import LARGEST, decode_all
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
-# Left out they would be missed, so they are refused; a text or a database of thumbnails is not.
+# Images of other formats are rejected, not skipped like text files or thumbnail databases.
 _OTHER_IMAGES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm"),
     *(".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
 _LAYOUT = "the folder must hold train/<class>/* and test/<class>/* as PNG or JPEG"
 
-# Strings, since 60,000 Path objects take seconds.
+# Strings, since creating 60,000 Path objects takes seconds.
 Files = list[tuple[str, int]]
 
 
 def read(path: str) -> Arrays:
     """Reads the folder `path`; the classes are the sorted names of the folders in train/.
 
-    Hidden files are skipped without a word, and others that are no images are counted. Names of
-    classes are compared in the Unicode form NFC, since file systems differ in it.
+    Hidden files are skipped silently; other files that are no images are counted. Class names are
+    compared in the Unicode form NFC, since file systems differ in it.
 
     Raises:
-        UsageError: The layout is wrong, an image is broken or of another format, images lie in a
-            folder inside a class or in none, or the sizes differ.
+        UsageError: The layout is wrong, an image is broken or of another format, an image is in a
+            subfolder of a class or in no class, or the sizes differ.
     """
     flag = f"--dataset=folder:{path}"
     root = Path(path).expanduser()

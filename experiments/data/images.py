@@ -18,27 +18,27 @@ from experiments.data.progress import progress
 
 _GRAY = ("1", "L", "LA")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-# What Pillow's decoders are known to raise on damaged files.
+# Exceptions raised by Pillow's decoders for damaged files.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-# Above this Pillow is not asked to decode; a header costs nothing, what it declares does.
+# Larger images are not decoded: their size is known from the header, before memory is allocated.
 _PIXELS = 1 << 24
-# Of a file: as many pixels with four channels, uncompressed, and as much again.
+# Bytes of a file: twice those of _PIXELS uncompressed pixels with four channels.
 LARGEST = 1 << 27
-# One task decodes a block, so that the pool's own cost is small against that of 32x32 images.
+# Images per task, so that the pool's overhead is small even for 32x32 images.
 _BLOCK = 128
 
-# Pillow warns of large images while it reads the header; here that must be the end of it.
+# Pillow warns about large images when it reads the header; here that is an error.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def decode(encoded: bytes, name: str, flag: str) -> Images:
     """One image, uint8 [H, W, 1] if it is grayscale, else [H, W, 3].
 
-    As a viewer shows it: turned as its EXIF orientation says, and on white where it is transparent.
+    The image is rotated by its EXIF orientation, and transparent parts are white.
 
     Args:
         encoded: PNG or JPEG bytes.
-        name: What the error calls the image.
+        name: The image's name in errors.
         flag: The argument that the error names, as in ``--dataset=folder:/x``.
 
     Raises:
@@ -62,7 +62,7 @@ def decode(encoded: bytes, name: str, flag: str) -> Images:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UsageError(large) from error
     except _BROKEN as error:
-        # Pillow names the in-memory buffer, which tells the user nothing.
+        # Pillow's message names the in-memory buffer, which does not help users.
         reason = "no PNG or JPEG" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UsageError(
             f"{flag}: {name} is a broken image ({reason}); replace or delete it"
@@ -85,16 +85,16 @@ def decode_all(
 
     Args:
         count: The number of images, at least 1.
-        read: Gives the encoded bytes of image i; called from several threads.
-        describe: Gives the name of image i for an error.
+        read: Returns the encoded bytes of image i; called from several threads.
+        describe: Returns the name of image i for an error.
         flag: The argument that an error names.
 
     Returns:
         uint8 [count, H, W, C]; C is 1 if every image is grayscale, else 3.
 
     Raises:
-        UsageError: An image is broken, or has another size than the first one; or all together
-            are larger than the memory.
+        UsageError: An image is broken or differs in size from the first one, or all images
+            together exceed the memory.
     """
     height, width, _ = decode(read(0), describe(0), flag).shape
     needed = count * height * width * 3

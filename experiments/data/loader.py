@@ -13,7 +13,7 @@ from experiments.data.arrays import Images, Labels
 class Loader:
     """An endless iterator of shuffled mini-batches ``(images, labels)``.
 
-    Every epoch is a new permutation of the examples, cut into full batches; the remainder is
+    Every epoch is a new permutation of the examples, divided into full batches; the remainder is
     dropped. Grain shuffles and batches the *indices*; one gather per batch fetches the images,
     which is faster than fetching them one by one.
 
@@ -21,7 +21,7 @@ class Loader:
         images: uint8 [N, H, W, C].
         labels: int32 [N].
         batch_size: The number of examples B of each batch, 1..N.
-        seed: The order depends on this and on nothing else, not negative.
+        seed: Determines the order; not negative.
 
     Raises:
         UsageError: The batch size or the seed is out of bounds.
@@ -45,8 +45,8 @@ class Loader:
         if seed < 0:
             raise UsageError(f"--seed={seed}: must not be negative; choose 0 or more")
         self._images, self._labels = images, labels
-        # Indices repeat for ever, and Grain folds the number of the epoch into the seed. They are
-        # asked for by position: an iterator would start threads, for less than there is to win.
+        # Indices repeat endlessly, and Grain folds the epoch's number into the seed. They are
+        # accessed by position, since the threads of an iterator would cost more than they gain.
         epoch = grain.MapDataset.range(len(images)).seed(seed).shuffle()
         epoch = epoch.batch(batch_size, drop_remainder=True)
         self.steps_per_epoch: int = len(epoch)
@@ -55,7 +55,7 @@ class Loader:
         self._position = 0
 
     def __iter__(self) -> Self:
-        """The loader is its own iterator: two loops over it share one position."""
+        """Returns the loader itself: two loops over it share one position."""
         return self
 
     def __next__(self) -> tuple[Images, Labels]:
@@ -65,14 +65,14 @@ class Loader:
         return self._images[indices], self._labels[indices]
 
     def get_state(self) -> dict[str, int]:
-        """What `set_state` needs to go on with the batch that would come next; fits into JSON."""
+        """The state before the next batch, as JSON data; see `set_state`."""
         return {"position": self._position, **self._identity}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues from where `state` was taken.
+        """Continues from `state`.
 
         Raises:
-            UsageError: `state` was taken from a loader of another order of batches.
+            UsageError: `state` is from a loader with another order of batches.
         """
         for name, own in self._identity.items():
             if state.get(name) != own:
@@ -91,8 +91,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Yields ``(inputs, labels, count)`` in order, each example once.
 
-    The last batch is filled up with zeros to `batch_size`, so that shapes never change and
-    nothing is compiled twice; only its first `count` examples are real.
+    The last batch is padded with zeros to `batch_size`, so that shapes are constant and nothing is
+    compiled twice; only its first `count` examples are real.
 
     Raises:
         UsageError: `batch_size` is not positive.

@@ -21,7 +21,7 @@ Bytes = npt.NDArray[np.uint8]
 _TRAIN_PER_CLASS = 1_000
 _TEST_PER_CLASS = 200
 _OUTPUT = Path(__file__).parent / "fashion_mnist_small" / "excerpt.npz.xz"
-# Position bits predict nothing in rows of 28 bytes; without them the file is smaller.
+# Position bits are useless for rows of 28 bytes; without them the file is smaller.
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lp": 0, "pb": 0}]
 
 
@@ -29,7 +29,7 @@ def read_idx(path: Path) -> Bytes:
     """Reads a gzipped IDX file of bytes: 0, 0, 8, the rank, the dimensions, the data.
 
     Raises:
-        UsageError: The file is missing or no such file.
+        UsageError: The file is missing or not an IDX file.
     """
     try:
         data = gzip.decompress(path.read_bytes())
@@ -64,7 +64,7 @@ def make(source: Path, output: Path) -> None:
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = excerpt(images, labels, size)
     plain = io.BytesIO()
     np.savez(plain, allow_pickle=False, **arrays)
-    # xz over the plain .npz packs 15 % tighter than the deflate inside savez_compressed.
+    # xz of an uncompressed .npz is 15 % smaller than savez_compressed.
     output.write_bytes(lzma.compress(plain.getvalue(), filters=_FILTERS))
 
 

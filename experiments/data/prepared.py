@@ -16,9 +16,9 @@ from experiments.data.images import decode_all
 
 _NAME = re.compile(r"(?P<path>\w+(/[\w.\-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
 _INFO, _FEATURES = "dataset_info.json", "features.json"
-_LARGEST = 1 << 24  # bytes of either
+_LARGEST = 1 << 24  # bytes of either file
 _MOST_CLASSES = 1 << 20
-# tfds imports the modules that a data set names for its features: only its own shall be.
+# tfds imports the modules named by a data set's features; only its own are allowed.
 _OWN = "tensorflow_datasets.core.features."
 
 
@@ -31,8 +31,8 @@ def find(name: str, root: Path) -> Path | None:
     """The folder of the data set `name` under `root`, in its newest version, if there is one.
 
     Args:
-        name: ``name``, ``name/config`` or either with ``:1.2.3`` behind it.
-        root: What tfds calls the data_dir.
+        name: ``name`` or ``name/config``, optionally followed by ``:1.2.3``.
+        root: The data_dir of tfds.
     """
     match = _NAME.fullmatch(name)
     if match is None:
@@ -55,7 +55,7 @@ def read(name: str, data_dir: str | None, flag: str) -> Arrays:
         flag: The argument that an error names.
 
     Raises:
-        UsageError: It is missing, not stored as array_record, or no image classification.
+        UsageError: It is missing, not stored as array_record, or not for image classification.
     """
     root = default_dir(data_dir)
     folder = find(name, root)
@@ -72,7 +72,7 @@ def read(name: str, data_dir: str | None, flag: str) -> Arrays:
             f"{flag}: {folder} is stored as {stored}, which only TensorFlow reads; prepare it "
             "with file_format='array_record', or name another --data_dir"
         )
-    # The listing alone decides about the cache, so that a second run need not import tfds.
+    # The cache's key only needs the list of files, so that a second run does not import tfds.
     entry = cache.key("tfds", folder, (str(p) for p in folder.iterdir() if p.is_file()))
     return cache.cached(entry, lambda: _decode(folder, flag))
 
@@ -80,7 +80,7 @@ def read(name: str, data_dir: str | None, flag: str) -> Arrays:
 def _decode(folder: Path, flag: str) -> Arrays:
     _trust(folder, flag)
     tfds: Any = importlib.import_module("tensorflow_datasets")
-    # What tfds makes of damaged files is an error of any type.
+    # For damaged files tfds raises errors of any type.
     damaged = f"{flag}: {folder} cannot be read (%s); prepare the data set anew"
     try:
         builder = tfds.builder_from_directory(folder)
@@ -106,7 +106,7 @@ def _decode(folder: Path, flag: str) -> Arrays:
                 f"{flag}: needs the splits train and test, but {folder} has "
                 f"{', '.join(counts) or 'none'}; choose a data set that has both"
             )
-    # The images stay encoded here: the pool of threads decodes them faster than tfds does.
+    # Images stay encoded here, since the thread pool decodes them faster than tfds.
     skip = {"image": tfds.decode.SkipDecoding()}
     try:
         train = builder.as_data_source(split="train", decoders=skip)
@@ -121,7 +121,7 @@ def _decode(folder: Path, flag: str) -> Arrays:
             example = train[i] if i < n else test[i - n]
             labels[i] = example["label"]
             return bytes(example["image"])
-        # The reader's C++ code raises many types, all of which mean damaged files.
+        # The reader's C++ code raises many types of errors for damaged files.
         except Exception as error:
             raise UsageError(
                 f"{flag}: {describe(i)} cannot be read ({' '.join(str(error).split())}); "
@@ -142,7 +142,7 @@ def _decode(folder: Path, flag: str) -> Arrays:
 
 
 def _trust(folder: Path, flag: str) -> None:
-    """Raises `UsageError` where the data set names modules or files that are not its own."""
+    """Raises `UsageError` if the data set refers to modules or files that are not its own."""
     for file, bad in ((_FEATURES, _names_module), (_INFO, _names_path)):
         values: list[Any] = [_json(folder / file, flag)]
         while values:
@@ -160,7 +160,7 @@ def _trust(folder: Path, flag: str) -> None:
 
 
 def _names_module(key: str, value: object) -> bool:
-    # protobuf reads both spellings, and tfds an older form with other words.
+    # protobuf accepts both spellings, and tfds an older form with other names.
     if key in ("jsonFeature", "json_feature"):
         return True
     named = key in ("pythonClassName", "python_class_name", "type", "proto_cls")

@@ -13,8 +13,8 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Yields a function that takes the number of items done since its last call.
 
     Args:
-        label: What is being done.
-        total: The number of items, or None where it is unknown.
+        label: A description of the work.
+        total: The number of items, or None if unknown.
     """
     if not sys.stderr.isatty():
         print(label if total is None else f"{label}: {total:,}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from experiments.data import cifar, embedded, folder, prepared
 from experiments.data.arrays import Arrays, Channels, Images, Labels
 from experiments.data.split import split
 
-# As usual in the literature, so that runs compare.
+# The values common in the literature, so that runs are comparable.
 _STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
@@ -21,10 +21,10 @@ class Dataset:
     """An image-classification data set in memory.
 
     Attributes:
-        name: What it was loaded as.
+        name: The name it was loaded by.
         train_images: uint8 [N, H, W, C].
         train_labels: int32 [N].
-        test_images: uint8 [M, H, W, C]; the validation images if some were asked for.
+        test_images: uint8 [M, H, W, C]; the validation images if requested.
         test_labels: int32 [M].
         class_names: The name of each label, in label order.
         mean: Per channel, as a fraction of the pixel range, float32 [C].
@@ -66,17 +66,17 @@ def load(
         name: ``fashion_mnist_small`` (comes with the package), ``cifar10``, ``cifar100``,
             ``tfds:NAME`` (prepared by tensorflow-datasets) or ``folder:PATH``
             (train/<class>/* and test/<class>/*).
-        data_dir: Where tensorflow-datasets keeps its data, and CIFAR's archives lie or go; None
-            means ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
+        data_dir: The folder of tensorflow-datasets and of CIFAR's archives; None means
+            ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
         validation_size: The number of train images to hold out. They replace the test split.
-        train_size: The number of train images to keep of the rest; 0 keeps all.
-        seed: Chooses the images held out and kept, class by class.
+        train_size: The number of remaining train images to keep; 0 keeps all.
+        seed: Determines the images held out and kept, class by class.
 
     Returns:
         The data set; unless it is CIFAR, `mean` and `std` are those of the returned train images.
 
     Raises:
-        UsageError: The data set cannot be loaded, or a size does not fit it.
+        UsageError: The data set cannot be loaded, or a size is invalid for it.
 
     >>> dataset = load("fashion_mnist_small", None, validation_size=1_000)
     >>> dataset.train_images.shape, dataset.test_images.shape, dataset.num_classes
@@ -112,7 +112,7 @@ def statistics(images: Images) -> tuple[Channels, Channels]:
     """Mean and standard deviation of each channel, as fractions of the pixel range, [C] each."""
     channels = images.shape[-1]
     rows = images.reshape(len(images), -1)
-    # Sums of integers are exact, and chunks keep the wider copy small. uint16 holds 255 squared.
+    # Integer sums are exact, and chunks keep the wider copies small. 255 squared fits in uint16.
     total = rows.sum(axis=0, dtype=np.int64)
     squares = np.zeros_like(total)
     size = max(1, (1 << 21) // rows.shape[1])
@@ -122,6 +122,6 @@ def statistics(images: Images) -> tuple[Channels, Channels]:
     count = images.size // channels
     mean = total.reshape(-1, channels).sum(axis=0) / count
     variance = np.maximum(squares.reshape(-1, channels).sum(axis=0) / count - mean**2, 0)
-    # A channel that never changes is only shifted: one grey level stands in for its deviation.
+    # A constant channel is only shifted; its deviation is replaced by one grey level.
     std = np.maximum(np.sqrt(variance), 1)
     return (mean / 255).astype(np.float32), (std / 255).astype(np.float32)

@@ -7,19 +7,19 @@ from experiments.data.arrays import Arrays, Indices, Labels
 
 
 def split(arrays: Arrays, *, validation_size: int, train_size: int, seed: int) -> Arrays:
-    """Holds out a validation set, then cuts the train set down.
+    """Holds out a validation set, then reduces the train set.
 
-    The validation images *replace* the test split, so that a hyper-parameter chosen on what is
-    returned has never seen the test set.
+    The validation images *replace* the test split, so that hyper-parameters can be chosen without
+    the test set.
 
     Args:
         arrays: The whole data set.
         validation_size: The number of train images to hold out; 0 keeps the test split.
         train_size: The number of the remaining train images to keep; 0 keeps all.
-        seed: Chooses the images, not negative.
+        seed: Determines the images; not negative.
 
     Raises:
-        UsageError: A size does not fit the number of train images, or the seed is negative.
+        UsageError: A size is invalid for the number of train images, or the seed is negative.
     """
     count = len(arrays.train_labels)
     if seed < 0:
@@ -53,15 +53,15 @@ def split(arrays: Arrays, *, validation_size: int, train_size: int, seed: int) -
 
 
 def balanced(labels: Labels, size: int, seed: int) -> Indices:
-    """The sorted indices of `size` examples, as equally many of each class as there are.
+    """The sorted indices of `size` examples, balanced over the classes as far as possible.
 
-    Classes in a random order deal one random example each, round by round, until `size` are
-    dealt; a class that has run out is passed over. So a smaller choice is part of a larger one.
+    In every round each class, in random order, contributes one random example, until there are
+    `size`; exhausted classes are skipped. So a smaller choice is a subset of a larger one.
 
     >>> balanced(np.array([0, 0, 1, 1, 1], np.int32), 5, seed=0).tolist()
     [0, 1, 2, 3, 4]
     """
-    # Within each class `rank` is the example's random place, 0 first.
+    # `rank` is the random position of an example within its class, from 0.
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(labels))
     classes = rng.permutation(int(labels.max()) + 1)

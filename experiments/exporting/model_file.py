@@ -1,11 +1,11 @@
 """Exported models: one safetensors file or Orbax directory, independent of the run.
 
-    layer_003/conv/kernel              parameters, by the layers of the network, which is not cut
-    model_state/layer_003/norm/mean    what is not trained, such as batch statistics
+    layer_003/conv/kernel              parameters, by layer of the uncut network
+    model_state/layer_003/norm/mean    model state, such as batch statistics
 
 In an Orbax folder the same is a tree, ``{"params": {"layer_003": ...}, "model_state": ...}``, under
-``arrays``. The metadata, in a folder its manifest.json, name the network and what its inputs and
-outputs are: the classes and what makes an input of an image, or the bytes of a language model.
+``arrays``. The metadata (manifest.json in a folder) name the network and describe its inputs and
+outputs: classes and normalisation of images, or the bytes of a language model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fdg_jax.typing import PyTree
 
 FORMATS = ("safetensors", "orbax")
 SECTIONS = ("params", "model_state")
-# What reading damage can raise.
+# Errors raised when reading damaged files.
 DAMAGE = (
     OSError,
     SafetensorError,
@@ -45,20 +45,20 @@ DAMAGE = (
     AttributeError,
     RecursionError,
 )
-_KEY = "fdg_jax"  # of the metadata in a safetensors file, where they are one string
+_KEY = "fdg_jax"  # key of the metadata, a string, in a safetensors file
 
 
 def layers(about: dict[str, Any]) -> list[Layer]:
     """The layers of the network named by the metadata.
 
     Args:
-      about: metadata from `load`, or what a run's config.json says.
+      about: metadata from `load`, or the content of a run's config.json.
 
     Returns:
       Its layers, input first.
 
     Raises:
-      ValueError: they name none.
+      ValueError: the metadata name no network.
     """
     try:
         return task_of(about).network(about)
@@ -67,15 +67,15 @@ def layers(about: dict[str, Any]) -> list[Layer]:
 
 
 def example(about: dict[str, Any], batch_size: int) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an input of the network that metadata name."""
+    """Shape and dtype of an input of the network named by the metadata."""
     return task_of(about).example(about, batch_size)
 
 
 def named(params: Sequence[PyTree], model_state: Sequence[PyTree]) -> dict[str, Any]:
-    """Every array by its name.
+    """All arrays by name.
 
     Args:
-      params, model_state: one pytree a layer.
+      params, model_state: one pytree per layer.
 
     Returns:
       Arrays by section, number of the layer and path, in the order of a flattened
@@ -100,13 +100,13 @@ def save(
     """Writes a model atomically, replacing an existing one.
 
     Args:
-      path: in a folder that exists.
+      path: a path in an existing folder.
       kind: one of `FORMATS`.
-      arrays: as `named` gives them.
-      about: the metadata, fit for JSON; the hash of the arrays is added.
+      arrays: the result of `named`.
+      about: the metadata, as JSON data; the hash of the arrays is added.
 
     Raises:
-      OSError, RuntimeError, ValueError: it could not be written.
+      OSError, RuntimeError, ValueError: the model cannot be written.
     """
     about = {**about, "sha256": params_sha256([arrays])}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
@@ -115,7 +115,7 @@ def save(
             ocp.save(new / ARRAYS, _nested(arrays))
             manifest.write(new, about)
         else:
-            # It takes an array's memory as it lies, so it must lie in order.
+            # safetensors copies memory as it is, so arrays must be in C order.
             ordered = {
                 name.removeprefix("params/"): np.array(array, order="C")
                 for name, array in arrays.items()
@@ -133,8 +133,7 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, PyTree, dict[str, Any]]:
       path: the safetensors file or the Orbax folder.
 
     Returns:
-      params, model state (arrays of numpy, laid out as that network's), and the metadata
-      ``about``.
+      params, model state (numpy arrays in that network's layout), and the metadata ``about``.
 
     Raises:
       ValueError: there is no such model, or it is damaged.
@@ -148,7 +147,8 @@ def load(path: str | os.PathLike[str]) -> tuple[PyTree, PyTree, dict[str, Any]]:
       >>> [about["class_names"][i] for i in logits.argmax(-1)]        # doctest: +SKIP
       ['cat', 'ship']
 
-      A language model's inputs and labels are places in ``about["vocabulary"]``, a list of bytes.
+      Inputs and labels of a language model are indices into ``about["vocabulary"]``, a list of
+      bytes.
     """
     path = pathlib.Path(path).expanduser().absolute()
     about = metadata(path)
@@ -173,7 +173,7 @@ def metadata(path: pathlib.Path) -> dict[str, Any]:
     """The metadata of a model; arrays are not read.
 
     Raises:
-      ValueError: there is no model of fdg_jax.
+      ValueError: not a model of fdg_jax.
     """
     try:
         if path.is_dir():
@@ -191,9 +191,9 @@ def metadata(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read(path: pathlib.Path, expected: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays, by the names that `named` gives them."""
+    """The arrays, with the names of `named`."""
     if path.is_dir():
-        # Orbax gives back arrays of numpy for such as these.
+        # Orbax restores numpy arrays for these.
         empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()}
         return {
             jax.tree_util.keystr(names, simple=True, separator="/"): array

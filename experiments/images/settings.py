@@ -77,7 +77,7 @@ class Settings(Config):
     epochs: int = 300
 
     def check(self) -> None:
-        """Raises `UsageError` for the first value that is not allowed."""
+        """Raises `UsageError` for the first invalid value."""
         super().check()
         self.one_of("lr_schedule", LR_SCHEDULES)
         self.one_of("unroll", UNROLL)
@@ -107,15 +107,15 @@ class Settings(Config):
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """One flag for every field of `Settings`, with its default."""
+    """Defines one flag per field of `Settings`, with its default."""
     fields.define(Settings, HELP, values)
 
 
 def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Settings:
-    """The settings that the flags say.
+    """The settings given by the flags.
 
     Raises:
-      UsageError: a list has an entry that is no number.
+      UsageError: a list has an entry that is not a number.
     """
     values = fields.given(Settings, parsed)
     milestones = values["lr_milestones"]

@@ -26,12 +26,12 @@ from fdg_jax.engine.stage import Stage
 from fdg_jax.layer import Layer
 from fdg_jax.schedule import Schedule
 
-# Images held out and subsets of train are the same whatever the seed: seeds repeat the training.
+# Held-out images and subsets of train do not depend on --seed, which only repeats the training.
 SPLIT_SEED = 0
 
 
 class Images(Task[Settings]):
-    """A network that tells the classes of a data set apart."""
+    """Classification of the images of a data set."""
 
     unit: ClassVar[str] = "images"
     metric: ClassVar[str] = "error"
@@ -166,10 +166,10 @@ class Images(Task[Settings]):
 
 
 def layers(config: Settings, num_classes: int, channels: int) -> list[Layer]:
-    """The network that the settings name, input first.
+    """The network named by the settings, input first.
 
     Raises:
-      ValueError: there is none such.
+      ValueError: unknown network.
     """
     unroll = {"auto": None, "yes": True, "no": False}[config.unroll]
     how = compute(config.dtype, config.fast_derivatives)
@@ -177,25 +177,25 @@ def layers(config: Settings, num_classes: int, channels: int) -> list[Layer]:
 
 
 def compute(dtype: str, fast_derivatives: bool) -> fdg.models.Compute:
-    """How the network is computed, from the flags."""
+    """Numerical settings of the network, from the flags."""
     return fdg.models.Compute(None if dtype == "float32" else jnp.dtype(dtype), fast_derivatives)
 
 
 def learning_rate(config: Settings, per_epoch: float, total: float) -> optax.Schedule:
-    """The rate of each update of a stage, from updates per epoch and in all."""
+    """The learning rate of a stage by update, from updates per epoch and in total."""
     if config.lr_schedule == "cosine":
         return optax.cosine_decay_schedule(config.learning_rate, math.ceil(total))
     if config.lr_schedule == "constant":
         return optax.constant_schedule(config.learning_rate)
     boundaries: dict[int, float] = {}
     for epoch in config.lr_milestones:
-        update = round(min(epoch * per_epoch, total))  # those beyond the end change nothing
+        update = round(min(epoch * per_epoch, total))  # those beyond the end have no effect
         boundaries[update] = boundaries.get(update, 1.0) * config.lr_decay
     return optax.piecewise_constant_schedule(config.learning_rate, boundaries)
 
 
 def warmed_up(rate: optax.Schedule, updates: float) -> optax.Schedule:
-    """A rate that rises linearly from 0 in its first updates."""
+    """A learning rate with linear warm-up from 0."""
     if not updates:
         return rate
     return lambda count: rate(count) * jnp.minimum(1.0, count / updates)
@@ -204,7 +204,7 @@ def warmed_up(rate: optax.Schedule, updates: float) -> optax.Schedule:
 def optimizer(
     config: Settings, rate: optax.Schedule, schedule: Schedule, stage: int
 ) -> optax.GradientTransformation:
-    """A stage's optimizer: SGD or Muon, shrunk, as --remedy says."""
+    """A stage's optimizer: SGD or Muon, with shrinking and --remedy."""
     own = remedies.StageSettings(
         rate,
         (schedule, stage),
@@ -221,7 +221,7 @@ def optimizer(
 
 
 def without_images(dataset: data.Dataset) -> data.Dataset:
-    """The same, with images that take no memory, for a process without the first stage."""
+    """The data set with images that use no memory, for processes without the first stage."""
 
     def nothing(images: np.ndarray) -> np.ndarray:
         return np.broadcast_to(np.uint8(0), images.shape)

@@ -11,10 +11,10 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# Told apart by the colour-blind (Okabe and Ito), on light and on dark ground.
+# Colour-blind-safe colours (Okabe and Ito), for light and dark backgrounds.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("", "6 3", "2 2", "8 2 2 2")
-# Stands in a drawing for the colour of the page's text.
+# Placeholder in drawings for the colour of the page's text.
 _INK = "#010203"
 
 STYLE = """
@@ -69,7 +69,7 @@ def whole(title: str, body: Sequence[str]) -> str:
 
 
 def text(tag: str, content: str, kind: str = "") -> str:
-    """An element with nothing but text in it."""
+    """An element that contains only text."""
     named = f' class="{kind}"' if kind else ""
     return f"<{tag}{named}>{escape(content)}</{tag}>"
 
@@ -80,13 +80,13 @@ def table(
     left: Sequence[int] = (0,),
     swatches: bool = False,
 ) -> str:
-    """A table that scrolls in a box of its own.
+    """A table in its own scrollable box.
 
     Args:
-      heads: above the columns.
+      heads: heads of the columns.
       rows: the cells' texts.
-      left: columns that are not numbers.
-      swatches: whether row i begins with the look of line i in the plots.
+      left: left-aligned columns.
+      swatches: whether row i begins with a sample of line i in the plots.
 
     Returns:
       HTML.
@@ -109,7 +109,7 @@ def look(i: int) -> tuple[str, str]:
 
 
 def swatch(i: int) -> str:
-    """A piece of line i."""
+    """A sample of line i."""
     colour, dashes = look(i)
     return (
         '<svg class="swatch" viewBox="0 0 32 8" aria-hidden="true"><path d="M0 4H32" '
@@ -125,17 +125,17 @@ def plot(
     points: bool = False,
     from_zero: bool = True,
 ) -> str:
-    """A figure with line i of the look i, in the colours of the page.
+    """A figure of lines in the colours of the page; see `look`.
 
     Args:
-      title: above it; says what goes up.
-      x: what goes right.
-      lines: the coordinates; an empty one has nothing to show.
-      points: whether each value has a mark.
-      from_zero: whether the vertical axis begins at 0.
+      title: its title, which names the vertical axis.
+      x: label of the horizontal axis.
+      lines: the coordinates of each line; may be empty.
+      points: whether values are marked.
+      from_zero: whether the vertical axis starts at 0.
 
     Returns:
-      HTML with the drawing in it.
+      HTML with an inline drawing.
     """
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 11.0}):
         figure = Figure(figsize=(6, 3.4), layout="constrained")
@@ -166,8 +166,8 @@ def plot(
 
 
 def picture(content: bytes, caption: str) -> str:
-    """A PNG inside the page, in a box in which it scrolls where it would become illegible."""
-    width = int.from_bytes(content[16:20], "big")  # of the header that every PNG begins with
+    """An inline PNG, in a box that scrolls instead of making it illegible."""
+    width = int.from_bytes(content[16:20], "big")  # from the PNG's header
     data = base64.b64encode(content).decode()
     return (
         f'<div class="box picture"><img alt="{escape(caption)}" style="min-width: {width // 2}px" '

@@ -14,7 +14,7 @@ from experiments.training import methods, timeline
 from experiments.training.task import Task
 from fdg_jax.schedule import Schedule
 
-# What a report needs of each file, beside what it shows as it stands.
+# Required entries of each file.
 CONFIG = ("method", "num_stages", "beta", "seed", "total_steps", "stages", "balance", "cost_unit")
 METRICS = ("step", "epoch", "split", "loss", "error", "seconds")
 SUMMARY = ("split", "train_seconds", "steps", "params_sha256")
@@ -26,12 +26,12 @@ class Run:
     """One run.
 
     Attributes:
-      name: what the report calls it.
+      name: its name in the report.
       config: its config.json.
-      task: what it trains.
-      schedule: that of its method.
+      task: its task.
+      schedule: the schedule of its method.
       metrics: the lines of its metrics.jsonl.
-      summary: its summary.json; None: it is not finished.
+      summary: its summary.json; None if unfinished.
       figures: the numbers of its timeline.json, or None.
       picture: its timeline.png, or None.
     """
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """How far it came."""
+        """Its progress."""
         total = self.config["total_steps"]
         if self.summary is not None:
             return f"finished, {total:,} steps"
@@ -60,22 +60,22 @@ class Run:
 
     @property
     def results(self) -> tuple[float | None, float | None] | None:
-        """The last and the least error or loss, None where it is not finite; or None before the
-        first evaluation."""
+        """The last and the lowest error or loss, None if not finite; or None before the first
+        evaluation."""
         found = [m[self.task.metric] for m in self.lines(train=False)]
         least = min((value for value in found if value is not None), default=None)
         return (found[-1], least) if found else None
 
     @property
     def seconds(self) -> float | None:
-        """Of training so far."""
+        """Seconds of training so far."""
         if self.summary is not None:
             return float(self.summary["train_seconds"])
         return max((m["seconds"] for m in self.metrics), default=None)
 
     @property
     def speed(self) -> float | None:
-        """Images or bytes a second over the whole training so far, its compilation included."""
+        """Images or bytes per second over the whole training so far, including compilation."""
         if self.summary is not None:
             return float(self.summary[speed_name(self.task)])
         train = self.lines(train=True)
@@ -86,15 +86,15 @@ class Run:
 
     @property
     def staleness(self) -> list[int]:
-        """Of each stage."""
+        """The staleness of each stage."""
         return [row["staleness"] for row in self.config["stages"]]
 
 
 def read(folder: str, name: str) -> Run:
-    """The run in ``folder``.
+    """Reads the run in ``folder``.
 
     Raises:
-      UsageError: there is none, or one of its files is damaged.
+      UsageError: there is no run, or one of its files is damaged.
     """
     path = pathlib.Path(folder).expanduser()
     if not (path / "config.json").is_file():
@@ -129,7 +129,7 @@ def read(folder: str, name: str) -> Run:
 
 
 def speed_name(task: type[Task[Any]]) -> str:
-    """What a run's files call its speed."""
+    """The name of the speed in a run's files."""
     return f"{task.unit}_per_second"
 
 
@@ -153,7 +153,7 @@ def _config(content: bytes) -> tuple[dict[str, Any], type[Task[Any]], Schedule]:
 
 
 def _metrics(content: bytes, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    # What follows the last line break is being written, or was when the run was killed.
+    # Text after the last line break is an incomplete line of an active or killed run.
     lines = content.split(b"\n")[:-1]
     return [_checked(json.loads(line), names) for line in lines]
 

@@ -19,15 +19,15 @@ from experiments.training.config import Config, program_of
 from experiments.training.task import Task
 
 TASKS: dict[str, type[Task[Any]]] = {"cifar": Images, "lm": Text}
-# How each program makes settings of flags.
+# The module of settings and flags of each program.
 PROGRAMS: dict[str, ModuleType] = {"cifar": cifar, "lm": lm}
 
 
 def task_of(described: Mapping[str, Any]) -> type[Task[Any]]:
-    """The task of the run that a config.json describes.
+    """The task of the run described by a config.json.
 
     Raises:
-      ValueError: there is no such program.
+      ValueError: unknown program.
     """
     name = program_of(described)
     if name not in TASKS:
@@ -36,10 +36,10 @@ def task_of(described: Mapping[str, Any]) -> type[Task[Any]]:
 
 
 def settings_of(described: Mapping[str, Any]) -> Config:
-    """The settings of the run that a config.json describes; what it does not say is the default.
+    """The settings of the run described by a config.json, with defaults for missing values.
 
     Raises:
-      ValueError: there is no such program.
+      ValueError: unknown program.
     """
     task_of(described)
     kind = PROGRAMS[program_of(described)].Settings
@@ -49,10 +49,10 @@ def settings_of(described: Mapping[str, Any]) -> Config:
 
 
 def program_flag(arguments: Sequence[str]) -> str:
-    """What --program says, looked up before the flags are defined, which depend on it."""
+    """The value of --program, read before the flags, which depend on it, are defined."""
     values, given = flags.FlagValues(), list(arguments)
     flags.DEFINE_list("flagfile", [], "", flag_values=values)
-    # What is wrong with a flagfile is said when the flags are parsed.
+    # Errors in a flagfile are reported when the flags are parsed.
     with contextlib.suppress(flags.Error, OSError, UnicodeError):
         given = values.read_flags_from_files(given)
     found = [re.fullmatch(r"--?program=(.*)", argument) for argument in given]

@@ -14,9 +14,9 @@ import numpy as np
 from experiments.common.errors import UsageError
 from experiments.common.memory import memory
 
-# The text that is everywhere.
+# The text that is always available.
 DOCUMENTATION = "python_docs"
-# Modules that every supported Python has in its standard library, in this order.
+# Modules in the standard library of every supported Python, in the order of the text.
 MODULES = (
     *("argparse", "ast", "bdb", "calendar", "cmd", "code", "codecs", "configparser", "contextlib"),
     *("csv", "difflib", "dis", "doctest", "enum", "fileinput", "fractions", "ftplib", "functools"),
@@ -29,14 +29,14 @@ MODULES = (
 
 
 class Text(NamedTuple):
-    """A text, each byte as its place among those that occur.
+    """A text as indices into the vocabulary of its bytes.
 
     Attributes:
-      name: what it was loaded as.
-      vocabulary: the different bytes, in rising order; at most 256.
+      name: the name it was loaded by.
+      vocabulary: the distinct bytes, in ascending order; at most 256.
       train: uint8 [n].
-      validation: uint8 [m], what follows in the text.
-      sha256: of the whole text.
+      validation: uint8 [m], the rest of the text.
+      sha256: hash of the whole text.
     """
 
     name: str
@@ -50,12 +50,12 @@ def load(dataset: str, validation_size: int, context: int) -> Text:
     """The text of a file, or of the standard library's documentation.
 
     Args:
-      dataset: "python_docs", which takes `documentation`, or "file:PATH" of any bytes.
-      validation_size: how many bytes, at the end, are held out; 0 takes a tenth.
-      context: bytes that a sequence has; both parts are longer.
+      dataset: "python_docs", for `documentation`, or "file:PATH" with any bytes.
+      validation_size: number of bytes held out at the end; 0: a tenth.
+      context: bytes of a sequence; both parts must be longer.
 
     Raises:
-      UsageError: there is no such text, it cannot be read, or is too short.
+      UsageError: the text is unknown, cannot be read, or is too short.
     """
     kind, _, path = dataset.partition(":")
     if dataset == DOCUMENTATION:
@@ -87,10 +87,10 @@ def load(dataset: str, validation_size: int, context: int) -> Text:
 
 
 def documentation() -> bytes:
-    """The docstrings of `MODULES`, read from their sources: one text for each version of Python.
+    """The docstrings of `MODULES`, read from their sources; depends on the version of Python.
 
     Raises:
-      UsageError: this Python has come without its sources.
+      UsageError: the sources are not installed.
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     parts = []
@@ -99,7 +99,7 @@ def documentation() -> bytes:
         path = path if path.is_file() else root / module / "__init__.py"
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the sources: escapes that are none
+                warnings.simplefilter("ignore")  # for invalid escapes in the sources
                 tree = ast.parse(path.read_bytes())
         except OSError as error:
             raise UsageError(
@@ -113,15 +113,15 @@ def documentation() -> bytes:
 
 
 class Sequences:
-    """An endless iterator of mini-batches: sequences from random places, and what follows.
+    """An endless iterator of mini-batches: sequences at random positions, and their next bytes.
 
-    The places depend on the seed and the number of the mini-batch, and on nothing else.
+    The positions depend only on the seed and the number of the mini-batch.
 
     Args:
-      text: whose train part is taken.
+      text: the text, of which the train part is used.
       context: bytes of a sequence.
       batch_size: sequences of a mini-batch.
-      seed: of the places.
+      seed: seed of the positions.
 
     Example:
       >>> text = Text("alphabet", b"abc", np.arange(3, dtype=np.uint8), np.zeros(0, np.uint8), "")
@@ -136,7 +136,7 @@ class Sequences:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Mini-batches that have as many bytes as the text."""
+        """Number of mini-batches with as many bytes as the text."""
         return len(self._tokens) / (self._batch_size * self._context)
 
     def __iter__(self) -> Self:
@@ -150,14 +150,14 @@ class Sequences:
         return _cut(self._tokens, starts, self._context)
 
     def get_state(self) -> dict[str, Any]:
-        """What `set_state` needs to go on with the mini-batch that would come next."""
+        """The state before the next mini-batch; see `set_state`."""
         return {"position": self._position, "text_sha256": self._sha256}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where ``state`` was taken.
+        """Continues from ``state``.
 
         Raises:
-          UsageError: that was on another text.
+          UsageError: the state is from another text.
         """
         if state.get("text_sha256") != self._sha256:
             raise UsageError(
@@ -168,11 +168,11 @@ class Sequences:
 
 
 def windows(tokens: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """All sequences side by side, and what follows each of their bytes.
+    """All consecutive sequences, and the next byte of each of their bytes.
 
     Args:
       tokens: [n], n > context.
-      context: bytes of a sequence; what is left over at the end is left out.
+      context: bytes of a sequence; the remainder is dropped.
 
     Returns:
       Inputs and labels, int32 [(n - 1) // context, context] each.
@@ -192,7 +192,7 @@ def _read(path: str) -> bytes:
         if not file.is_file():
             reason = "it is no file" if file.exists() else "there is no such file"
             raise UsageError(f"--dataset=file:{path}: {reason}; name a file of text")
-        # Sequences are gathered from the text and from its numbers, both in memory.
+        # Sequences are gathered from the text and its indices, both in memory.
         if (size := file.stat().st_size) > memory() // 4:
             raise UsageError(
                 f"--dataset=file:{path}: has {size / 1e9:,.0f} GB, more than a quarter of this "

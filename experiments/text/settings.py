@@ -64,7 +64,7 @@ class Settings(Config):
     eval_every_steps: int = 250
 
     def check(self) -> None:
-        """Raises `UsageError` for the first value that is not allowed."""
+        """Raises `UsageError` for the first invalid value."""
         super().check()
         self.one_of("model", MODELS)
         for name in ("width", "blocks", "heads", "context"):
@@ -86,10 +86,10 @@ class Settings(Config):
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """One flag for every field of `Settings`, with its default."""
+    """Defines one flag per field of `Settings`, with its default."""
     fields.define(Settings, HELP, values)
 
 
 def from_flags(parsed: flags.FlagValues = flags.FLAGS) -> Settings:
-    """The settings that the flags say."""
+    """The settings given by the flags."""
     return Settings(**fields.given(Settings, parsed))

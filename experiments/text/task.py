@@ -25,7 +25,7 @@ from fdg_jax.tie import Tie
 
 
 class Text(Task[Settings]):
-    """A transformer that says of every byte what may follow; losses are nats per byte."""
+    """Next-byte prediction by a transformer; losses are in nats per byte."""
 
     unit: ClassVar[str] = "bytes"
     metric: ClassVar[str] = "loss"
@@ -105,13 +105,13 @@ class Text(Task[Settings]):
 
 
 def layers(config: Settings, vocabulary: int) -> list[Layer]:
-    """The network that the settings name, input first."""
+    """The network named by the settings, input first."""
     made = {"transformer": transformer, "reversible_transformer": reversible_transformer}
     return made[config.model](vocabulary, config.width, config.blocks, config.heads)
 
 
 def tied(config: Settings, layers: list[Layer]) -> Tie | None:
-    """The embedding's table as the kernel of the head, with --tie_embedding."""
+    """Ties the head's kernel to the embedding's table, with --tie_embedding."""
     if not config.tie_embedding:
         return None
     last = sum(layer.size for layer in layers) - 1
@@ -121,7 +121,7 @@ def tied(config: Settings, layers: list[Layer]) -> Tie | None:
 def optimizer(
     config: Settings, rate: optax.Schedule, schedule: Schedule, stage: int
 ) -> optax.GradientTransformation:
-    """A stage's own: clipped by its share of the norm, AdamW or Muon, then shrunk."""
+    """A stage's optimizer: clipping by its share of the norm, AdamW or Muon, then shrinking."""
     num_stages = schedule.num_stages
     own = remedies.StageSettings(
         rate,

@@ -1,7 +1,7 @@
 """A decoder-only transformer, and a reversible one, as lists of layers in pure functions.
 
-Blocks that normalise first, learned positions, GELU, and the initial weights of Radford et al.,
-"Language Models are Unsupervised Multitask Learners", 2019.
+Pre-norm blocks, learned positions, GELU, and the initialisation of Radford et al., "Language Models
+are Unsupervised Multitask Learners", 2019.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def transformer(vocabulary: int, width: int, blocks: int, heads: int) -> list[La
     """Embedding, n equal blocks, head; `fdg_jax.partition` may cut between any two.
 
     Args:
-      vocabulary: V, how many different tokens there are.
-      width: D, of a token's vector.
+      vocabulary: V, the number of distinct tokens.
+      width: D, the size of a token's vector.
       blocks: n >= 1.
-      heads: of the attention; divides D.
+      heads: number of attention heads; divides D.
 
     Returns:
       Layers that map int32 [batch, T] to logits [batch, T, V]. Position t of the output depends on
-      tokens 0 to t. T is that of the example at initialisation, or less. Parameters have JAX's
+      tokens 0 to t. T is at most that of the example at initialisation. Parameters have JAX's
       default float dtype.
 
     Example:
@@ -46,19 +46,19 @@ def transformer(vocabulary: int, width: int, blocks: int, heads: int) -> list[La
 
 
 def reversible_transformer(vocabulary: int, width: int, blocks: int, heads: int) -> list[Layer]:
-    r"""The transformer on two streams, whose blocks can be inverted.
+    r"""The transformer on two streams, with invertible blocks.
 
     .. math::
         y_1 = x_1 + \mathrm{attention}(x_2), \qquad y_2 = x_2 + \mathrm{perceptron}(y_1)
 
-    Both streams begin as the embedding; the head reads their mean. A block has the parameters of
-    `transformer`'s.
+    Both streams start as the embedding; the head reads their mean. A block has the same parameters
+    as in `transformer`.
 
     Args:
       vocabulary, width, blocks, heads: as in `transformer`; each stream has the width.
 
     Returns:
-      Layers that map as those of `transformer`; between them pass pairs.
+      Layers with the same input and output as `transformer`; they exchange pairs of arrays.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,7 +102,7 @@ def _embedding(vocabulary: int, width: int) -> Layer:
 
 
 def _block(heads: int, out_std: float) -> Layer:
-    """Attention and a two-layer perceptron, each added to what it was given."""
+    """Attention and a two-layer perceptron, each with a residual connection."""
 
     def init(key: Key, x: jax.Array) -> tuple[PyTree, PyTree]:
         width, keys = x.shape[-1], jax.random.split(key, 4)

@@ -1,1 +1,1 @@
-"""A run that trains, whatever its task, from its settings to its files."""
+"""Training runs of any task, from settings to files."""

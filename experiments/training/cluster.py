@@ -1,4 +1,4 @@
-"""One run in several processes: which this is, and what they decide together."""
+"""One run in several processes: this process's number, and common decisions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fdg_jax import distributed
 from fdg_jax.engine.placement import put
 
 AUTO = "auto"
-# What processes on different machines may have differently.
+# Settings that may differ between processes on different machines.
 OWN = ("data_dir",)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Who this process is; without --coordinator there is but one."""
+    """Defines the flags of several processes; without --coordinator there is one."""
     flags.DEFINE_string(
         "coordinator",
         "",
@@ -45,14 +45,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def join(config: Config, values: flags.FlagValues = flags.FLAGS) -> None:
-    """Finds the other processes of the run, if there are any, and compares notes with them.
+    """Joins the other processes of the run, if any, and checks that their settings agree.
 
     Args:
-      config: what this process has been asked for.
+      config: the settings of this process.
       values: see `define_flags`.
 
     Raises:
-      UsageError: they cannot be found, or have been asked for something else.
+      UsageError: processes are missing, or their settings differ.
     """
     coordinator, number, own = (
         values[name].value for name in ("coordinator", "num_processes", "process_id")
@@ -62,10 +62,11 @@ def join(config: Config, values: flags.FlagValues = flags.FLAGS) -> None:
         if number is not None or own is not None:
             raise UsageError("--coordinator: is missing; give host:port of process 0, or auto")
         return
-    # Two CPU devices of a process can wait for each other's thread; more stages share the one.
+    # Two CPU devices of a process can wait for each other's thread, so its stages share one.
     setup.prepare_jax(1)
-    # XLA's kernels on CPU add in an order that depends on the threads of their process: one a core,
-    # or a device where there are more. So many as in one process with all devices, the same bits.
+    # The order of sums in XLA's CPU kernels depends on the process's threads: one per core, or per
+    # device if there are more. With as many as a single process with all devices has, results are
+    # bitwise equal.
     devices = config.num_stages * config.devices_per_stage
     os.environ.setdefault("NPROC", str(max(machine.cores(), devices)))
     asked = {name: v for name, v in dataclasses.asdict(config).items() if name not in OWN}
@@ -78,13 +79,13 @@ def join(config: Config, values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def agree_on_run(earlier: Earlier | None) -> None:
-    """Before the first file is written: all processes see the same in the workdir.
+    """Checks, before the first file is written, that all processes see the same workdir.
 
     Args:
       earlier: the run that this process found there.
 
     Raises:
-      UsageError: another process found another.
+      UsageError: another process found a different run.
     """
     seen = None if earlier is None else [earlier.finished, earlier.config["cuts"]]
     try:
@@ -94,20 +95,20 @@ def agree_on_run(earlier: Earlier | None) -> None:
 
 
 def blame(error: Exception) -> str:
-    """An error's message, with the process where there are several."""
+    """An error's message, with the process's number if there are several."""
     own, count = jax.process_index(), jax.process_count()
     return str(error) if count == 1 else f"process {own} of {count}: {error}"
 
 
 class Wishes:
-    """What the first stage's process wants of all: to stop, or to save.
+    """Requests of the first stage's process to all processes: to stop, or to save.
 
-    Processes must do either after the same step. So the wish travels, as messages between stages
-    do, and is heard some steps later by all at once; nothing waits for it.
+    Processes must do either after the same step. So requests are sent like messages between stages
+    and are received by all a fixed number of steps later; nothing waits for them.
 
     Args:
       pipe: the pipeline.
-      every: steps between wishes, and from a wish to its hearing.
+      every: steps between requests, and from a request to its receipt.
     """
 
     def __init__(self, pipe: fdg.Pipeline, every: int) -> None:
@@ -118,12 +119,12 @@ class Wishes:
         self._sent: deque[list[jax.Array]] = deque()
 
     def heard(self, step: int, stop: bool, late: bool) -> tuple[bool, bool]:
-        """What all processes do after ``step`` steps; each calls this after every step.
+        """The common decision after ``step`` steps; every process calls this after every step.
 
         Args:
-          step: steps done.
+          step: number of steps done.
           stop: whether this process has been asked to stop.
-          late: whether in this process a checkpoint is overdue.
+          late: whether a checkpoint is overdue in this process.
 
         Returns:
           Whether to stop, and whether to save.

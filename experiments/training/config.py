@@ -1,4 +1,4 @@
-"""What a run is, whatever it trains: every setting, checked before anything is done."""
+"""The settings common to all runs, checked before anything is done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRADIENTS = tuple(RULES)
 REDUCTIONS = ("mean", "sum")
 MESSAGE_DTYPES = ("float32", "bfloat16", "int8")
 ON_NONFINITE = ("stop", "skip")
-# Settings that a run may go on with changed: while all is well they move nothing but files.
+# Settings that may change when a run is resumed: normally they only affect files.
 FREE = (
     "workdir",
     "data_dir",
@@ -36,9 +36,9 @@ FREE = (
 
 @dataclasses.dataclass(frozen=True)
 class Config(remedies.Remedies, family.Family):
-    """The settings that all programs have; each field is the flag of that name.
+    """The settings of all programs; each field is the flag of that name.
 
-    A program's own class adds what only its task has, and may have other defaults.
+    A program's own class adds those of its task, and may have other defaults.
     """
 
     PROGRAM: ClassVar[str]  # experiments.PROGRAM trains it
@@ -84,7 +84,7 @@ class Config(remedies.Remedies, family.Family):
     overwrite: bool = False
 
     def check(self) -> None:
-        """Raises `UsageError` for the first value that is not allowed."""
+        """Raises `UsageError` for the first invalid value."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             numbers = value if isinstance(value, tuple) else (value,)
@@ -147,7 +147,7 @@ class Config(remedies.Remedies, family.Family):
             )
 
     def cuts(self) -> list[int] | None:
-        """The cuts that ``partition`` spells out, or None where it names a cost."""
+        """The cuts given by ``partition``, or None if it names a cost."""
         if self.partition in ("time", "flops"):
             return None
         if methods.num_stages(self) == 1:
@@ -166,13 +166,13 @@ class Config(remedies.Remedies, family.Family):
         return cuts
 
     def one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        """Raises `UsageError` unless a setting is one of those that are allowed."""
+        """Raises `UsageError` unless a setting has one of the allowed values."""
         value = getattr(self, name)
         if value not in allowed:
             raise UsageError(f"--{name}={value}: no such choice; allowed are {', '.join(allowed)}")
 
     def check_warmup(self, steps: int) -> None:
-        """Raises `UsageError` where a run of so many steps has no more than the warm-up."""
+        """Raises `UsageError` if a run of ``steps`` steps is not longer than the warm-up."""
         if self.warmup_steps >= steps:
             raise UsageError(
                 f"--warmup_steps={self.warmup_steps}: must be below the run's {steps} steps; "
@@ -180,25 +180,25 @@ class Config(remedies.Remedies, family.Family):
             )
 
     def bound(self, name: str, least: int) -> None:
-        """Raises `UsageError` for a number below the least, or too large to count to."""
+        """Raises `UsageError` for a number below ``least`` or above int32."""
         value, most = getattr(self, name), 2**31 - 1
         if not least <= value <= most:
             raise UsageError(f"--{name}={value}: must lie in {least}..{most}; choose such a number")
 
 
 def _plain(text: str) -> bool:
-    """Whether a text has neither control characters nor bytes that were no UTF-8."""
+    """Whether a text has no control characters and no invalid UTF-8."""
     return not any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
 
 
 def program_of(described: Mapping[str, Any]) -> Any:
-    """The program whose run a config.json describes; one that does not say was of cifar."""
+    """The program of the run described by a config.json; default: cifar."""
     return described.get("experiment", "cifar")
 
 
 @contextlib.contextmanager
 def blame(flag: str) -> Iterator[None]:
-    """Turns the library's complaint about an argument into one about the flag it came from."""
+    """Converts the library's error about an argument to one about its flag."""
     try:
         yield
     except UsageError:

@@ -14,7 +14,7 @@ def draw(metrics: list[dict[str, Any]], title: str) -> bytes:
 
     Args:
       metrics: lines of metrics.jsonl.
-      title: stands above both.
+      title: the title of both.
 
     Returns:
       The file's bytes.
@@ -48,7 +48,7 @@ def draw(metrics: list[dict[str, Any]], title: str) -> bytes:
             ha="center",
         )
     axes[1].legend(frameon=False)
-    # A folder may have a name that is no text.
+    # A folder's name may not be valid text.
     figure.suptitle(title.encode("utf-8", "replace").decode(), fontsize=11, parse_math=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

@@ -1,4 +1,4 @@
-"""Loss and error of a state on the data that are held out."""
+"""Loss and error of a state on held-out data."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Evaluation:
         sums, pending = np.zeros(2), collections.deque[tuple[jax.Array, jax.Array]]()
 
         def count_oldest() -> None:
-            # The first stage waits too, lest its process run far ahead of the others.
+            # The first stage waits, too, so that its process does not run far ahead.
             there, back = pending.popleft()
             jax.block_until_ready(back)
             if last.here:
@@ -61,7 +61,7 @@ class Evaluation:
                 count_oldest()
         while pending:
             count_oldest()
-        # All processes decide by it; exactly, and so in two halves of 32 bits.
+        # All processes need the exact result, sent as two halves of 32 bits.
         halves = distributed.gather(sums.view(np.uint32))[last.owner]
         loss, error = (float(v) for v in halves.view(np.float64) / len(examples[1]))
         return {"loss": loss, "error": error}

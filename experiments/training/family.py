@@ -1,4 +1,4 @@
-"""What methods need beside a schedule and a rule: heads, losses in every stage, synthesizers."""
+"""Additional parts of methods: heads, losses in every stage, synthesizers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HELP = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """The settings of such methods that every program has; each field is the flag of that name."""
+    """The settings of these methods; each field is the flag of that name."""
 
     auxiliary_head: str = "mlp-sr"
     synthesizer_learning_rate: float = 1e-4
@@ -38,7 +38,7 @@ class Family:
 
 
 class Settings(Protocol):
-    """The settings that are read here; every program's own have them."""
+    """The settings used here, part of every program's settings."""
 
     @property
     def auxiliary_head(self) -> str: ...
@@ -51,7 +51,7 @@ class Settings(Protocol):
 
 
 def check(settings: Settings) -> None:
-    """Raises `UsageError` for the first value that is not allowed."""
+    """Raises `UsageError` for the first invalid value."""
     if settings.auxiliary_head not in HEADS:
         raise UsageError(
             f"--auxiliary_head={settings.auxiliary_head}: no such choice; allowed are "
@@ -70,10 +70,10 @@ def check(settings: Settings) -> None:
 
 
 def phases(settings: Settings) -> tuple[int, int]:
-    """Predicted and true mini-batches of a turn.
+    """Numbers of predicted and true mini-batches of a turn.
 
     Raises:
-      UsageError: --phases is no such pair.
+      UsageError: --phases is not a pair of numbers.
     """
     found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", settings.phases)
     if found is None or int(found[1]) < 1:
@@ -86,12 +86,12 @@ def phases(settings: Settings) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-    """The arguments of `fdg_jax.Pipeline` that a method adds to.
+    """The arguments of `fdg_jax.Pipeline` that a method extends.
 
     Attributes:
-      stages: with heads where the schedule has losses in every stage.
-      loss_fn: one, or one a stage.
-      synthesizer: where the schedule predicts, else None.
+      stages: the stages, with heads if the schedule has losses in every stage.
+      loss_fn: one function, or one per stage.
+      synthesizer: a synthesizer if the schedule predicts, else None.
     """
 
     stages: Sequence[Layer]
@@ -108,15 +108,15 @@ def assemble(
     *,
     images: bool,
 ) -> Assembled:
-    """What a method needs beside its schedule and rule.
+    """Creates the heads, losses and synthesizers of a method.
 
     Args:
-      settings: which heads and synthesizers.
-      schedule: of the method.
-      stages: of the partition.
-      loss_fn: of the network.
+      settings: the kinds of heads and synthesizers.
+      schedule: the method's schedule.
+      stages: the stages of the partition.
+      loss_fn: the network's loss function.
       num_classes: size of the network's output, and number of labels.
-      images: whether stages pass images on, and not vectors.
+      images: whether stages exchange images instead of vectors.
 
     Returns:
       The arguments.
@@ -136,17 +136,17 @@ def assemble(
 
 
 def lines_of(metrics: Sequence[fdg.Metrics], last: int) -> list[dict[str, Any]]:
-    """What log lines are made of: the batches that reached the last stage.
+    """The contents of log lines: the batches that reached the last stage.
 
-    Where stages have losses of their own, the errors of those below are of the same tick, and so of
-    the batches after it.
+    If stages have their own losses, the errors of earlier stages are of the same tick, and so of
+    later batches.
 
     Args:
-      metrics: of a step.
+      metrics: the metrics of a step.
       last: number of the last stage.
 
     Returns:
-      Batch, loss and error of each, and the errors of the stages below where they have any.
+      Batch, loss and error of each, and the errors of earlier stages, if any.
     """
     below = {m.stage: m.aux["error"] for m in metrics if m.stage < last}
     lines = []
@@ -162,11 +162,11 @@ def lines_of(metrics: Sequence[fdg.Metrics], last: int) -> list[dict[str, Any]]:
 def stage_errors(
     values: Sequence[dict[str, Any]], mean: Callable[[list[float]], float]
 ) -> dict[str, list[float]]:
-    """The mean errors of the stages below the last, for a log line; empty where there are none.
+    """The mean errors of earlier stages, for a log line; empty if there are none.
 
     Args:
-      values: of `lines_of`, on the host.
-      mean: of several numbers.
+      values: results of `lines_of`, on the host.
+      mean: computes the mean of several numbers.
 
     Returns:
       The field of the line.

@@ -37,21 +37,21 @@ C = TypeVar("C", bound=Config)
 
 
 def run(config: C, make: type[Task[C]]) -> dict[str, Any]:
-    """Trains as ``config`` says and returns what stands in summary.json.
+    """Trains according to ``config`` and returns the content of summary.json.
 
-    A run that is in the workdir already and was stopped goes on where its newest good checkpoint
-    was taken, and ends as if it had never stopped; a finished one stays as it is.
+    A stopped run in the workdir resumes from its newest intact checkpoint, with the same result as
+    if it had not been stopped; a finished run is left unchanged.
 
     Args:
       config: the settings.
-      make: what is trained: the class of the program's task.
+      make: the class of the program's task.
 
     Raises:
-      UsageError: something in ``config`` cannot be done; nothing has been written then.
-      Stopped: a signal asked for it; the same ``config`` goes on.
-      Failed: a stage failed, or numbers were not finite, or there were no more data.
+      UsageError: ``config`` is invalid; nothing has been written.
+      Stopped: stopped by a signal; the same ``config`` resumes.
+      Failed: a stage failed, numbers were not finite, or the data cannot be read.
     """
-    # --- Everything that can be wrong is found before the first file is written.
+    # --- All usage errors are raised before the first file is written.
     config.check()
     earlier = resume.find(config)
     if earlier is not None and earlier.finished:
@@ -76,7 +76,7 @@ def run(config: C, make: type[Task[C]]) -> dict[str, Any]:
 
     watch = timeline.Watch(run, past["step"])
 
-    # --- What the run is, on disk and on screen.
+    # --- Description of the run, on disk and on screen.
     out = workdir.Workdir(
         config.workdir,
         overwrite=config.overwrite,
@@ -96,13 +96,13 @@ def run(config: C, make: type[Task[C]]) -> dict[str, Any]:
     if earlier is not None:
         screen.line(f"goes on after step {past['step']}")
 
-    # --- Programs beside the pipeline's own: augmentation before it, counting after it.
+    # --- Programs outside the pipeline: augmentation before it, evaluation after it.
     inputs = task.training_inputs(first)
     evaluate = evaluation.Evaluation(run)
     wishes = cluster.Wishes(pipe, config.max_ahead)
 
-    # --- Training. Nothing below waits for a device but the evaluations, and the log, which looks
-    # only at batches that are known to be done.
+    # --- Training. Only evaluations wait for devices; the log reads batches that are known to be
+    # done.
     waiting: collections.deque[dict[str, Any]] = collections.deque(past["waiting"])
     best, evaluated = past["best"], past["evaluated"]
     train_seconds, logged_batch, logged_seconds = past["clocks"]
@@ -114,8 +114,8 @@ def run(config: C, make: type[Task[C]]) -> dict[str, Any]:
         if not writes:
             return
         values = jax.device_get(list(done))
-        # In double precision, in which a checkpoint keeps those that are not yet logged. What is
-        # not finite was left out of the training as well.
+        # In double precision, as checkpoints store the pending ones. Non-finite values are omitted,
+        # as they were in training.
         loss, error = (finite_mean([float(v[i]) for v in values]) for i in ("loss", "error"))
         seen = done[-1]["batch"] + 1
         speed = per_batch * (seen - logged_batch) / max(seconds - logged_seconds, 1e-9)
@@ -135,7 +135,7 @@ def run(config: C, make: type[Task[C]]) -> dict[str, Any]:
         screen.advance(step, loss, error, speed, task.unit)
 
     def assess(state: fdg.PipelineState, step: int) -> dict[str, float]:
-        """Errors after ``step`` steps; the clock of the training stands still meanwhile."""
+        """Evaluates after ``step`` steps; this does not count as training time."""
         begin = time.perf_counter()
         result = evaluate(state)
         speed = task.held_out[1].size / (time.perf_counter() - begin)
@@ -182,7 +182,7 @@ def run(config: C, make: type[Task[C]]) -> dict[str, Any]:
             state, metrics = pipe.step(state, (inputs(examples, step), labels))
             waiting.extend(family.lines_of(metrics, len(pipe.stages) - 1))
             if (step + 1) % config.log_every_steps == 0:
-                # The pipeline has waited for all but the last max_ahead ticks.
+                # The pipeline has waited for all except the last max_ahead ticks.
                 count = len(waiting) - config.max_ahead - 1
                 if count > 0:
                     done = [waiting.popleft() for _ in range(count)]
@@ -206,13 +206,13 @@ def run(config: C, make: type[Task[C]]) -> dict[str, Any]:
         state, rest = pipe.drain(state)
         pipe.check()
         jax.block_until_ready(state)
-        if evaluated is None:  # else nothing has been trained since
+        if evaluated is None:  # otherwise nothing was trained since
             train_seconds += time.perf_counter() - clock
         waiting.extend(family.lines_of(rest, len(pipe.stages) - 1))
         if waiting:
             log(list(waiting), run.total_steps, train_seconds)
             waiting.clear()
-        if evaluated is None:  # else the run was stopped after its last evaluation
+        if evaluated is None:  # otherwise the run was stopped after its last evaluation
             evaluated = assess(state, run.total_steps)
             best = min(best, evaluated[metric])
             if checkpoints.on:
@@ -223,7 +223,7 @@ def run(config: C, make: type[Task[C]]) -> dict[str, Any]:
     left_out = pipe.skipped(state)
     params = [distributed.fetch(tree, last.replicated) for tree in pipe.true_params(state)]
     if not writes:
-        distributed.gather(np.int32(run.total_steps))  # until the results are written
+        distributed.gather(np.int32(run.total_steps))  # waits until the results are written
         return workdir.read_json(config.workdir, "summary.json")
     split = task.split
     summary = {
@@ -244,14 +244,14 @@ def run(config: C, make: type[Task[C]]) -> dict[str, Any]:
     title = f"{config.model} on {task.name}: {config.method}, K = {len(run.stages)}"
     out.write_bytes("curves.png", curves.draw(out.metrics(), title))
     watch.write(out, screen)
-    out.write_json("summary.json", summary)  # the last: a run that has it is finished
+    out.write_json("summary.json", summary)  # last: marks the run as finished
     conclude(screen, run, summary)
     distributed.gather(np.int32(run.total_steps))
     return summary
 
 
 def fetch(loader: Loader, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The next mini-batch; whatever keeps a source from giving it ends the run."""
+    """The next mini-batch; any error of the source ends the run."""
     try:
         return next(loader)
     except StopIteration:
@@ -262,7 +262,7 @@ def fetch(loader: Loader, step: int) -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def failures(checkpoints: resume.Checkpoints) -> Iterator[None]:
-    """Says of a run that cannot go on where it would start again."""
+    """Adds the checkpoint to resume from to errors that end a run."""
     try:
         yield
     except (StageError, Failed, jax.errors.JaxRuntimeError) as error:
@@ -275,12 +275,12 @@ def failures(checkpoints: resume.Checkpoints) -> Iterator[None]:
 
 
 def finite(value: float) -> float | None:
-    """The value as JSON has it: None where it is not finite."""
+    """The value for JSON; None if not finite."""
     return value if math.isfinite(value) else None
 
 
 def finite_mean(values: Sequence[float]) -> float:
-    """Of the finite ones; NaN where there are none."""
+    """The mean of the finite values; NaN if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     return float(np.mean(finite)) if finite else math.nan
 

@@ -1,7 +1,7 @@
-"""Times of a network's layers, measured once and kept in a file of the cache.
+"""Times of a network's layers, measured once and stored in the cache.
 
-What balances the stages must also be the same whenever a run is repeated, resumed or compared with
-another: the file sees to that on one machine. It may be deleted at any time.
+The times that balance the stages must be the same when a run is repeated, resumed or compared with
+another: the file ensures that on one machine. It may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from fdg_jax.partition.layer_cost import layer_costs
 from fdg_jax.typing import PyTree
 
 _LOG = logging.getLogger(__name__)
-# Part of the key: raise it when the file's layout changes.
+# Part of the key: increase it when the file's layout changes.
 _FORMAT = 1
 _DAMAGED = (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError)
 
 
 class Times(NamedTuple):
-    """Seconds of each layer's forward and backward, and a line about where they come from."""
+    """Seconds of each layer's forward and backward, and a line about their origin."""
 
     seconds: list[float]
     note: str
 
 
 def times(layers: Sequence[Layer], example: PyTree, network: Mapping[str, Any]) -> Times:
-    """The times that an earlier call left in the cache, or newly measured ones.
+    """The cached times, or newly measured ones.
 
-    A damaged file is measured anew. Where nothing can be written, the program goes on without.
+    A damaged file is replaced. If the cache cannot be written, the program continues.
 
     Args:
       layers: the network, input first.
-      example: what one stage's device sees of a batch: arrays or ``jax.ShapeDtypeStruct``.
-      network: what makes these layers, with values that JSON knows: name, classes ...
+      example: one device's part of a batch: arrays or ``jax.ShapeDtypeStruct``.
+      network: identifies the layers, as JSON data: name, classes ...
 
     Returns:
-      Plain numbers, one per layer that `fdg_jax.partition` may cut before, and the line.
+      Python floats, one per layer before which `fdg_jax.partition` may cut, and the line.
     """
     units = units_of(layers)
     settings = key(example, network)
@@ -72,7 +72,7 @@ def times(layers: Sequence[Layer], example: PyTree, network: Mapping[str, Any]) 
 
 
 def key(example: PyTree, network: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the times depend on; `times` has the arguments."""
+    """Everything that the times depend on; arguments as in `times`."""
     device = jax.devices()[0]
     return {
         "format": _FORMAT,
@@ -92,14 +92,14 @@ def key(example: PyTree, network: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def file(settings: Mapping[str, Any]) -> pathlib.Path:
-    """Where the times of ``settings`` are kept."""
+    """The file with the times of ``settings``."""
     text = json.dumps(settings, sort_keys=True)
     name = f"{settings.get('model', 'layers')}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return cache.directory() / "layer_times" / f"{name}.json"
 
 
 def _processor() -> str:
-    """The processor's name: a home directory may serve many machines, and JAX only says "cpu"."""
+    """The processor's name: several machines may share a cache, and JAX only says "cpu"."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -109,7 +109,7 @@ def _processor() -> str:
 
 
 def _source() -> str:
-    """The sha256 of the library: between two releases its layers may become faster, too."""
+    """The sha256 of the library, since times may change between releases."""
     root = pathlib.Path(fdg.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

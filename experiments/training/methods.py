@@ -1,4 +1,4 @@
-"""The training methods by name: each is a schedule and a choice of gradient of the same engine."""
+"""The training methods by name, each a schedule and a gradient rule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["METHODS", "Method", "beta", "gradient", "num_stages", "schedule"]
 
 
 class Config(family.Settings, Protocol):
-    """The settings that a method is made from; every program's own have them among others."""
+    """The settings of a method, part of every program's settings."""
 
     @property
     def method(self) -> str: ...
@@ -34,7 +34,7 @@ class Config(family.Settings, Protocol):
 
 
 def num_stages(config: Config) -> int:
-    """Stages of the pipeline: --num_stages, but for methods that do not cut the network."""
+    """Number of stages: --num_stages, or 1 for methods that do not cut the network."""
     return 1 if METHODS[config.method].one_stage else config.num_stages
 
 
@@ -42,10 +42,10 @@ def schedule(config: Config) -> Schedule:
     """The schedule of ``config.method``.
 
     Raises:
-      ValueError: an option that the schedule uses is out of its bounds.
+      ValueError: an option of the schedule is out of bounds.
     """
     predicted, true = family.phases(config)
-    # A schedule ignores the options that only others have.
+    # Options of other schedules are ignored.
     return fdg.schedule.create(
         METHODS[config.method].schedule,
         num_stages(config),
@@ -59,10 +59,10 @@ def schedule(config: Config) -> Schedule:
 
 
 def gradient(config: Config) -> str:
-    """The choice of gradient of ``config.method``."""
+    """The gradient rule of ``config.method``."""
     return METHODS[config.method].gradient or config.gradient
 
 
 def beta(config: Config) -> float:
-    """The shrinking factor a hop."""
+    """The shrinking factor per hop."""
     return config.beta if METHODS[config.method].shrinks else 1.0

@@ -1,4 +1,4 @@
-"""Where the stages of a run are, and what its processes have to have in common."""
+"""The devices of a run's stages, and cuts shared by its processes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fdg_jax import distributed
 
 
 def places(config: Config, num_stages: int, microbatches: int) -> list[jax.Device]:
-    """The devices of the run, those of a stage next to one another.
+    """The devices of the run, in order of the stages.
 
-    A method that does not cut the network has them all in its one stage. One device a stage may be
-    shared by neighbours where there are too few.
+    A method that does not cut the network has all of them in one stage. With one device per stage,
+    neighbouring stages share devices if there are too few.
 
     Raises:
-      UsageError: there are too few, or they do not divide a batch, or a process has none.
+      UsageError: too few devices, a batch that is not divisible, or a process without a stage.
     """
     wanted, there = config.num_stages * config.devices_per_stage, jax.devices()
     if config.devices_per_stage > 1 and wanted > len(there):
@@ -47,16 +47,16 @@ def places(config: Config, num_stages: int, microbatches: int) -> list[jax.Devic
 def shared_cuts(
     cuts: list[int] | None, num_stages: int, writer: int, find: Callable[[], Sequence[int]]
 ) -> list[int] | None:
-    """The cuts that all processes take; those that the writer's clock finds, where none are given.
+    """The cuts used by all processes; determined by the writer's measurements if not given.
 
     Args:
-      cuts: those of the run that goes on, if one does.
+      cuts: the cuts of a resumed run, if any.
       num_stages: K.
-      writer: the process that finds them: config.json, which it writes, says what they cost.
-      find: finds them; called there alone.
+      writer: the process that determines them, and writes their costs to config.json.
+      find: determines them; only called in the writer.
 
     Returns:
-      The cuts; None in the writer, which keeps what it has found, and in a run of one process.
+      The cuts; None in the writer, which keeps its own, and in a run of one process.
     """
     if jax.process_count() == 1 or cuts is not None or num_stages == 1:
         return cuts

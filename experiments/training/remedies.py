@@ -1,4 +1,4 @@
-"""What a run does about late gradients: the flags of both programs, and a stage's optimizer."""
+"""Remedies for stale gradients: the flags of both programs, and a stage's optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdg_jax.optim import Staleness, recipes
 from fdg_jax.typing import PyTree
 
 REMEDIES = ("none", "prediction", "spike", "error_feedback", "recipe")
-# Those that say nothing of a momentum buffer, and so suit every optimizer.
+# Remedies that do not depend on a momentum buffer, and so suit every optimizer.
 _ANY = tuple(name for name in REMEDIES if name != "spike")
 
 HELP = {
@@ -42,7 +42,7 @@ HELP = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Remedies:
-    """The settings of a remedy that every program has; each field is the flag of that name."""
+    """The settings of remedies; each field is the flag of that name."""
 
     adam_learning_rate: float | None = None
     remedy: str = "none"
@@ -53,7 +53,7 @@ class Remedies:
 
 
 class Settings(Protocol):
-    """The settings that a stage's optimizer is made from; every program's own have them."""
+    """The settings of a stage's optimizer, part of every program's settings."""
 
     @property
     def optimizer(self) -> str: ...
@@ -74,7 +74,7 @@ class Settings(Protocol):
 
 
 def check(settings: Settings, optimizers: tuple[str, ...]) -> None:
-    """Raises `UsageError` for the first of them that is not allowed."""
+    """Raises `UsageError` for the first invalid value."""
     if settings.optimizer not in optimizers:
         raise UsageError(
             f"--optimizer={settings.optimizer}: no such choice; allowed are {', '.join(optimizers)}"
@@ -106,30 +106,30 @@ def check(settings: Settings, optimizers: tuple[str, ...]) -> None:
 
 
 def predicts(remedy: str) -> bool:
-    """Whether a run's parameters are a prediction, and its true weights something else."""
+    """Whether a run's parameters are predictions, different from the true weights."""
     return remedy in ("prediction", "recipe")
 
 
 def help_texts(optimizers: tuple[str, ...]) -> dict[str, str]:
-    """What each flag is for."""
+    """The help text of each flag."""
     named = ", ".join(optimizers)
     return {name: text.replace("{optimizers}", named) for name, text in HELP.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class StageSettings:
-    """What a stage's optimizer is made from, beside the settings.
+    """Additional arguments of a stage's optimizer.
 
     Attributes:
-      rate: the learning rate of each of its updates, without remedy.
-      staleness: how late its gradients are.
-      period: steps in an update.
-      momentum: of SGD and Muon, and the decay of Adam's first moment.
-      weight_decay: L2 in SGD, else decoupled.
-      mask: which parameters decay; None: all. Not for SGD with prediction.
-      beta, hops: of the shrinking: before SGD, after AdamW and Muon, which would cancel it.
-      exclude: a regular expression for the kernels that Muon leaves to Adam.
-      clip_norm: of the stage's gradient, or None.
+      rate: the learning rate by update, without remedy.
+      staleness: the staleness of its gradients.
+      period: steps per update.
+      momentum: momentum of SGD and Muon, and the decay of Adam's first moment.
+      weight_decay: L2 in SGD, otherwise decoupled.
+      mask: the parameters that decay; None: all. Not for SGD with prediction.
+      beta, hops: of shrinking, before SGD, but after AdamW and Muon, which would cancel it.
+      exclude: a regular expression for the kernels that Adam optimizes instead of Muon.
+      clip_norm: maximal norm of the stage's gradient, or None.
       nesterov: whether SGD's momentum is Nesterov's; not with prediction or spike compensation.
     """
 

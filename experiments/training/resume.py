@@ -1,4 +1,4 @@
-"""Going on with a run that was stopped, and stopping one so that it can go on."""
+"""Resuming a stopped run, and stopping a run so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fdg_jax import distributed
 from fdg_jax.checkpoint import Checkpointer
 
 FOLDER = "checkpoints"
-# What is done where no checkpoint has been taken.
+# The saved data of a run without a checkpoint.
 NOTHING: dict[str, Any] = {
     "step": 0,
     "lines": 0,
@@ -37,11 +37,11 @@ NOTHING: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
-    """A run that is in the workdir already.
+    """An earlier run in the workdir.
 
     Attributes:
-      config: what its config.json says.
-      finished: whether it has its summary.json, which a run writes last.
+      config: the content of its config.json.
+      finished: whether it has a summary.json, which is written last.
     """
 
     config: dict[str, Any]
@@ -49,7 +49,7 @@ class Earlier:
 
 
 def find(config: Config) -> Earlier | None:
-    """The run to go on with; None where a new one begins (or is refused for what is there).
+    """The run to resume; None if a new one starts (or will be rejected because of existing files).
 
     Raises:
       UsageError: the run there has other settings, or its config.json cannot be read.
@@ -60,7 +60,7 @@ def find(config: Config) -> Earlier | None:
         folder = pathlib.Path(config.workdir).expanduser()
         path = folder / "config.json"
         if not path.is_file():
-            # A new run must not find the checkpoints of another later on.
+            # A new run must not find checkpoints of another run later.
             if (folder / FOLDER).exists():
                 raise ValueError("it is missing, but there are checkpoints")
             return None
@@ -78,7 +78,7 @@ def find(config: Config) -> Earlier | None:
         ) from error
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
-        # A flag that came after the run was begun had its default then.
+        # Flags newer than the run had their default.
         had = there.get(name, json.loads(json.dumps(defaults[name], default=str)))
         if name not in FREE and had != value:
             raise UsageError(
@@ -89,10 +89,10 @@ def find(config: Config) -> Earlier | None:
 
 
 def folders(config: Config) -> tuple[str, ...]:
-    """What goes, beside the files, where a new run begins."""
+    """The folders that a new run removes, in addition to files."""
     if config.overwrite and (pathlib.Path(config.workdir).expanduser() / "config.json").is_file():
         return (FOLDER, PROFILE, *WRITERS)
-    # Folders of these names may be somebody else's.
+    # Other folders of these names may not belong to a run.
     return (FOLDER,)
 
 
@@ -103,10 +103,10 @@ def _shown(value: Any) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run: when they are due, and what is in them beside the state.
+    """The checkpoints of one run: when they are due, and their data besides the state.
 
     Args:
-      run: the run; its settings say when and how many.
+      run: the run; its settings determine when and how many.
     """
 
     def __init__(self, run: Setup) -> None:
@@ -119,11 +119,11 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def restore(self) -> tuple[fdg.PipelineState, dict[str, Any]] | None:
-        """State and extra of the newest good checkpoint, the loader where it was; None: there is
-        no checkpoint.
+        """State and extra of the newest intact checkpoint; also restores the loader. None if there
+        is no checkpoint.
 
         Raises:
-          UsageError: none is whole, or it does not fit the pipeline.
+          UsageError: no checkpoint is intact, or it does not fit the pipeline.
         """
         config, task = self._run.config, self._run.task
         example = task.inputs(config.batch_size), task.targets(config.batch_size)
@@ -146,16 +146,16 @@ class Checkpoints:
 
     @property
     def on(self) -> bool:
-        """Whether any are taken."""
+        """Whether checkpoints are saved."""
         return self._every > 0 or self._seconds > 0
 
     @property
     def late(self) -> bool:
-        """Whether none has been taken for too long."""
+        """Whether a checkpoint is overdue."""
         return 0 < self._seconds <= time.monotonic() - self._last
 
     def due(self, step: int, *, best: bool, late: bool) -> bool:
-        """Whether the state after ``step`` steps, the best so far or not, is to be saved."""
+        """Whether to save the state after ``step`` steps; ``best``: it is the best so far."""
         if best and self.on:
             return True
         return late or (self._every > 0 and step % self._every == 0)
@@ -167,15 +167,15 @@ class Checkpoints:
         extra: dict[str, Any],
         score: float | None,
     ) -> None:
-        """Begins to write a checkpoint; nothing waits for it."""
+        """Starts saving a checkpoint in the background."""
         extra = {"step": step, "loader": self._run.task.loader.get_state(), **extra}
         self.checkpointer.save(state, step, extra, score)
         self._last = time.monotonic()
 
     def farewell(self, step: int) -> str:
-        """The line with which a run stops after ``step`` steps; waits for the last save."""
+        """The last line of a run stopped after ``step`` steps; waits for the last save."""
         self.checkpointer.close()
-        distributed.gather(np.int32(step))  # until the last of several processes is done
+        distributed.gather(np.int32(step))  # waits for all processes
         again = (
             "the same command without --overwrite"
             if self._run.config.overwrite
@@ -186,8 +186,7 @@ class Checkpoints:
 
 
 def _fits(extra: Any, step: int) -> bool:
-    """Whether ``extra`` is what a run saves beside the state after ``step`` steps; a stranger may
-    have made it."""
+    """Whether ``extra`` has the form that a run saves after ``step`` steps; it is untrusted."""
     match extra:
         case {
             "step": int(there),
@@ -209,10 +208,10 @@ def _fits(extra: Any, step: int) -> bool:
 
 
 class Stop:
-    """Notes SIGINT and SIGTERM, so that a run can end after a checkpoint.
+    """Records SIGINT and SIGTERM, so that a run can end after a checkpoint.
 
-    Only the first signal is noted; the second does what it does everywhere: end the program at
-    once. Outside the main thread, where Python allows no handlers, nothing is changed.
+    Only the first signal is recorded; a second one ends the program immediately, as usual. Has no
+    effect outside the main thread, where Python allows no handlers.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the flags are for that all programs have, as `Config` has their values."""
+"""Help texts of the flags of all programs; their values are in `Config`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from experiments.training import config, family, methods, remedies, writers
 
 
 def help_texts(examples: str, optimizers: tuple[str, ...]) -> dict[str, str]:
-    """What each flag is for; a program says itself what its data and its network are.
+    """The help text of each flag; programs add those of their data and networks.
 
     Args:
-      examples: what a mini-batch has, such as "Images".
-      optimizers: those of the program.
+      examples: the contents of a mini-batch, such as "Images".
+      optimizers: the program's optimizers.
 
     Returns:
-      Texts by the names of flags.
+      Texts by flag name.
     """
     return {
         **HELP,

@@ -1,4 +1,4 @@
-"""From a task to what a run of it needs: stages, schedule, pipeline."""
+"""Creates stages, schedule and pipeline of a run from its task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fdg_jax.engine.allocator import keep_freed_memory
 from fdg_jax.engine.placement import stage_meshes
 from fdg_jax.partition import units_of
 
-# Which branch of the seed's key is whose.
+# Numbers folded into the seed's key.
 MODEL_KEY, AUGMENT_KEY = 0, 1
 
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
@@ -30,14 +30,14 @@ _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything that is made before the first step."""
+    """Everything that is created before the first step."""
 
     task: Task[Any]
     stages: fdg.Partition
     schedule: fdg.schedule.Schedule
     pipe: fdg.Pipeline
     total_steps: int
-    times: measured.Times | None  # what the split into stages follows from, where it is time
+    times: measured.Times | None  # if --partition=time
 
     @property
     def config(self) -> Config:
@@ -47,31 +47,31 @@ class Setup:
 
 
 def prepare_jax(num_stages: int, devices_per_stage: int = 1, *, keep_memory: bool = True) -> None:
-    """Asks JAX for one CPU device per stage, up to the cores, and for a cache of what it compiles.
+    """Configures JAX with one CPU device per stage, up to the cores, and a compilation cache.
 
-    More virtual devices than cores would only make them wait for one another; who asks for several
-    a stage gets them. Memory that a step frees is kept for the next one, unless told otherwise.
+    More virtual devices than cores would only wait for each other, but explicit requests for
+    several per stage are respected. Freed memory is retained unless ``keep_memory=False``.
     """
     if keep_memory:
         keep_freed_memory()
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache.directory() / "compiled"))
-        # Initial weights are drawn by very many programs of a few milliseconds each.
+        # Initialisation runs very many programs that compile in a few milliseconds each.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     wanted = min(num_stages, machine.cores())
     if devices_per_stage > 1:
         wanted = num_stages * devices_per_stage
     if wanted > 1 and wanted >= machine.cores():
-        # Every core has a device of its own: threads inside an operation would only take cores from
-        # other devices. XLA reads this when it starts.
+        # Every core has its own device, so threads inside an operation would only take cores from
+        # other devices. XLA reads this at its start.
         os.environ["XLA_FLAGS"] = one_thread(os.environ.get("XLA_FLAGS", ""))
-    # JAX refuses once it is running, in a notebook or a test: take the devices there are.
+    # Raises if JAX is already running, as in a notebook or a test: then existing devices are used.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", wanted)
 
 
 def one_thread(flags: str) -> str:
-    """XLA_FLAGS with which an operation keeps to one thread, unless ``flags`` says otherwise."""
+    """XLA_FLAGS for one thread per operation, unless ``flags`` sets this."""
     return flags if _ONE_THREAD.split("=")[0] in flags else f"{flags} {_ONE_THREAD}".strip()
 
 
@@ -80,7 +80,7 @@ def make(task: Task[Any], cuts: list[int] | None = None) -> Setup:
 
     Args:
       task: data and network.
-      cuts: those of the run that goes on, whatever --partition would find today.
+      cuts: the cuts of a resumed run, which replace --partition.
 
     Raises:
       UsageError: a setting does not fit the data or the network.
@@ -140,14 +140,14 @@ def make(task: Task[Any], cuts: list[int] | None = None) -> Setup:
 def split(
     task: Task[Any], microbatches: int, cuts: list[int] | None = None
 ) -> tuple[fdg.Partition, measured.Times | None]:
-    """The network in stages as --partition says, and the layers' times if that takes them.
+    """The network in stages according to --partition, and the layers' times if it uses them.
 
     Raises:
       UsageError: --partition does not fit the network.
     """
     config, layers = task.config, task.layers
     num_stages = methods.num_stages(config)
-    # One stage leaves nothing to balance, and so nothing to measure.
+    # One stage needs no balancing and no measurements.
     cuts = [] if num_stages == 1 else config.cuts() if cuts is None else cuts
     example = task.inputs(config.batch_size)
     with blame("partition"):
@@ -157,7 +157,7 @@ def split(
             return fdg.partition(layers, num_stages, example, cost="flops"), None
         network = {name: getattr(config, name) for name in task.makes}
         network["num_classes"] = task.num_classes
-        # A device sees its part of a micro-batch.
+        # A device processes its part of a micro-batch.
         part = config.batch_size // microbatches // config.devices_per_stage
         times = measured.times(layers, task.inputs(part), network)
         stages = fdg.partition(layers, num_stages, example, cost=times.seconds)
@@ -166,19 +166,19 @@ def split(
 
 
 def _bytes(task: Task[Any]) -> int:
-    """Of weights, gradients and the optimizer's copies of them, in float32."""
+    """Bytes of weights, gradients and optimizer state, in float32."""
     params, _ = jax.eval_shape(fdg.chain(task.layers).init, jax.random.key(0), task.inputs(1))
     copies = 4 if task.config.optimizer == "adamw" else 3
     return copies * 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def message_dtype(name: str) -> str | None:
-    """--message_dtype as `fdg_jax.Pipeline` takes it."""
+    """The argument ``message_dtype`` of `fdg_jax.Pipeline` from --message_dtype."""
     return None if name == "float32" else name
 
 
 def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:
-    """One row a stage: where it is, what it holds, how late its gradients are."""
+    """One row per stage: devices, layers, parameters, staleness."""
     edges = (0, *setup.stages.cuts, setup.stages.layers)
     rows = []
     for k, stage in enumerate(setup.pipe.stages):
@@ -199,7 +199,7 @@ def stage_table(setup: Setup, params: list[Any]) -> list[dict[str, Any]]:
 
 
 def describe(setup: Setup, table: list[dict[str, Any]]) -> dict[str, Any]:
-    """What stands in config.json: the settings, what follows from them, where it runs."""
+    """The content of config.json: settings, derived values, environment."""
     task = setup.task
     return {
         "experiment": task.config.PROGRAM,

@@ -1,4 +1,4 @@
-"""What a run shows before and after its training: the schedule, the stages, the result."""
+"""Console output of a run before and after its training: schedule, stages, result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fdg_jax.schedule import LEGEND
 
 
 def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> None:
-    """The schedule's grid and the stage table."""
+    """Prints the schedule's grid and the stage table."""
     config, task = run.config, run.task
     screen.line(
         f"{config.method} of {config.model} on {task.name} ({task.sizes()}), "
@@ -29,7 +29,7 @@ def introduce(screen: Screen, run: Setup, table: Sequence[dict[str, Any]]) -> No
 
 
 def number(metric: str, value: float | None) -> str:
-    """A loss or an error in words.
+    """A loss or an error as text.
 
     Example:
       >>> number("error", 0.125), number("loss", 2.5), number("loss", None)
@@ -43,7 +43,7 @@ def number(metric: str, value: float | None) -> str:
 def evaluated_line(
     task: Task[Any], epoch: float, step: int, result: Mapping[str, float], seconds: float
 ) -> str:
-    """What an evaluation found."""
+    """A line with the results of an evaluation."""
     split, loss, error = task.split, result["loss"], 100 * result["error"]
     return (
         f"epoch {epoch:6.2f}  step {step:6d}  {split} loss {loss:.4f}  "
@@ -52,7 +52,7 @@ def evaluated_line(
 
 
 def stage_table(screen: Screen, stages: fdg.Partition, table: Sequence[dict[str, Any]]) -> None:
-    """Where each stage is, what it holds, and how late its gradients are."""
+    """Prints devices, layers, parameters and staleness of each stage."""
     total = sum(stages.costs)
     rows = []
     for row in table:
@@ -77,7 +77,7 @@ def stage_table(screen: Screen, stages: fdg.Partition, table: Sequence[dict[str,
 
 
 def conclude(screen: Screen, run: Setup, summary: dict[str, Any]) -> None:
-    """The closing table."""
+    """Prints the closing table."""
     task, left_out = run.task, summary["left_out"]
     result = f"{task.split}_{task.metric}"
     rows = [

@@ -22,7 +22,7 @@ C = TypeVar("C", bound=Config)
 
 
 class Loader(Protocol):
-    """Mini-batches of arrays, input and labels, without end, that can go on where they were."""
+    """An endless, resumable iterator of mini-batches (inputs, labels) of arrays."""
 
     @property
     def steps_per_epoch(self) -> float: ...
@@ -39,24 +39,24 @@ def loss_fn(outputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str,
 
 
 class Task(abc.ABC, Generic[C]):
-    """What a run trains, made from its settings; one class for each program.
+    """The task of a run, created from its settings; one class per program.
 
     Attributes:
-      unit: what speeds count; "images" makes images_per_second in the run's files.
-      metric: loss or error: of the evaluations the lowest is the best, and it is the result.
-      images: whether stages pass images on, and not vectors.
-      size: the setting that makes the network larger.
-      makes: the settings that say what the network computes.
-      described: what `network` and `example` need beside them, and who uses the model.
+      unit: the unit of speeds; "images" becomes images_per_second in the run's files.
+      metric: "loss" or "error", the result of a run; the lowest evaluation is the best.
+      images: whether stages exchange images instead of vectors.
+      size: the setting of the network's size.
+      makes: the settings that determine the network's computation.
+      described: further data needed by `network`, `example` and users of the model.
       loss_fn: loss and error of a mini-batch.
       config: the settings.
-      name: of the data, as it is shown.
-      split: of the data that evaluations are on.
+      name: displayed name of the data.
+      split: the split used for evaluations.
       loader: the mini-batches.
       held_out: inputs and labels of the evaluations.
-      num_classes: how many labels there are.
+      num_classes: number of labels.
       layers: the network, input first.
-      tie: of two of its layers, or None.
+      tie: a tie of two of its layers, or None.
     """
 
     unit: ClassVar[str]
@@ -86,45 +86,45 @@ class Task(abc.ABC, Generic[C]):
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What config.json says of data and network beside the settings, fit for JSON."""
+        """Data and network in config.json, besides the settings, as JSON data."""
 
     @abc.abstractmethod
     def sizes(self) -> str:
-        """How much data there is, for the screen."""
+        """The sizes of the data, for the console."""
 
     @staticmethod
     @abc.abstractmethod
     def per_batch(config: C) -> int:
-        """How many of `unit` a mini-batch has."""
+        """Size of a mini-batch in `unit`."""
 
     @abc.abstractmethod
     def inputs(self, count: int) -> jax.ShapeDtypeStruct:
-        """Of so many examples."""
+        """Shape and dtype of the inputs of ``count`` examples."""
 
     @abc.abstractmethod
     def targets(self, count: int) -> jax.ShapeDtypeStruct:
-        """Their labels."""
+        """Shape and dtype of the labels of ``count`` examples."""
 
     def training_inputs(self, first: Stage) -> Callable[[np.ndarray, int], jax.Array]:
-        """What makes an input on the first stage of a mini-batch and the number of its step."""
+        """A function from a mini-batch and its step to an input on the first stage."""
         evaluated = self.evaluation_inputs(first)
         return lambda x, step: evaluated(x)
 
     @abc.abstractmethod
     def evaluation_inputs(self, first: Stage) -> Callable[[np.ndarray], jax.Array]:
-        """The same where nothing is drawn."""
+        """The same for evaluation, without random augmentation."""
 
     def leave_out_inputs(self) -> None:
-        """Frees what only a process with the first stage reads."""
+        """Frees data used only by processes with the first stage."""
 
     def held_for_choice(self, wanted: int) -> int:
-        """How many examples are held out of train to choose a setting on.
+        """The number of train examples held out for selecting a setting.
 
         Args:
-          wanted: so many; 0 takes a tenth.
+          wanted: the requested number; 0: a tenth.
 
         Raises:
-          UsageError: there is no split for testing beside them, or they are too many.
+          UsageError: there is no separate test split, or the number is too large.
         """
         raise UsageError(
             f"--choose_beta: experiments.{self.config.PROGRAM} has no data for testing beside "
@@ -137,7 +137,7 @@ class Task(abc.ABC, Generic[C]):
 
         Args:
           total: steps of the run.
-          period: steps in an update.
+          period: steps per update.
         """
 
     @staticmethod
@@ -147,29 +147,29 @@ class Task(abc.ABC, Generic[C]):
     ) -> optax.GradientTransformation:
         """A stage's optimizer."""
 
-    # --- What a model without its run is made from: config.json, or the metadata of an export.
+    # --- Creation of a model without its run, from config.json or the metadata of an export.
 
     @staticmethod
     @abc.abstractmethod
     def network(about: Mapping[str, Any]) -> list[Layer]:
-        """The network, from the settings in `makes` and what is in `described`.
+        """The network, from the entries in `makes` and `described`.
 
         Raises:
-          ValueError, KeyError, TypeError: they name none.
+          ValueError, KeyError, TypeError: they name no network.
         """
 
     @staticmethod
     @abc.abstractmethod
     def example(about: Mapping[str, Any], count: int) -> jax.ShapeDtypeStruct:
-        """So many of its inputs."""
+        """Shape and dtype of ``count`` of its inputs."""
 
     @staticmethod
     @abc.abstractmethod
     def num_labels(about: Mapping[str, Any]) -> int:
-        """How many labels there are."""
+        """The number of labels."""
 
     @staticmethod
     def tied(about: Mapping[str, Any], layers: list[Layer]) -> Tie | None:
-        """Which of the network's arrays are one."""
+        """The tie of the network, or None."""
         del about, layers
         return None

@@ -1,4 +1,4 @@
-"""What really ran when in a run, as a trace and a picture."""
+"""The recorded timeline of a run, as a trace and a picture."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PROFILE = "profile"
 
 
 class Watch:
-    """Records --timeline ticks of a run as soon as its programs have been compiled, and lets JAX
-    trace --profile ticks after them.
+    """Records --timeline ticks of a run after its programs have been compiled, and traces the
+    following --profile ticks with JAX's profiler.
 
     Args:
       run: the run.
-      step: the first step of this process; a run that goes on records anew.
+      step: the first step of this process; a resumed run records again.
 
     Raises:
       UsageError: the run is too short, or has several processes.
@@ -41,7 +41,7 @@ class Watch:
         self._run = run
         self._recorder: Recorder | None = None
         self._tracing = False
-        # Twice as long as it takes until every program has run once.
+        # Twice the time until every program has run once.
         self._begin = step + least
         self._middle = self._begin + config.timeline + 1
         self._end = self._middle + config.profile
@@ -63,7 +63,7 @@ class Watch:
             )
 
     def before(self, step: int) -> None:
-        """Called before every step; waits for nothing but JAX's profiler."""
+        """Called before every step; waits only for JAX's profiler."""
         config = self._run.config
         if config.timeline and step == self._begin:
             self._recorder = Recorder(self._run.pipe, config.timeline)
@@ -74,7 +74,7 @@ class Watch:
             self._stop_tracing()
 
     def write(self, out: Workdir, screen: Screen) -> None:
-        """timeline.json and timeline.png, where there is enough to show."""
+        """Writes timeline.json and timeline.png, if enough was recorded."""
         self._stop_tracing()
         if not self._run.config.timeline:
             return
@@ -98,7 +98,7 @@ class Watch:
 
 
 def figures(measured: Timeline, simulated: Timeline) -> dict[str, Any]:
-    """The numbers that stand beside the picture.
+    """The numbers shown with the picture.
 
     Raises:
       ValueError: the timelines are too short.
@@ -131,7 +131,7 @@ def picture(measured: Timeline, simulated: Timeline, numbers: dict[str, Any]) ->
     middle = batches[len(batches) // 2]
     rows = []
     for name, run in (("measured", measured), ("simulated", simulated)):
-        # The same batches enter in both.
+        # Both start with the same batch.
         begin = next(
             e.start
             for e in run.events
@@ -149,7 +149,7 @@ def picture(measured: Timeline, simulated: Timeline, numbers: dict[str, Any]) ->
 
 
 def sentence(numbers: dict[str, Any]) -> str:
-    """Utilisation and overlap of one timeline in words."""
+    """Utilisation and overlap of one timeline as text."""
     use = ", ".join(f"{100 * part:.0f} %" for part in numbers["utilisation"])
     count = len(numbers["utilisation"])
     together = "" if count == 1 else f"; {count} at once {100 * numbers['at_once'][-1]:.0f} %"
@@ -160,7 +160,7 @@ def read(text: str) -> dict[str, Any]:
     """The numbers in timeline.json.
 
     Raises:
-      ValueError: it is not that of a run.
+      ValueError: it is not the file of a run.
     """
     value = json.loads(text)
     if not isinstance(value, dict) or "measured" not in value.get("otherData", {}):

@@ -1,8 +1,7 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard, Weights & Biases.
+"""Additional writers of metrics: TensorBoard, Weights & Biases.
 
-A writer is given every line of metrics.jsonl with its number. A run that goes on gives the lines
-that are there already once more, so that nothing is missing and nothing doubled, whenever the run
-was stopped.
+A writer receives every line of metrics.jsonl with its number. A resumed run sends existing lines
+again, so that none is missing or duplicated, whenever the run was stopped.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from typing import Any
 from experiments.common.errors import Failed, UsageError
 from experiments.common.workdir import Workdir, Writer
 
-# Name, and folder in the workdir -> module. The extra of pyproject.toml has the name as well.
+# Name of the writer, its folder and its extra in pyproject.toml -> module.
 WRITERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 WANDB_MODES = ("offline", "online", "disabled")
-# What places a line, and is no quantity.
+# Fields that identify a line, not quantities.
 _PLACE = ("step", "split")
 
 
@@ -33,7 +32,7 @@ class TensorBoard:
 
         del config  # it is in config.json
         folder, name = out.path / "tensorboard", identity(out)
-        # Lines after the checkpoint may be in them: all are given once more.
+        # They may contain lines after the checkpoint; all lines are written again.
         for path in folder.glob(f"events*.{name}"):
             path.unlink()
         self._writer = SummaryWriter(str(folder), filename_suffix=f".{name}")
@@ -54,7 +53,7 @@ class WandB:
         import wandb
 
         mode, name = wandb_mode(), identity(out)
-        if mode == "offline":  # else the server knows what it has
+        if mode == "offline":  # otherwise the server has the lines
             for path in (out.path / "wandb").glob(f"offline-run-*-{name}"):
                 shutil.rmtree(path)
         try:
@@ -95,17 +94,17 @@ def quantities(line: dict[str, Any]) -> dict[str, float]:
 
 
 def identity(out: Workdir) -> str:
-    """A name for the run in a workdir: the same when it goes on, another for a later one there."""
+    """An identifier of the run in a workdir: the same when resumed, different for a new run."""
     born = (out.path / "config.json").stat()
     name = f"{out.path.resolve()} {born.st_ino} {born.st_mtime_ns}"
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def wandb_mode() -> str:
-    """Offline unless the environment says otherwise: nothing leaves the machine unasked.
+    """The mode in WANDB_MODE; offline by default, so that nothing is sent unasked.
 
     Raises:
-      UsageError: there is no such mode.
+      UsageError: unknown mode.
     """
     mode = os.environ.get("WANDB_MODE", "offline")
     if mode not in WANDB_MODES:
@@ -116,15 +115,15 @@ def wandb_mode() -> str:
 
 
 def names(text: str) -> list[str]:
-    """The writers that --writers names, in order."""
+    """The writers in --writers, in order."""
     return list(dict.fromkeys(text.split(","))) if text else []
 
 
 def check(text: str) -> None:
-    """Whether the writers that --writers names are there; writes nothing.
+    """Checks that the writers in --writers are available; writes nothing.
 
     Raises:
-      UsageError: one is not known, or not installed.
+      UsageError: a writer is unknown or not installed.
     """
     for name in names(text):
         if name not in WRITERS:
@@ -147,12 +146,12 @@ def check(text: str) -> None:
 
 @contextlib.contextmanager
 def attached(text: str, out: Workdir, config: dict[str, Any]) -> Iterator[None]:
-    """Lets writers see every line of metrics.jsonl, those first that are there already.
+    """Attaches writers to metrics.jsonl; existing lines are sent first.
 
     Args:
       text: --writers.
-      out: whose metrics.
-      config: what the run is.
+      out: the workdir.
+      config: the description of the run.
     """
     makers: dict[str, Callable[[Workdir, dict[str, Any]], Writer]]
     makers = {"tensorboard": TensorBoard, "wandb": WandB}

@@ -1,4 +1,4 @@
-"""What a schedule costs, and what a run did."""
+"""Simulated and recorded timelines, costs, and predictions of throughput."""
 
 from fdg_jax.analysis.advice import Advice
 from fdg_jax.analysis.advise import advise

@@ -68,8 +68,8 @@ class Advice:
     @property
     def choice(self) -> Row:
         """The least stale row within 5 % of the highest throughput; ties are broken by fewer
-        devices, then by less memory on the fullest device. Stages that only take turns are no
-        candidates: they gain nothing but memory."""
+        devices, then by less memory on the fullest device. Back-propagation with K > 1 is excluded,
+        because it only saves memory."""
         most = max(row.throughput for row in self._candidates)
         near = [row for row in self._candidates if row.throughput >= (1 - TOLERANCE) * most]
         return min(near, key=lambda row: (max(row.staleness), row.devices, max(row.bytes)))
@@ -218,7 +218,7 @@ def _size(size: float) -> str:
 
 
 def _spans(rows: Sequence[tuple[float, ...]]) -> list[tuple[str, tuple[float, ...]]]:
-    """Joins neighbouring rows with equal values, which are equal layers: "1-16"."""
+    """Joins neighbouring rows with equal values (equal layers), such as "1-16"."""
     found, start = [], 0
     for values, group in itertools.groupby(rows):
         end = start + len(list(group)) - 1
@@ -228,7 +228,7 @@ def _spans(rows: Sequence[tuple[float, ...]]) -> list[tuple[str, tuple[float, ..
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left."""
+    """Aligned columns, the first left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

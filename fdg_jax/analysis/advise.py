@@ -28,7 +28,7 @@ from fdg_jax.schedule import backprop
 from fdg_jax.shared import plain
 from fdg_jax.typing import LossFn, PyTree
 
-# Samples of a message; the median counts.
+# Samples per message; the median is used.
 MESSAGES = 21
 
 
@@ -93,7 +93,7 @@ def advise(
     batch = jax.tree.map(_array, example)
     size = max((leaf.shape[0] for leaf in jax.tree.leaves(plain(batch[0])) if leaf.ndim), default=1)
 
-    # --- What is measured, and what is left out.
+    # --- Settings to measure, and methods left out.
     notes = []
     stages = range(2, min(len(chosen), len(units)) + 1)
     if len(chosen) > len(units):
@@ -141,7 +141,7 @@ def advise(
     latency = 0.0
     if stages:
         smallest = message_seconds(np.zeros(1, np.float32), *chosen[:2])
-        # No message is faster than the smallest, whatever the machine did at that moment.
+        # The smallest message is the fastest; noise may have made another one faster.
         latency = min(smallest, *itertools.chain(*hops.values()))
     by_stages = dict(zip(devices_at_work, layer_times(networks, *rest), strict=True))
     measured = Measured(times, by_stages, cuts, hops, latency, sizes, shared, microbatches)

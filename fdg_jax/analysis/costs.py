@@ -1,4 +1,4 @@
-"""What the actions of a schedule cost: seconds and bytes."""
+"""Costs of the actions of a schedule: seconds and bytes."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from fdg_jax.schedule.action import TIED, TIED_GRADIENT
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds and bytes of one undivided mini-batch; one of M micro-batches has 1/M of them.
+    """Seconds and bytes of one undivided mini-batch; each of M micro-batches has 1/M of them.
 
     Args:
       forward: seconds, one per stage.
       backward: seconds, one per stage.
-      update: seconds, one per stage; empty is 0.
-      weights: of the backward, the seconds of the half for the weights, where a schedule splits it;
-        one per stage; empty is half of it.
-      transfer: seconds that a message between neighbours takes, one per hop (K - 1) or the same for
-        all; activations and gradients alike. Transfers overlap with computing and with each other.
-      latency: seconds that every message takes on top, however small: not divided by M.
-      input_bytes: what a stage receives from the one before, one per stage; empty is 0.
-      kept_bytes: what a stage keeps of a batch whose inputs it reconstructs, which is the input of
-        layers without an inverse (`fdg_jax.engine.reversible.kept_by`); one per stage; empty is
-        its input.
-      residual_bytes: what a forward leaves for its backward beside input and weights; the same.
-      parameter_bytes: one version of a stage's weights; the same.
-      cotangent_bytes: what a stage sends to the one before, one per stage; empty is input_bytes.
+      update: seconds, one per stage; empty: 0.
+      weights: seconds of the weight half of a split backward, included in ``backward``; one per
+        stage; empty: half of it.
+      transfer: seconds of a message between neighbours, one per hop (K - 1) or one for all, for
+        activations and gradients. Transfers overlap with computation and with each other.
+      latency: additional seconds of every message, not divided by M.
+      input_bytes: size of a stage's input, one per stage; empty: 0.
+      kept_bytes: data that a stage stores per batch if it reconstructs its inputs: the inputs of
+        layers without an inverse (`fdg_jax.engine.reversible.kept_by`); one per stage; empty: its
+        input.
+      residual_bytes: residuals of a forward except input and weights, one per stage; empty: 0.
+      parameter_bytes: one version of a stage's weights, one per stage; empty: 0.
+      cotangent_bytes: message to the previous stage, one per stage; empty: input_bytes.
       optimizer: size of the optimizer's state as a multiple of the parameters; 1 for momentum.
 
     Raises:
-      ValueError: lengths that do not fit, a number that is negative or not finite, or no work.
+      ValueError: lengths do not match, a number is negative or not finite, or all times are 0.
 
     Example:
       >>> Costs(forward=[1, 1, 1], backward=[2, 2, 2], transfer=0.5).transfer
@@ -97,12 +97,12 @@ class Costs:
     def seconds(
         self, action: Action, schedule: Schedule, gradient: str | GradientRule = "stale"
     ) -> float:
-        """How long an action takes.
+        """The duration of an action.
 
         Args:
-          action: what.
-          schedule: whose.
-          gradient: the gradient rule; a backward that runs the forward again takes that on top.
+          action: the action.
+          schedule: its schedule.
+          gradient: the gradient rule; a backward that recomputes the forward includes its time.
 
         Returns:
           Seconds.
@@ -113,33 +113,33 @@ class Costs:
         if kind.in_flight == "opens":
             return self.forward[k] / schedule.microbatches
         if kind.in_flight == "none":
-            return 0  # the teaching of a synthesizer is not counted
+            return 0  # training of a synthesizer is not counted
         whole = self.backward[k]
         if kind.gradient == "none":
             whole -= self.weights[k]
         elif schedule.splits_backward and not kind.gives:
             whole = self.weights[k]
-        # Whether the forward runs again does not depend on the staleness: it is not counted.
+        # Recomputation does not depend on the staleness, so 0 is passed instead of counting it.
         own = gradient_rule(gradient).of_stage(k in schedule.losses, 0)
         if not own.keeps_residuals:
             whole += self.forward[k]
         return whole / schedule.microbatches
 
     def sent_bytes(self, k: int, schedule: Schedule) -> float:
-        """Bytes that stages k and k+1 send each other for one mini-batch, both ways together.
+        """Bytes sent between stages k and k+1 per mini-batch, in both directions.
 
         .. math::
             u \\cdot \\text{input}_{k+1} + d \\cdot \\text{cotangent}_{k+1}
 
-        with u messages up and d down for each micro-batch, counted in steady state: one each, but
-        for "local", where d = 0. Tied arrays are not counted.
+        with u messages up and d down for each micro-batch, counted in steady state: one each,
+        except for "local", where d = 0. Tied arrays are not counted.
 
         Args:
           k: the hop, 0 to K-2.
-          schedule: whose kinds of action.
+          schedule: the schedule, for its kinds of action.
 
         Returns:
-          Bytes; 0 where their sizes are not given.
+          Bytes; 0 if sizes are not given.
 
         Raises:
           ValueError: no such hop.

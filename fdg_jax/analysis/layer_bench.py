@@ -44,8 +44,8 @@ class LayerBench:
     Args:
       stage: the layer as a stage.
       x: its input.
-      labels: of the batch.
-      output: of the layer; None: computed by the forward.
+      labels: the batch's labels.
+      output: the layer's output; None: computed by the forward.
       keeps: whether backwards will run, which need the residuals of a forward.
     """
 
@@ -59,7 +59,7 @@ class LayerBench:
             self.labels = jax.device_put(labels, stage.places(labels))
         self.params, self.model_state, self.opt_state = stage.init(jax.random.key(0), self.x)
         self.key, number = jax.device_put((jax.random.key(0), np.int32(0)), stage.replicated)
-        # Every run consumes the token of the previous one; a CPU device would run two at a time.
+        # Every run consumes the token of the previous one: a CPU device could run two at a time.
         self.token = number
         self.output, self.message = output, None
         if output is None or keeps:

@@ -89,8 +89,8 @@ def layer_times(
       networks: layers, input first, as returned by `fdg_jax.partition.units_of` or as the stages of
         a partition, and the settings in which they are measured.
       batch: inputs and labels, arrays.
-      loss_fn: of the network.
-      optimizer: of every layer.
+      loss_fn: the network's loss function.
+      optimizer: the optimizer of every layer.
       devices: at least as many as the settings require.
       seconds: time after which no further round starts; at least 3 and at most 21 rounds.
 

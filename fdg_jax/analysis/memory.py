@@ -1,4 +1,4 @@
-"""What a stage holds in the course of a run: micro-batches, versions of its weights, bytes."""
+"""Contents of a stage during a run: micro-batches, weight versions, bytes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fdg_jax.schedule import Action, Schedule
 
 
 class Held(NamedTuple):
-    """What a stage holds after an action.
+    """The contents of a stage after an action.
 
     Attributes:
-      batches: mini-batches forwarded whose gradient is not yet applied.
-      flights: micro-batches forwarded and not yet back-propagated.
-      versions: of its weights, the newest included.
+      batches: number of mini-batches forwarded whose gradient is not yet applied.
+      flights: number of micro-batches forwarded and not yet back-propagated.
+      versions: number of weight versions, including the newest.
     """
 
     batches: int
@@ -27,12 +27,12 @@ class Held(NamedTuple):
 
 
 def held(schedule: Schedule, rule: GradientRule, actions: Iterable[Action]) -> Iterator[Held]:
-    """What one stage holds, after each of its actions.
+    """The contents of one stage after each of its actions.
 
     Args:
-      schedule: whose kinds say what an action keeps.
+      schedule: its kinds determine what an action stores.
       rule: whether a micro-batch in flight keeps the weights of its forward.
-      actions: of the stage, in order.
+      actions: the stage's actions, in order.
 
     Yields:
       One `Held` per action.
@@ -50,7 +50,7 @@ def held(schedule: Schedule, rule: GradientRule, actions: Iterable[Action]) -> I
             flying.add(action.batch)
         elif kind.in_flight == "closes":
             met[flights.pop(part)] -= rule.keeps_weights
-            met += Counter()  # drops those that nobody keeps
+            met += Counter()  # drops versions without flights
         elif kind.gradient == "applies":
             updates += 1
             flying -= added
@@ -62,7 +62,7 @@ def held(schedule: Schedule, rule: GradientRule, actions: Iterable[Action]) -> I
 
 
 def bytes_of(now: Held, costs: Costs, k: int, schedule: Schedule, rule: GradientRule) -> float:
-    """The bytes of what a stage holds; see `Timeline.peak_bytes`."""
+    """Size of the contents of a stage; see `Timeline.peak_bytes`."""
     own = stage_rule(rule, schedule, k)
     each = costs.input_bytes[k]
     if own.keeps_residuals:

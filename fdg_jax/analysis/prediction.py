@@ -148,7 +148,7 @@ def crossing(costs: Costs, gain: float = 0.05) -> float | None:
         t_{\\text{FDG}} = T \\quad \\text{while } m \\le T/2
 
     Args:
-      costs: of the stages; transfer and latency are ignored.
+      costs: costs of the stages; transfer and latency are ignored.
       gain: required speedup of FDG over DDG, minus 1.
 
     Returns:

@@ -1,19 +1,18 @@
-"""What really ran when: a run watched from beside, its schedule unchanged.
+"""Records when programs ran, without changing the run.
 
-The pipeline hands over a token of every program that it dispatches; a thread a device waits for
-the tokens in the order of the device's queue and notes when each is there. Nothing else waits, and
-no program is another one. JAX says when a program has ended, but not when it began. A device works
-through its queue in order, so that a program began when the last of these three was over:
+The pipeline passes a token of every dispatched program to one thread per device, which waits for
+the tokens in the order of the device's queue and notes the times. Nothing else waits, and the
+programs are unchanged. JAX reports when a program ends, but not when it starts. A device processes
+its queue in order, so the start is inferred:
 
-    end      when its token is there
-    start    max(end of the program before it on the same device,
-                 begin of its dispatch,
-                 end of the programs that its inputs come from)
+    end      when its token is ready
+    start    max(end of the previous program on the same device,
+                 start of its dispatch,
+                 end of the programs that produce its inputs)
 
-So what a message takes on its way counts as work of the stage that waits for it, and so does the
-compiling of a program: record when every program has been compiled. Programs beside the pipeline's
-own (an augmentation, an evaluation) do not appear; the first stage's inputs are waited for as the
-others' are.
+So transfer time counts as work of the receiving stage, and so does compilation: record after all
+programs have been compiled. Other programs (augmentation, evaluation) are not recorded; the first
+stage's inputs are waited for like all others.
 """
 
 from __future__ import annotations
@@ -41,17 +40,17 @@ from fdg_jax.typing import PyTree
 
 
 class Recorder:
-    """Records the programs of a pipeline from now on, until enough mini-batches have entered.
+    """Records the programs of a pipeline until the given number of mini-batches has entered.
 
-    Where programs of earlier ticks may still run, nobody knows when the devices were free: the
-    first tick then only serves to find out.
+    If programs of earlier ticks may still be running, the first tick only serves to determine when
+    the devices become free.
 
     Args:
-      pipe: whose.
-      batches: how many ticks in which a mini-batch enters, >= 1; those of a drain after them too.
+      pipe: the pipeline.
+      batches: number of mini-batches to record, >= 1; a drain after them is included.
 
     Raises:
-      ValueError: no batches, a pipeline that is recorded already, or one of several processes.
+      ValueError: batches < 1, a pipeline that is already recorded or runs in several processes.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -80,11 +79,11 @@ class Recorder:
                 "record a pipeline of one process"
             )
         self._pipe = pipe
-        self._lead = 0 if pipe.idle else 1  # ticks of which only the ends are known
+        self._lead = 0 if pipe.idle else 1  # ticks that are not reported
         self._left = batches + self._lead
         groups = [tuple(stage.mesh.devices.flat) for stage in pipe.stages]
         distinct = list(dict.fromkeys(groups))
-        self._device = [distinct.index(group) for group in groups]  # of each stage
+        self._device = [distinct.index(group) for group in groups]  # of every stage
         self._queues = [_Queue() for _ in distinct]
         self._programs: list[_Program] = []
         self._tick = -1
@@ -113,11 +112,11 @@ class Recorder:
             self._add(tuple(actions), since, self._device[first.stage], token, first.batch)
 
     def timeline(self) -> Timeline:
-        """Ends the recording, and waits for what it has seen.
+        """Ends the recording and waits for the recorded programs.
 
         Returns:
-          The events, times in seconds from the first on; costs are the means over them. A
-          mini-batch's metrics are those of the same run without a recorder.
+          The events, with times in seconds from the first, and their mean costs. The run's metrics
+          are the same as without a recorder.
 
         Raises:
           ValueError: nothing has been recorded.
@@ -150,12 +149,12 @@ class Recorder:
                 thread.tokens.put(None)
 
     def _events(self) -> list[Event]:
-        """What was dispatched, with the starts that follow from the ends."""
+        """The dispatched programs, with inferred start times."""
         ends: dict[int, float] = {}
         for thread in self._queues:
             ends |= thread.ends
         sources = self._sources()
-        # A thread may be late to see an end, but nothing ends after what waited for it.
+        # Threads may notice an end late, but a program ends before those that depend on it.
         for place in reversed(range(len(self._programs))):
             for source in sources[place]:
                 ends[source] = min(ends[source], ends[place])
@@ -168,7 +167,7 @@ class Recorder:
         return events
 
     def _sources(self) -> list[list[int]]:
-        """What each program could not begin before the end of, as far as it has been seen."""
+        """The recorded programs that must end before each program starts."""
         last: dict[int, int] = {}  # of each device
         entered: dict[int, int] = {}  # mini-batch -> its inputs
         made: dict[Action, int] = {}
@@ -192,7 +191,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class _Program:
-    """What was dispatched: actions of one stage, or none where a mini-batch entered."""
+    """A dispatched program: actions of one stage, or none for a mini-batch that entered."""
 
     actions: tuple[Action, ...]
     since: float
@@ -202,7 +201,7 @@ class _Program:
 
 
 class _Queue(threading.Thread):
-    """Waits for what a device does, in order, and notes when it is done."""
+    """Waits for the programs of a device in order and notes their end times."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True, name="fdg_jax recorder")
@@ -212,29 +211,29 @@ class _Queue(threading.Thread):
     def run(self) -> None:
         while (item := self.tokens.get()) is not None:
             place, token = item
-            # A program that fails has ended too; the pipeline says so.
+            # A failed program has ended, too; the pipeline reports the error.
             with contextlib.suppress(Exception):
                 jax.block_until_ready(token)
             self.ends[place] = time.perf_counter()
 
 
 def costs_of(schedule: Schedule, gradient: str | GradientRule, events: Sequence[Event]) -> Costs:
-    """What actions took, from the means of programs.
+    """Durations of actions, from the mean durations of programs.
 
-    Where forward, backward and update of a stage are always one program, all of it is called
-    backward: nobody knows the parts.
+    If forward, backward and update of a stage are always one program, its whole time counts as
+    backward.
 
     Args:
-      schedule: of the events.
-      gradient: the rule of the pipeline; a forward that is run again does not count.
-      events: measured ones.
+      schedule: the schedule of the events.
+      gradient: the pipeline's gradient rule; the time of a recomputed forward is subtracted.
+      events: measured events.
 
     Returns:
       Seconds of one undivided mini-batch.
     """
     seconds: dict[tuple[int, str], list[float]] = {}
     for event in events:
-        # A backward with a predicted cotangent is one like any other.
+        # A backward with a predicted cotangent counts as a backward.
         kinds = "".join(action.kind for action in event.actions).replace("P", "B")
         seconds.setdefault((event.action.stage, kinds), []).append(event.end - event.start)
     mean = {key: statistics.fmean(values) for key, values in seconds.items()}
@@ -255,13 +254,13 @@ def costs_of(schedule: Schedule, gradient: str | GradientRule, events: Sequence[
 
 
 def expected(run: Timeline) -> Timeline:
-    """What the simulator makes of a measured run: the same programs, each as long as its mean.
+    """Simulates a measured run: the same programs, each with its mean duration.
 
     Args:
-      run: of a `Recorder`.
+      run: the timeline of a `Recorder`.
 
     Returns:
-      The same programs, from the first of them on, in a run in which nothing else takes time.
+      The simulated timeline of the same programs, without any other delays.
 
     Raises:
       ValueError: the schedule is not that of the events.
@@ -274,7 +273,7 @@ def expected(run: Timeline) -> Timeline:
     closing = [kind.name for kind in schedule.kinds if kind.in_flight == "closes"]
     micro = None if schedule.microbatches == 1 else 0
     drained = any((kind, max(batches), micro, 0) in seen for kind in closing)
-    # A long time after the fill every period is like the last.
+    # Long after the fill every period is like the previous one.
     shift = max(min(batches) - enough(schedule), 0) // schedule.period * schedule.period
     count = max(batches) + 1 - shift + (0 if drained else enough(schedule))
     whole = simulate(schedule, run.costs, count, run.gradient, shared)
@@ -295,7 +294,7 @@ def expected(run: Timeline) -> Timeline:
 
 
 def _later(action: Action, batches: int, schedule: Schedule) -> Action:
-    """The same action so many batches, a whole number of periods, later."""
+    """The same action, later by a number of batches that is a multiple of the period."""
     version = action.version
     if version is not None:
         version += batches // schedule.period

@@ -1,6 +1,6 @@
-"""When everything would happen: a schedule, and what its actions cost.
+"""Simulates a schedule with given costs of its actions; needs no devices.
 
-Nothing is trained and no device is needed. FDG with two stages, forward 1 s, backward 2 s:
+FDG with two stages, forward 1 s, backward 2 s:
 
     seconds | 0   1   2   3   4   5   6   7   8   9   10
     stage 0 | F0  F1  F2      B0----  F3  B1----  F4  B2-
@@ -29,30 +29,29 @@ def simulate(
 ) -> Timeline:
     """Start and end of every action of a run.
 
-    Every device does its own actions in the order of the schedule's stream. An action a of stage k
-    starts when its device d is free and its inputs are there:
+    Every device runs its actions in the order of the schedule's stream. An action a of stage k
+    starts when its device d is free and its inputs have arrived:
 
     .. math::
         \\mathrm{start}(a) = \\max\\left(\\mathrm{free}(d),
         \\max_{n \\in \\mathrm{needs}(a)} \\mathrm{end}(n) + \\mathrm{transfer}(n, a)\\right)
 
-    The engine makes one program of a backward and the update that follows it, so that the gradient
-    leaves after both; here it leaves after the backward. Count `Costs.update` into
-    `Costs.backward` where that matters.
+    The engine compiles a backward and its update as one program, so the message is sent after both;
+    here it is sent after the backward. Include `Costs.update` in `Costs.backward` if that matters.
 
     Args:
-      schedule: who does what when.
-      costs: of its stages.
-      batches: how many enter; None: enough for a steady state.
+      schedule: the schedule.
+      costs: the costs of its stages.
+      batches: number of mini-batches; None: enough for a steady state.
       gradient: the gradient rule; "recompute_stale" and "recompute" run forwards twice.
-      shared: the device of each stage, any whole numbers; None: one device per stage. No transfer
-        between stages of one device.
+      shared: the device number of each stage; None: one device per stage. Messages between stages
+        of one device take no time.
 
     Returns:
-      The events and what follows from them.
+      The timeline.
 
     Raises:
-      ValueError: arguments that do not fit together; the message names the remedy.
+      ValueError: inconsistent arguments; the message names the remedy.
 
     Example:
       >>> import fdg_jax as fdg
@@ -75,7 +74,7 @@ def simulate(
     devices = list(range(stages)) if shared is None else list(shared)
     if len(devices) != stages:
         raise ValueError(f"shared: {len(devices)} devices for {stages} stages; give one per stage")
-    # Three batches of backprop: the first ends when the second enters, the second when the third.
+    # Three batches of backprop, each entering when the previous one ends.
     plain = backprop(stages)
     baseline = Timeline(plain, costs, STALE, _walk(plain, costs, 3, STALE, devices), 1.0)
     events = _walk(schedule, costs, batches or enough(schedule), rule, devices)
@@ -83,10 +82,10 @@ def simulate(
 
 
 def enough(schedule: Schedule) -> int:
-    """Batches for which a run has a steady state: the fill and the drain, and that many again.
+    """Number of batches with a steady state: fill and drain, and as many again.
 
     Args:
-      schedule: who does what when.
+      schedule: the schedule.
 
     Returns:
       The number of batches.
@@ -120,9 +119,9 @@ def _walk(
         for source, stage in itertools.chain.from_iterable(schedule.sources[kind][k]):
             end = done.get((source, batch, micro, stage))
             if end is None:
-                continue  # one of several alternatives
+                continue  # an alternative that does not occur
             hop = 0 if devices[stage] == device else hops[min(k, stage)]
-            # Nothing is added where there is no way to go: fractions stay exact.
+            # No addition without a transfer, so that fractions stay exact.
             start = max(start, end + hop if hop else end)
         free[device] = end = start + seconds_of(kind, k)
         done[kind, batch, micro, k] = end

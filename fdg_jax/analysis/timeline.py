@@ -1,4 +1,4 @@
-"""What ran when: the events of a run, and the numbers that are counted from them."""
+"""Timelines: the events of a run, and quantities derived from them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fdg_jax.schedule.schedule import Schedule
 
 @dataclass(frozen=True)
 class Event:
-    """One action, or several that are one program, and when it ran.
+    """The execution of one action, or of several in one program.
 
     Args:
-      action: what; of several, the first.
+      action: the first action.
       start: seconds from the start of the run.
-      end: the same.
-      device: number of the device that did it.
-      also: the actions after the first.
+      end: seconds from the start of the run.
+      device: number of its device.
+      also: the other actions.
     """
 
     action: Action
@@ -34,16 +34,16 @@ class Event:
 
     @property
     def actions(self) -> tuple[Action, ...]:
-        """All of them, in order."""
+        """All actions, in order."""
         return (self.action, *self.also)
 
     @property
     def label(self) -> str:
-        """The actions as they stand in a cell of the grid."""
+        """The actions as printed in a cell of the grid."""
         return " ".join(action.label for action in self.actions)
 
     def within(self, begin: float, end: float) -> float:
-        """How many seconds of it lie between two times."""
+        """Seconds of the event between two times."""
         return max(min(self.end, end) - max(self.start, begin), 0)
 
 
@@ -51,16 +51,16 @@ class Event:
 class Timeline:
     """The events of a run: `simulate` computes it, `Recorder` measures it.
 
-    Steady state is taken from the second half of the mini-batches that all stages have finished
-    before the last one enters, over a whole number of periods: exact as soon as the run has become
+    Steady-state values are taken over a whole number of periods in the second half of the
+    mini-batches that all stages finish before the last one enters; they are exact once the run is
     periodic.
 
     Args:
-      schedule: who did what when.
-      costs: what an action took, and how large things are.
+      schedule: the schedule.
+      costs: durations of actions and sizes of data.
       gradient: the gradient rule.
-      events: in the order of the schedule's stream.
-      baseline: batches per second of back-propagation on the same costs.
+      events: the events, in the order of the schedule's stream.
+      baseline: batches per second of back-propagation with the same costs.
     """
 
     schedule: Schedule
@@ -79,39 +79,39 @@ class Timeline:
         """Mini-batches per second in steady state.
 
         Raises:
-          ValueError: the run is too short to have one.
+          ValueError: the run is too short for a steady state.
         """
         batches, begin, end = self._steady
         return batches / (end - begin)
 
     @property
     def speedup(self) -> float:
-        """`throughput` over that of back-propagation on the same costs, stages and transfers."""
+        """`throughput` relative to back-propagation with the same costs, stages and transfers."""
         return self.throughput / self.baseline
 
     def utilisation(self, k: int) -> float:
-        """The part of the time, in steady state, that stage k's device works for stage k.
+        """The fraction of time, in steady state, in which stage k's device runs stage k.
 
         Args:
           k: the stage.
 
         Returns:
-          0 to 1. A forward that is run again counts as work.
+          0 to 1. Recomputed forwards count as work.
 
         Raises:
-          ValueError: no such stage, or the run is too short to have a steady state.
+          ValueError: no such stage, or the run is too short for a steady state.
         """
         own, (_, begin, end) = self._own(k), self._steady
         return sum(event.within(begin, end) for event in own) / (end - begin)
 
     def at_once(self) -> list[float]:
-        """How many stages work at the same time.
+        """The distribution of the number of stages that work at the same time.
 
         Returns:
-          The parts of the time, in steady state, in which 0, 1, ..., K stages work; their sum is 1.
+          Fractions of time, in steady state, in which 0, 1, ..., K stages work; their sum is 1.
 
         Raises:
-          ValueError: the run is too short to have a steady state.
+          ValueError: the run is too short for a steady state.
 
         Example:
           >>> from fdg_jax import schedule
@@ -132,7 +132,7 @@ class Timeline:
         return parts
 
     def order(self, k: int) -> list[Action]:
-        """The actions of stage k in order of time.
+        """The actions of stage k in temporal order.
 
         Args:
           k: the stage.
@@ -146,13 +146,13 @@ class Timeline:
         return [action for event in self._own(k) for action in event.actions]
 
     def in_flight(self, k: int) -> int:
-        """The most mini-batches that stage k has forwarded and whose gradient it has not applied.
+        """The maximum number of mini-batches forwarded but not yet applied in stage k.
 
         Args:
           k: the stage.
 
         Returns:
-          The peak over the run; in a run that is long enough `Schedule.in_flight`.
+          The peak over the run; in a long enough run `Schedule.in_flight`.
 
         Raises:
           ValueError: no such stage.
@@ -160,9 +160,9 @@ class Timeline:
         return max(held.batches for held in self._held(k))
 
     def microbatches_in_flight(self, k: int) -> int:
-        """The most micro-batches that stage k has forwarded and not yet back-propagated.
+        """The maximum number of micro-batches forwarded but not yet back-propagated in stage k.
 
-        A mini-batch that is not divided counts as one.
+        An undivided mini-batch counts as one.
 
         Args:
           k: the stage.
@@ -176,13 +176,13 @@ class Timeline:
         return max(held.flights for held in self._held(k))
 
     def weight_versions(self, k: int) -> int:
-        """The most versions of its weights that stage k holds at a time, today's included.
+        """The maximum number of weight versions stored in stage k, including the newest.
 
         Args:
           k: the stage.
 
         Returns:
-          The peak over the run. While an update runs, its old and its new weights count as one.
+          The peak over the run. During an update the old and new weights count as one.
 
         Raises:
           ValueError: no such stage.
@@ -190,21 +190,21 @@ class Timeline:
         return max(held.versions for held in self._held(k))
 
     def peak_bytes(self, k: int) -> float:
-        """The most bytes that stage k holds at a time.
+        """The peak size of the data stored in stage k.
 
         .. math::
             \\text{parameters} \\cdot (\\text{versions} + \\text{optimizer})
             + \\text{in flight} \\cdot (\\text{input} + \\text{residuals}) / M
 
-        Residuals are kept with ``gradient="stale"`` only. A batch in flight keeps the weight
-        version of its forward alive unless ``gradient="recompute"``; `Schedule.versions` are kept
-        anyway. Not counted: messages not yet consumed, gradients, and what a program uses inside.
+        Residuals are stored only with ``gradient="stale"``. A batch in flight keeps the weight
+        version of its forward alive unless ``gradient="recompute"``; `Schedule.versions` are always
+        kept. Not counted: messages not yet consumed, gradients, temporary values of programs.
 
         Args:
           k: the stage.
 
         Returns:
-          Bytes; the part of anything whose size `Costs` does not say is 0.
+          Bytes; sizes not given in `Costs` count as 0.
 
         Raises:
           ValueError: no such stage.
@@ -214,18 +214,18 @@ class Timeline:
         )
 
     def sent_bytes(self, k: int) -> float:
-        """Bytes that stages k and k+1 send each other for a mini-batch: `Costs.sent_bytes`."""
+        """Bytes sent between stages k and k+1 per mini-batch: `Costs.sent_bytes`."""
         return self.costs.sent_bytes(k, self.schedule)
 
     def chrome_trace(self, name: str | None = None, number: int = 0) -> dict[str, Any]:
-        """The events as a trace for Perfetto or chrome://tracing, one row a stage.
+        """The events as a trace for Perfetto or chrome://tracing, one row per stage.
 
         Args:
-          name: stands above the rows; None: the schedule's.
-          number: of this timeline, where a trace has several.
+          name: title of the rows; None: the schedule's name.
+          number: number of this timeline in a trace with several.
 
         Returns:
-          What is to be written as JSON; times in microseconds.
+          JSON data; times in microseconds.
         """
         head = {"name": self.schedule.name if name is None else name}
         rows: list[dict[str, Any]] = [
@@ -256,7 +256,7 @@ class Timeline:
     @functools.cached_property
     def _by_stage(self) -> list[list[Event]]:
         rows: list[list[Event]] = [[] for _ in range(self.schedule.num_stages)]
-        for event in self.events:  # a stage's are in order of time: it has one queue
+        for event in self.events:  # a stage has one queue, so its events are in temporal order
             rows[event.action.stage].append(event)
         return rows
 
@@ -268,7 +268,7 @@ class Timeline:
 
     @functools.cached_property
     def _steady(self) -> tuple[int, float, float]:
-        """A number of batches that is a whole number of periods, and when they begin and end."""
+        """A number of batches that is a multiple of the period, with their begin and end times."""
         kinds = self.schedule.kind_of
         finished: dict[int, float] = {}
         entered = 0.0
@@ -278,7 +278,7 @@ class Timeline:
                     finished[action.batch] = max(finished.get(action.batch, 0), event.end)
                 elif kinds[action.kind].in_flight == "opens" and not action.stage:
                     entered = max(entered, 0 if action.micro else event.start)
-        # From the last batch on the pipeline drains.
+        # After the last batch has entered, the pipeline drains.
         times = [finished[n] for n in sorted(finished) if finished[n] <= entered]
         times = times[self.schedule.start :]
         count, step = len(times), self.schedule.period
@@ -297,7 +297,7 @@ class Timeline:
 
 
 def _periodic(times: list[float], period: int) -> bool:
-    """Whether every time is as far from the one ``period`` places before it as the last is."""
+    """Whether all differences between times ``period`` places apart are equal."""
     pairs = list(zip(times[period:], times, strict=False))
     seconds = pairs[-1][0] - pairs[-1][1]
     return all(abs(later - earlier - seconds) <= 1e-9 * times[-1] for later, earlier in pairs)

@@ -1,4 +1,4 @@
-"""How large the messages of a pipeline are, from shapes alone."""
+"""Sizes of the messages of a pipeline, from shapes only."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fdg_jax.typing import PyTree
 
 
 class MessageBytes(NamedTuple):
-    """Bytes of one mini-batch's messages, of all its micro-batches together.
+    """Bytes of one mini-batch's messages, summed over its micro-batches.
 
     Attributes:
-      inputs: what each stage receives from the one before; stage 0 the mini-batch itself.
-      cotangents: what each stage sends to the one before; 0 where it sends nothing.
+      inputs: input of each stage; for stage 0 the mini-batch itself.
+      cotangents: message of each stage to the previous one; 0 if there is none.
     """
 
     inputs: tuple[int, ...]
@@ -27,13 +27,13 @@ class MessageBytes(NamedTuple):
 
 
 def message_bytes(pipe: Pipeline, example: tuple[PyTree, PyTree]) -> MessageBytes:
-    """The sizes of what the stages of a pipeline send each other; nothing is computed.
+    """Sizes of the messages between the stages of a pipeline; computes nothing.
 
-    They are what `Costs` asks for as ``input_bytes`` and ``cotangent_bytes``.
+    These are ``input_bytes`` and ``cotangent_bytes`` of `Costs`.
 
     Args:
-      pipe: the pipeline, whose ``message_dtype`` counts.
-      example: a batch ``(inputs, labels)``; only shapes and dtypes are looked at.
+      pipe: the pipeline; its ``message_dtype`` is taken into account.
+      example: a batch ``(inputs, labels)``; only shapes and dtypes are used.
 
     Returns:
       Bytes by stage.

@@ -13,7 +13,7 @@ def step_of(step: Any) -> int:
     """The step of a checkpoint, from an integer of Python, numpy or JAX.
 
     Raises:
-      ValueError: it is none, or none that can be read back.
+      ValueError: it is not an integer, or is out of range.
 
     Example:
       >>> import numpy as np
@@ -33,7 +33,7 @@ def score_of(score: Any) -> float | None:
     """The score of a state, or None if it has none or is not a number.
 
     Raises:
-      ValueError: it cannot become a number.
+      ValueError: it cannot be converted to a number.
     """
     try:
         number = None if score is None else float(score)

@@ -1,7 +1,7 @@
 """The arrays of a stage on disk: one zarr3 array each, in one OCDBT store per stage.
 
-The process that has a stage's first device writes the stage's store; it appears under its name when
-it is whole. Reading compares dtype and shape before it takes memory.
+The process with a stage's first device writes the stage's store, which gets its name when complete.
+Reading compares dtypes and shapes before allocating memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tensorstore as ts
 from fdg_jax.checkpoint import manifest
 from fdg_jax.engine.placement import absent, put
 
-# A process that has not written its part by then will not.
+# After this time a process's part is considered failed.
 SECONDS = 600.0
 _FAILED = "failed"
 
@@ -32,10 +32,10 @@ def check(dtypes: Iterable[Any]) -> None:
     """Rejects arrays that could not be restored.
 
     Args:
-      dtypes: of arrays that are to be written.
+      dtypes: dtypes of the arrays to be written.
 
     Raises:
-      ValueError: the store has no such dtype.
+      ValueError: the store does not support a dtype.
     """
     for dtype in dtypes:
         try:
@@ -58,14 +58,14 @@ def check_room(folder: pathlib.Path, sizes: Sequence[int]) -> None:
     """Rejects a save that exceeds the free disk space.
 
     Args:
-      folder: on the disk.
-      sizes: of the arrays, in bytes.
+      folder: a folder on the disk.
+      sizes: sizes of the arrays, in bytes.
 
     Raises:
-      OSError: there is not enough.
+      OSError: there is not enough free space.
     """
     free = shutil.disk_usage(folder).free
-    # Beside its values each array takes some lines of JSON and a few entries of an index.
+    # Each array also needs space for its JSON metadata and index entries.
     if free < (needed := sum(sizes) + 2048 * len(sizes)):
         text = f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed, {free:,} are free"
         raise OSError(errno.ENOSPC, text)
@@ -75,13 +75,13 @@ def write(folder: pathlib.Path, k: int, arrays: Mapping[str, np.ndarray]) -> Non
     """Writes the arrays of a stage and returns when they are on disk.
 
     Args:
-      folder: of the stores; it is made if it is not there.
+      folder: the folder of the stores; created if missing.
       k: the stage.
-      arrays: by name; those without elements are not stored.
+      arrays: by name; empty arrays are not stored.
     """
     partial = folder / f".{entry(k)}"
     partial.mkdir(parents=True, exist_ok=True)
-    # One context: the store is then one database, and its index is written once.
+    # With one context the store is one database, whose index is written once.
     context = ts.Context({})
     with ts.Transaction() as transaction:
         writing = []
@@ -107,7 +107,7 @@ def read(folder: pathlib.Path, k: int, expected: Mapping[str, jax.ShapeDtypeStru
     """Reads the arrays of one stage.
 
     Args:
-      folder: of the stores.
+      folder: the folder of the stores.
       k: the stage.
       expected: shape, dtype and sharding of each array, by name.
 
@@ -115,7 +115,7 @@ def read(folder: pathlib.Path, k: int, expected: Mapping[str, jax.ShapeDtypeStru
       Arrays by name.
 
     Raises:
-      Damaged: one is missing, cannot be read, or is another.
+      Damaged: an array is missing, unreadable, or of another dtype or shape.
     """
     context = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 26}})
     opened, found = {}, {}
@@ -132,7 +132,7 @@ def read(folder: pathlib.Path, k: int, expected: Mapping[str, jax.ShapeDtypeStru
                 )
         for name, future in opened.items():
             store = future.result()
-            # A chunk is decoded as a whole: it must not be larger than the array.
+            # Chunks are decoded as a whole, so they must not be larger than the array.
             piece = store.chunk_layout.write_chunk.shape or ()
             if math.prod(n or 0 for n in piece) > expected[name].size:
                 raise ValueError(f"{name} is stored in pieces larger than itself")
@@ -162,12 +162,12 @@ def wait(folder: pathlib.Path, stages: int, abandoned: threading.Event) -> None:
     """Waits until the stores of all stages exist.
 
     Args:
-      folder: the one given to `write`.
+      folder: as given to `write`.
       stages: K.
-      abandoned: ends the wait when it is set.
+      abandoned: ends the wait when set.
 
     Raises:
-      RuntimeError: one will not come; what is there is removed.
+      RuntimeError: a store is missing; the incomplete checkpoint is removed.
     """
     end = time.monotonic() + SECONDS
     reason = ""
@@ -201,7 +201,7 @@ def leaf(section: str, i: int) -> str:
 
 
 def names(sizes: Mapping[str, int]) -> list[str]:
-    """The names of all arrays of sections of these sizes."""
+    """The names of all arrays of sections with these sizes."""
     return [leaf(section, i) for section, size in sizes.items() for i in range(size)]
 
 

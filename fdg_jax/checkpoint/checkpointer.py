@@ -77,10 +77,10 @@ class Checkpointer:
         self.pipe = pipe
         self.keep = keep
         self._configuration = manifest.configuration(pipe)
-        # New buffers: a copy is no output that JAX forwards from its inputs. Of a list, and not by
-        # names with numbers of batches: so it compiles once for the steady state.
+        # Copies, because JAX would forward unchanged inputs. The argument is a list, without names
+        # that contain batch numbers, so it compiles once for the steady state.
         self._copy = jax.jit(_copies)
-        # A stage of several processes, whole in each of them.
+        # For stages of several processes: replicated in each of them.
         self._whole = {
             k: jax.jit(_copies, out_shardings=stage.replicated)
             for k, stage in enumerate(pipe.stages)
@@ -89,7 +89,7 @@ class Checkpointer:
         here, owners = jax.process_index(), [stage.owner for stage in pipe.stages]
         self._mine = [k for k, owner in enumerate(owners) if owner == here]
         self._writer = owners[-1] == here
-        # What a run that was killed has left half written is not for this one to finish.
+        # Distinguishes this run's unfinished checkpoints from those of a killed run.
         mark = int(gather(np.frombuffer(os.urandom(4), np.uint32))[0, 0])
         self._mark = f".{mark:08x}" if jax.process_count() > 1 else ""
         self._abandoned = threading.Event()
@@ -206,7 +206,7 @@ class Checkpointer:
         self.wait()
         try:
             self._tidy()
-        except OSError as error:  # the run can do without, and the next save tries again
+        except OSError as error:  # not fatal; the next save tries again
             warnings.warn(f"{self.directory}: what is left stays ({error})", stacklevel=2)
 
     def close(self) -> None:
@@ -223,11 +223,11 @@ class Checkpointer:
         """Waits for the last save after an error or at exit; a second Ctrl-C aborts the wait.
 
         Args:
-          failed: whether an error may be the reason.
+          failed: whether an error may have ended the program.
         """
         if self._left:
             return
-        if failed and jax.process_count() > 1:  # another may have ended, and its part not come
+        if failed and jax.process_count() > 1:  # another process may be lost
             threading.Timer(_GRACE, self._abandoned.set).start()
         self._left = True
         self.wait()
@@ -246,7 +246,7 @@ class Checkpointer:
             retention.tidy(self.directory, self.keep, self._damaged, self._mark)
 
     def _guarded(self, body: dict[str, Any], *rest: Any) -> None:
-        """In the thread. A save that fails, as on a full disk, must not end the training."""
+        """Runs in the thread. A failed save, such as on a full disk, must not end the training."""
         try:
             self._write(body, *rest)
         except Exception as error:
@@ -276,7 +276,7 @@ class Checkpointer:
                     [[n, [signed[leaf(n, i)] for i in range(size)]] for n, size in sizes.items()]
                 )
                 if k in self._mine:
-                    # Waits for the devices, in this thread; the copies are freed on the way.
+                    # This thread waits for the devices; the copies are freed one stage at a time.
                     arrays[k] = jax.device_get(own)
             if self.pipe.on_nonfinite == "stop" and any(
                 own["record/0"][nonfinite.FORWARD : nonfinite.PENDING].max() >= 0
@@ -298,7 +298,7 @@ class Checkpointer:
             else:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        # What came after a checkpoint that was restored was damaged.
+        # Checkpoints found damaged when restoring are removed after the first complete save.
         self._damaged.discard(body["step"])
         for step in self._damaged:
             array_store.remove(self._folder(step))

@@ -12,26 +12,26 @@ import numpy as np
 
 from fdg_jax.checkpoint.manifest import NAME, Damaged
 
-# Characters in a manifest: half of what is read of one.
+# Characters in a manifest: half of the largest manifest that is read.
 LARGEST = 1 << 25
-_EACH = 32  # of a number, at most
+_EACH = 32  # characters per number, at most
 
 
 def frozen(extra: Any) -> Any:
     """An immutable copy of ``extra`` that `encoded` can write.
 
-    Dictionaries and lists are copied, arrays of numpy become numbers. Arrays of JAX are copied on
-    their devices, which nobody waits for.
+    Dictionaries and lists are copied, numpy arrays become numbers. JAX arrays are copied on their
+    devices, without waiting.
 
     Args:
-      extra: bytes, or what JSON can hold, with arrays.
+      extra: bytes, or JSON data and arrays.
 
     Returns:
       The copy.
 
     Raises:
-      ValueError: it is neither, it is too large to be read back, or JSON would change it: a key of
-        a dictionary that is no text.
+      ValueError: it is neither, is too large, or would be changed by JSON, such as dictionary keys
+        that are not strings.
 
     Example:
       >>> import numpy as np
@@ -41,7 +41,7 @@ def frozen(extra: Any) -> Any:
       >>> copy
       {'seen': [1], 'rate': [0.5, 0.25]}
     """
-    numbers = 0  # of the arrays that are still on devices
+    numbers = 0  # elements of arrays on devices
 
     def later(array: jax.Array) -> int:
         nonlocal numbers
@@ -52,12 +52,12 @@ def frozen(extra: Any) -> Any:
         copy = extra if isinstance(extra, bytes) else _copy(extra)
         text = "" if isinstance(extra, bytes) else json.dumps(copy, default=later)
         decoded(f"json:{text or 0}")
-    except (TypeError, ValueError, RuntimeError) as error:  # among them RecursionError
+    except (TypeError, ValueError, RuntimeError) as error:  # including RecursionError
         raise ValueError(
             f"extra: cannot be stored ({error}); give bytes, or what JSON can hold: numbers, text, "
             "lists, dictionaries with text for keys, arrays"
         ) from error
-    # The manifest quotes it, and bytes are four characters for three.
+    # The manifest contains it as a quoted string; base64 takes four characters per three bytes.
     size = len(extra) * 4 // 3 if isinstance(extra, bytes) else len(json.dumps(text))
     if (size := size + _EACH * numbers) > LARGEST:
         raise ValueError(
@@ -106,7 +106,7 @@ def decoded(text: str) -> Any:
     """The inverse of `encoded`.
 
     Raises:
-      Damaged: it was something else.
+      Damaged: it cannot be decoded.
     """
     kind, _, rest = text.partition(":")
     try:

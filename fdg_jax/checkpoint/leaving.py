@@ -15,7 +15,7 @@ class Saver(Protocol):
         """Waits for the save.
 
         Args:
-          failed: whether an error ends the program, or what is known of it.
+          failed: whether an error ends the program, or may do so.
         """
 
 
@@ -23,12 +23,12 @@ _savers: weakref.WeakSet[Saver] = weakref.WeakSet()
 
 
 def finish_at_exit(saver: Saver) -> None:
-    """Makes the program's exit wait for the save of ``saver`` in progress.
+    """Makes the program's exit wait for a save of ``saver`` in progress.
 
-    Called when a save begins, so that this comes before whatever was to come at the program's end.
+    Called when a save begins: atexit runs handlers in reverse order, so earlier ones run after it.
 
     Args:
-      saver: not kept alive by this.
+      saver: weakly referenced.
     """
     _savers.add(saver)
     _register()

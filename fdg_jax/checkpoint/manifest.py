@@ -19,17 +19,17 @@ from fdg_jax.typing import Key, PyTree
 
 FORMAT = 2
 NAME = "manifest.json"
-# Where these differ a checkpoint cannot be restored; in the rest only the last bits may differ.
+# These must agree for a checkpoint to be restored; others may only change the last bits.
 BINDING = ("format", "stages", "schedule", "gradient", "message_dtype")
-_LARGEST = 1 << 26  # bytes: what strangers made is not read without bound
-MOST = 2**31 - 1  # of anything that is counted
+_LARGEST = 1 << 26  # bytes: untrusted files are not read without a limit
+MOST = 2**31 - 1  # largest counter
 
 
 class Damaged(ValueError):
     """A checkpoint is damaged; an older one is used. The message is one line.
 
     Args:
-      reason: what was found.
+      reason: the defect found.
     """
 
     def __init__(self, reason: object) -> None:
@@ -77,7 +77,7 @@ def write(folder: pathlib.Path, body: dict[str, Any]) -> None:
 
     Args:
       folder: the checkpoint.
-      body: what the manifest says, fit for JSON; the hashes of the other files are added.
+      body: contents of the manifest, as JSON data; the hashes of the other files are added.
     """
     files = {str(path.relative_to(folder)): _hash(path) for path in _files(folder)}
     body = {**body, "files": files}
@@ -97,7 +97,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
       The body given to `write`, and the hashes of the files.
 
     Raises:
-      Damaged: the manifest is missing, too large, or not as it was written.
+      Damaged: the manifest is missing, too large, or has changed.
     """
     if folder.is_symlink() or not folder.is_dir():
         raise Damaged("it is no folder")
@@ -117,15 +117,15 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
 def check(body: dict[str, Any], step: int, stages: int) -> None:
     """Checks that a manifest has the form written by `write`.
 
-    Hashes do not tell: whoever changes a field can make them fit again.
+    Hashes are not sufficient: whoever changes a field can recompute them.
 
     Args:
-      body: as `read` returned it, of this format.
-      step: the step that the checkpoint goes by.
-      stages: how many there are.
+      body: the result of `read`, of this format.
+      step: the step in the checkpoint's name.
+      stages: the number of stages.
 
     Raises:
-      Damaged: something is missing, or of another form.
+      Damaged: a field is missing or malformed.
     """
 
     def natural(value: object) -> bool:
@@ -170,7 +170,7 @@ def verify(folder: pathlib.Path, body: dict[str, Any], most: int = sys.maxsize) 
     Args:
       folder: the checkpoint.
       body: its manifest, checked.
-      most: bytes that its files may have in all; they are not read where they have more.
+      most: limit on the total size of its files in bytes; larger ones are not read.
 
     Raises:
       Damaged: a file is missing, was added, has changed, or is too large.
@@ -192,10 +192,10 @@ def score(folder: pathlib.Path) -> float:
     """The score of a checkpoint; infinite if it has none or cannot be read.
 
     Args:
-      folder: the checkpoint; its other files are not looked at.
+      folder: the checkpoint; its other files are not read.
 
     Returns:
-      The lower the better.
+      The score; lower is better.
     """
     try:
         found = json.loads(_text(folder / NAME))["body"]["score"]
@@ -213,13 +213,13 @@ def fit(what: str, found: list[Any], template: PyTree, *, exact: bool) -> None:
     """Checks the arrays of a section before reading any.
 
     Args:
-      what: begins the message.
-      found: their `signature`.
-      template: what the pipeline has there.
+      what: prefix of the error message.
+      found: the `signature` of each array.
+      template: the pipeline's own arrays of that section.
       exact: whether the batch axis must be equal too; if not, it may be smaller.
 
     Raises:
-      ValueError: an array is of another dtype or shape, or there are more or fewer.
+      ValueError: dtypes, shapes or the number of arrays differ.
     """
 
     def signed(dtype: str, shape: list[int]) -> str:
@@ -253,7 +253,7 @@ def random_key(saved: Any) -> Key:
     """The root key from its implementation and its data.
 
     Raises:
-      Damaged: they are no key.
+      Damaged: they do not form a key.
     """
     try:
         kind, data = saved

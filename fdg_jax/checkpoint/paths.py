@@ -7,9 +7,9 @@ import os
 import pathlib
 import re
 
-# As pathlib leaves it, "gs://bucket" is "gs:/bucket"; one letter is a drive.
+# pathlib turns "gs://bucket" into "gs:/bucket"; a single letter is a drive.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
-# Mistakes; what else may go wrong, as on a full disk, may pass.
+# Errors of the user; others, such as a full disk, may be temporary.
 _MISTAKES = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EINVAL),
     *(errno.ENAMETOOLONG, errno.ELOOP),
@@ -20,15 +20,15 @@ def local(path: str | os.PathLike[str], name: str) -> pathlib.Path:
     """An absolute local path with ``~`` expanded.
 
     Args:
-      path: of a folder or file, which need not exist.
-      name: of the argument, for the error.
+      path: a folder or file, which need not exist.
+      name: the argument's name, for the error.
 
     Returns:
       The path.
 
     Raises:
-      ValueError: it has a scheme, such as ``gs://``, the home of a user who does not exist, or is
-        no path.
+      ValueError: it has a scheme, such as ``gs://``, names the home of an unknown user, or is not
+        a path.
 
     Example:
       >>> local("/runs/a", "directory").as_posix()
@@ -47,7 +47,7 @@ def local(path: str | os.PathLike[str], name: str) -> pathlib.Path:
         raise ValueError(f"{name}={text}: is no local folder; {remedy}")
     try:
         return pathlib.Path(text).expanduser().absolute()
-    except (OSError, RuntimeError) as error:  # no such user, or no folder to be in
+    except (OSError, RuntimeError) as error:  # unknown user, or no current directory
         raise ValueError(f"{name}={text}: cannot be found ({error}); name another") from error
 
 
@@ -56,10 +56,10 @@ def check_folder(path: pathlib.Path, name: str) -> None:
 
     Args:
       path: absolute.
-      name: of the argument, for the error.
+      name: the argument's name, for the error.
 
     Raises:
-      ValueError: see above.
+      ValueError: the path cannot be a folder.
     """
     try:
         for part in (path, *path.parents):
@@ -75,12 +75,12 @@ def make(path: pathlib.Path, name: str) -> None:
     """Creates a directory for writing.
 
     Args:
-      path: absolute; may be there.
-      name: of the argument, for the error.
+      path: absolute; may exist.
+      name: the argument's name, for the error.
 
     Raises:
-      ValueError: it cannot be made, or be written in, and that will not pass. What may, as a full
-        disk, is left for whoever writes.
+      ValueError: it cannot be created or written, permanently. Temporary errors, such as a full
+        disk, are left to the write.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 """Converts a state from K stages to another K.
 
-    source, K = 3    (A, B) │ (C, stacked(D, E)) │ (F,)    params, and all that mirrors them:
+    source, K = 3    (A, B) │ (C, stacked(D, E)) │ (F,)    params, and trees of their structure:
                        A, B, C, D, E, F                    model state, momentum ...
     target, K = 2    (A, B, C, D) │ (E, F)
 
-What is in flight belongs to the cuts and the schedule that made it, so it is applied first.
+Mini-batches in flight depend on the cuts and the schedule, so their gradients are applied first.
 """
 
 from __future__ import annotations
@@ -36,34 +36,33 @@ def convert(
 ) -> PipelineState:
     """Converts the state of one pipeline to another pipeline of the same network with other cuts.
 
-    The state is drained first: gradients in flight are applied, and what is left of an
-    accumulation. Then params, model state and optimizer state move, bit for bit, to the stages that
-    have their layers in the other pipeline, which fills from the next batch on.
+    The state is drained first: gradients in flight and an incomplete accumulation are applied. Then
+    params, model state and optimizer state move bitwise unchanged to the stages with their layers
+    in the other pipeline, which fills from the next batch on.
 
     From then on the trajectory differs from that of a run that never changed K. The drain applies
-    the last gradients before batches that would have met the weights without them, and delays,
-    staleness and shrinking are those of the other K, weight prediction begins anew from the true
-    weights, and an average of weight changes (`fdg_jax.track_changes`) from zero. Dropout's noise
-    does not change with K: it follows from the micro-batch and from where a layer stands in the
-    whole network.
+    the last gradients earlier than usual; delays, staleness and shrinking are those of the other K;
+    weight prediction restarts from the true weights, and an average of weight changes
+    (`fdg_jax.track_changes`) from zero. Dropout noise does not change with K: it depends only on
+    the micro-batch and the layer's position in the network.
 
     Args:
       source: the pipeline that made the state.
-      state: any state of it; consumed. Drain it before this to see its last metrics.
+      state: any state of it; consumed. Drain it before to see its last metrics.
       target: a pipeline of the same layers in the same order, with any number of stages, schedule,
-        choice of gradient and devices, and an optimizer of the same structure; rates and shrinking
-        may be others. Its state may hold copies of the params, array by array (momentum, Adam's
-        moments), and arrays that are the same in all stages (counts of updates).
+        gradient rule and devices, and an optimizer of the same structure; rates and shrinking may
+        differ. The optimizer state may contain copies of the params, array by array (momentum,
+        Adam's moments), and arrays equal in all stages (counts of updates).
       example_inputs, example_labels: as for `Pipeline.init`.
 
     Returns:
-      The state of ``target`` as after a drain of as many batches, on its devices. What is left out
-      for not being finite is counted from there.
+      The state of ``target`` as after a drain of the same number of batches, on its devices. Counts
+      of skipped micro-batches restart.
 
     Raises:
-      ValueError: the networks or the optimizers differ, and the state is whole then; or what the
-        optimizers of the stages count is not the same after the drain.
-      NonFiniteError: ``source`` is to stop at what is not finite, and met it.
+      ValueError: the networks or the optimizers differ (the state remains valid), or counts in the
+        optimizer states of the stages differ after the drain.
+      NonFiniteError: ``source`` has ``on_nonfinite="stop"`` and found a non-finite value.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -86,7 +85,7 @@ def convert(
     _check(_abstract(source, _arrays(state)), _abstract(target, shapes_of))
     state, _ = source.drain(state)
     source.check()
-    # Compiled, so that the weights have the bits that `Pipeline.true_params` gives.
+    # Compiled, so that the weights are bitwise equal to `Pipeline.true_params`.
     arrays = []
     for stage, (params, model_state, opt_state) in zip(source.stages, _arrays(state), strict=True):
         params, opt_state = jax.jit(stage.optimizer.without_prediction)(params, opt_state)
@@ -94,7 +93,7 @@ def convert(
     parts = _parts(source, jax.device_get(arrays))
     shared = {name: _same(name, values) for name, values in parts.shared.items()}
     version = _same("version", [s.version for s in state.stages])
-    # Micro-batches are counted as if all batches had been divided as they are from now on.
+    # Micro-batches are counted as if all batches had been divided as in the target.
     tick = int(state.tick)
     number = np.int32(tick * target.schedule.microbatches)
     made: list[StageState] = []
@@ -122,8 +121,8 @@ class _Parts(NamedTuple):
     """The arrays of all stages by name, independent of the cuts.
 
     Attributes:
-      layers: one pytree a layer of the whole network.
-      shared: of the optimizers' states, what belongs to no layer: one array a stage.
+      layers: one pytree per layer of the network.
+      shared: arrays of the optimizer states that belong to no layer, one per stage.
     """
 
     layers: dict[str, list[PyTree]]
@@ -131,8 +130,7 @@ class _Parts(NamedTuple):
 
 
 class _Copy:
-    """A tree in an optimizer state that stands where its init was given the params; to JAX a
-    leaf."""
+    """A tree in an optimizer state with the structure of the params, as a leaf."""
 
     def __init__(self, tree: PyTree) -> None:
         self.tree = tree
@@ -244,7 +242,7 @@ def _check(ours: _Parts, theirs: _Parts) -> None:
                     f"target: its optimizer and that of source differ in {name}; give both the "
                     "same, but for rates and shrinking"
                 )
-    # The params first: what else there is mirrors them.
+    # Params first, because the other trees mirror them.
     for name in ("params", *ours.layers):
         for i, pair in enumerate(zip(ours.layers[name], theirs.layers[name], strict=True)):
             if found := difference(*pair):

@@ -1,7 +1,7 @@
 """Restores a checkpoint: checked against the pipeline first, then read.
 
-Whoever made it may be a stranger. Sizes are those that the pipeline has, and are compared before
-memory is taken; nothing in a checkpoint names a file, a class or a program that would be used.
+Checkpoints are untrusted. Sizes are compared with the pipeline's before memory is allocated, and
+nothing in a checkpoint names files, classes or programs to be used.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fdg_jax.engine.state import PipelineState, StageState, scalar
 from fdg_jax.typing import PyTree
 
 ARRAYS = "arrays"
-# How large the files of a checkpoint may be: for a byte of its arrays, which may grow when they are
-# compressed; for each array, of which there are descriptions and entries of an index; in all.
+# Limits on the size of a checkpoint's files: per byte of its arrays, which compression may enlarge;
+# per array, for metadata and index entries; constant.
 _BYTE, _EACH, _REST = 2, 1 << 13, 1 << 20
 
 
@@ -39,18 +39,18 @@ def load(
     """Loads the state of a checkpoint, every array on its stage's devices.
 
     Args:
-      pipe: the pipeline that goes on with it.
+      pipe: the pipeline that continues from it.
       folder: the checkpoint.
-      step: the step that it goes by.
+      step: the step in its name.
       example: a batch ``(inputs, labels)``, as large as any in flight.
-      copy: copies arrays into buffers of JAX's own.
+      copy: copies arrays into buffers owned by JAX.
 
     Returns:
-      The state, and what was saved beside it.
+      The state, and the saved ``extra``.
 
     Raises:
-      Damaged: it is not whole.
-      ValueError: it was made by a pipeline of another configuration.
+      Damaged: the checkpoint is damaged.
+      ValueError: the configuration of its pipeline differs.
     """
     body = manifest.read(folder)
     _agree(pipe, folder, body)
@@ -64,7 +64,7 @@ def load(
     leaves = [array for own in expected for array in own.values()]
     size = sum(array.size * array.dtype.itemsize for array in leaves)
     manifest.verify(folder, body, _BYTE * size + _EACH * len(leaves) + _REST)
-    # All is read before any of it is used: what comes after this is no question of the checkpoint.
+    # Everything is read before any of it is used; later errors are not due to the checkpoint.
     arrays = [
         array_store.read(folder / ARRAYS, k, own)
         if pipe.stages[k].here
@@ -73,7 +73,7 @@ def load(
     ]
     stages = []
     for k, (stage, own) in enumerate(zip(pipe.stages, template.stages, strict=True)):
-        # Programs of this stage's devices donate these: they must be buffers of JAX's own.
+        # The stage's programs donate these buffers, so JAX must own them.
         there = dict(zip(arrays[k], copy(list(arrays[k].values())), strict=True))
         parts = {}
         for name, found in body["sections"][k]:
@@ -82,7 +82,7 @@ def load(
             like, structure = jax.tree.flatten(snapshot.template(own, name))
             pairs = zip((there[leaf(name, i)] for i in range(len(found))), like, strict=True)
             parts[name] = jax.tree.unflatten(structure, [snapshot.unraw(*pair) for pair in pairs])
-        # Whether anybody checks may change from one run to the next.
+        # ``on_nonfinite`` may differ between the runs.
         fresh = put(pipe.record(), stage.replicated)
         record = fresh if fresh is None else parts.get("record", fresh)
         own_key = put(key, stage.replicated)
@@ -116,14 +116,14 @@ def _remedy(name: str, made: str, here: Any) -> str:
 
 
 def _check_counts(pipe: Pipeline, body: dict[str, Any]) -> None:
-    """What is in flight follows from schedule and counts; a checkpoint that has more or less is
-    none of this pipeline, and would fail in some later step."""
+    """Checks that contents and counts are those implied by schedule and tick; otherwise a later
+    step would fail."""
     origin = body["origin"]
     for k, own in enumerate(pipe.schedule.holdings(body["tick"] - origin)):
         base = body["counts"][k]["base"]
         counts = snapshot.foretold(own, pipe.schedule, pipe.stages[k].rule, origin, base)
         found = sorted(name for name, _ in body["sections"][k])
-        if "record" in found:  # there or not, as the run that saved chose
+        if "record" in found:  # depends on the ``on_nonfinite`` of the run that saved
             found.remove("record")
         if body["counts"][k] != counts:
             raise manifest.Damaged(f"{manifest.NAME}: the counts of stage {k} do not fit the tick")
@@ -138,10 +138,10 @@ def _check_counts(pipe: Pipeline, body: dict[str, Any]) -> None:
 def _expected(
     folder: pathlib.Path, k: int, own: StageState, sections: list[Any]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and place of every array of a stage, none of them larger than the pipeline's."""
+    """Shape, dtype and sharding of a stage's arrays, none larger than the pipeline's."""
     expected: dict[str, jax.ShapeDtypeStruct] = {}
     for name, found in sections:
-        if name == "record" and own.record is None:  # this pipeline does not check
+        if name == "record" and own.record is None:  # on_nonfinite="ignore"
             continue
         like = jax.tree.map(snapshot.stored, snapshot.template(own, name))
         exact = name.partition(".")[0] in snapshot.FIXED

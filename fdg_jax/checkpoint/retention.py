@@ -12,10 +12,10 @@ def tidy(directory: pathlib.Path, keep: int, damaged: Set[int], mark: str) -> No
     """Removes older checkpoints and the remains of interrupted saves.
 
     Args:
-      directory: of the run.
-      keep: how many of the newest stay, beside the one with the lowest score.
-      damaged: steps that count as if they were not there, and stay.
-      mark: how the names of this run's unfinished checkpoints end; "": there are none.
+      directory: the run's directory.
+      keep: number of newest checkpoints to keep, in addition to the one with the lowest score.
+      damaged: steps that are neither counted nor removed.
+      mark: suffix of this run's unfinished checkpoints, which are not removed; "": none.
 
     Raises:
       OSError: something cannot be removed.

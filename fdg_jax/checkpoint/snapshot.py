@@ -1,15 +1,15 @@
 """The part of a state that is stored, from which the rest is rebuilt.
 
-Residuals are not kept: they follow from what a forward met (the stage's input, a version of the
-weights, a model state, the labels, the root key and a number), and the stage's own forward program
-makes the same bits of them. Neither are empty slots. The rest goes by sections:
+Residuals are not stored: the stage's forward program recomputes them bitwise from the arguments of
+the forward (the stage's input, a weight version, a model state, the labels, the root key and a
+number). Neither are empty slots. The rest is stored in sections:
 
     params  model_state  opt_state  number      the newest
     gradient                                    sum of those not yet applied, if any
-    record                                      of what was not finite, if it is checked
-    synthesizer                                 of a stage that has one
-    versions.7                                  weights after 7 updates, once for all that met them
-    flights.12                                  what micro-batch 12 left, without residuals
+    record                                      of non-finite values, if checked
+    synthesizer                                 state of the synthesizer, if any
+    versions.7                                  weights after 7 updates, shared by mini-batches
+    flights.12                                  data stored for micro-batch 12, without residuals
     activation.13  cotangent.11  label.13       messages not yet consumed
 """
 
@@ -37,7 +37,7 @@ def sections(stage: StageState) -> dict[str, PyTree]:
     """The stored arrays of one stage, by section name.
 
     Args:
-      stage: any state of a stage; nothing is copied or waited for.
+      stage: any state of a stage; it is not copied, and nothing waits.
 
     Returns:
       Pytrees by name.
@@ -58,14 +58,14 @@ def sections(stage: StageState) -> dict[str, PyTree]:
 
 
 def template(stage: StageState, name: str) -> PyTree:
-    """The shapes, dtypes and places of a section.
+    """The shapes, dtypes and shardings of a section.
 
     Args:
-      stage: of `Pipeline.template`.
-      name: of the section.
+      stage: a stage of `Pipeline.template`.
+      name: the section.
 
     Returns:
-      A pytree of ``jax.ShapeDtypeStruct``; None where such a stage has no such section.
+      A pytree of ``jax.ShapeDtypeStruct``; None if the stage has no such section.
     """
     kind = name.partition(".")[0]
     slots = {"versions": stage.versions, "flights": stage.flights, **stage.inbox}
@@ -93,14 +93,14 @@ def numbers(stage: StageState) -> dict[str, Any]:
 def foretold(
     own: Holding, schedule: Schedule, rule: GradientRule, origin: int, base: int
 ) -> dict[str, Any]:
-    """The `numbers` of a stage as they follow from the schedule.
+    """The `numbers` of a stage as implied by the schedule.
 
     Args:
-      own: what the stage holds, counted from the last drain (`Schedule.holdings`).
-      schedule: of the pipeline.
-      rule: of the stage.
+      own: the stage's contents, counted from the last drain (`Schedule.holdings`).
+      schedule: the pipeline's schedule.
+      rule: the stage's gradient rule.
       origin: the number of the first mini-batch after the last drain.
-      base: updates made before it.
+      base: the number of updates before it.
 
     Returns:
       The same as `numbers`.
@@ -123,7 +123,7 @@ def foretold(
 
 
 def names(counts: dict[str, Any]) -> list[str]:
-    """The sections that a stage with these `numbers` has, but for its record."""
+    """The sections of a stage with these `numbers`, except record and synthesizer."""
     found = [*_ALWAYS, *(["gradient"] if counts["pending"] else [])]
     found += [f"versions.{version}" for version in counts["versions"]]
     found += [f"flights.{n}" for n, _ in counts["flights"]]
@@ -142,15 +142,15 @@ def rebuild(
     """Rebuilds the state of a stage from its sections.
 
     Args:
-      stage: whose forward program makes the residuals again, where it keeps any.
+      stage: the stage, whose forward program recomputes residuals if it stores any.
       blank: a state of the stage with empty slots.
       key: the root key, on this stage's devices.
-      counts: as `numbers` gave them.
-      parts: as `sections` gave them, on this stage's devices.
-      record: the stage's, on its devices, or None where it is not checked.
+      counts: the result of `numbers`.
+      parts: the result of `sections`, on this stage's devices.
+      record: the stage's record, on its devices, or None if not checked.
 
     Returns:
-      The state that the sections were taken from, bit for bit.
+      A state bitwise equal to the one that was saved.
     """
     own = StageWork(blank)
     own.params, own.model_state = parts["params"], parts["model_state"]
@@ -180,7 +180,7 @@ def rebuild(
 
 
 def raw(leaf: Any) -> Any:
-    """An array as it is stored: a random key is its numbers; traceable."""
+    """An array as stored: a random key as its data; traceable."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
@@ -193,7 +193,7 @@ def stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def unraw(array: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """What `raw` was given, of the dtype of a template's leaf."""
+    """The inverse of `raw`, with the dtype of a template's leaf."""
     if not _is_key(leaf):
         return array
     kinds: list[Any] = []

@@ -24,7 +24,7 @@ class Weights(NamedTuple):
     """The arrays a network needs for prediction.
 
     Attributes:
-      params, model_state: one pytree a stage, of numpy arrays.
+      params, model_state: one pytree of numpy arrays per stage.
     """
 
     params: list[PyTree]
@@ -43,22 +43,22 @@ def read(
 
     Args:
       folder: one checkpoint, such as ``checkpoints/step-000000500``.
-      stages: the layers of the pipeline that saved it, cut as they were.
-      example: an input with its batch axis; only shapes and dtypes are looked at.
-      optimizer: that of the pipeline, in either form, where it predicts weights
+      stages: the stages of the pipeline that saved it, with the same cuts.
+      example: an input with its batch axis; only shapes and dtypes are used.
+      optimizer: the pipeline's optimizer, in any form, if it predicts weights
         (`fdg_jax.predict_weights`, `fdg_jax.delayed_sgd`): its state is read as well, and the
-        params are the true ones. With a rule that adds to the optimizer ("reconstruct"), those of
-        its stages: ``lambda k: pipe.stages[k].optimizer``. None: no optimizer state is read.
-      tie: that of the pipeline; its array then stands in both layers.
-      averaged: whether to read the average of the weights (`fdg_jax.average_weights`) in their
-        place; the optimizer has to be given for it.
+        params are the true weights. If the rule extends the optimizer ("reconstruct"), those of
+        the stages: ``lambda k: pipe.stages[k].optimizer``. None: no optimizer state is read.
+      tie: the pipeline's tie; its array is then in both layers.
+      averaged: whether to read the average of the weights (`fdg_jax.average_weights`) instead;
+        requires ``optimizer``.
 
     Returns:
       `Weights`.
 
     Raises:
-      ValueError: the checkpoint is damaged, or of another network or other cuts.
-      FileNotFoundError: there is none.
+      ValueError: the checkpoint is damaged, or its network or cuts differ.
+      FileNotFoundError: there is no checkpoint.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, optax
@@ -118,7 +118,7 @@ def read(
             parts[-1].append(jax.tree.unflatten(structure, jax.device_get(arrays)))
     if optimizer is not None:
         trees = zip(optimizers, parts[0], parts.pop(), strict=True)
-        # Compiled, so that they have the bits that `Pipeline.true_params` gives.
+        # Compiled, so that they are bitwise equal to `Pipeline.true_params`.
         parts[0] = [
             jax.device_get(jax.jit(one.averaged_params if averaged else one.true_params)(*pair))
             for one, *pair in trees

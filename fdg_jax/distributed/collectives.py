@@ -21,13 +21,14 @@ def agree(values: Mapping[str, Any], seconds: float = CONNECT_SECONDS) -> None:
     """Checks that values are equal in every process; every process must call it.
 
     Args:
-      values: by name, fit for JSON.
-      seconds: how long a process waits for the others; then it ends with a line, and status 2.
+      values: JSON data by name.
+      seconds: how long a process waits for the others before it ends with an error line and
+        status 2.
 
     Raises:
-      ValueError: this process, or for process 0 any other, has another value than process 0.
+      ValueError: a value differs between process 0 and another process.
     """
-    # Alone, JAX need not have started yet.
+    # With one process, JAX may not be initialised yet.
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
     names = sorted(values)
@@ -54,10 +55,10 @@ def gather(value: np.ndarray | np.generic) -> np.ndarray:
     """Gathers a value from every process; every process must call it and waits for the others.
 
     Args:
-      value: of the same shape and dtype in every process, of 32 bits or fewer an element.
+      value: same shape and dtype in every process, at most 32 bits per element.
 
     Returns:
-      The values with a new first axis, the process.
+      The values, stacked along a new first axis by process.
 
     Example:
       >>> gather(np.arange(2))
@@ -74,10 +75,10 @@ def fetch(tree: Any, sharding: NamedSharding) -> Any:
 
     Args:
       tree: replicated arrays of any stage.
-      sharding: replicated, of the stage whose processes want them.
+      sharding: the replicated sharding of the stage whose processes receive them.
 
     Returns:
-      numpy arrays there, None elsewhere.
+      numpy arrays in those processes, None in others.
     """
     if jax.process_count() == 1:
         return jax.device_get(tree)

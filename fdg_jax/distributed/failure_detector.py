@@ -1,14 +1,14 @@
 """Failure detection: each process holds a connection to process 0, which breaks when it ends.
 
-The kernel tells at once: it closes what the dead had open. Of a machine that is lost whole, it
-tells when nothing answers its probes. JAX's service (0.10.2) tells of a lost process when its
-heartbeats stay away, 18 s later where it waits for 20; where it waits for 2, a process that was
-stopped for 4 s ends the run. Where process 0 is lost it aborts the others without its number, and
-it does not say who did not come. `live_devices` waits for the same heartbeats, and an exit status
-is seen on its own machine alone.
+When a process ends, the kernel closes its connections immediately. The loss of a whole machine is
+detected by unanswered keepalive probes. JAX's service (0.10.2) reports a lost process by missing
+heartbeats: after 18 s with a timeout of 20 s; with a timeout of 2 s, a process stopped for 4 s ends
+the run. If process 0 is lost, it aborts the others without naming it, and it does not name
+processes that never joined. `live_devices` depends on the same heartbeats, and an exit status is
+only visible on the same machine.
 
-What travels, a line each: "bye N", "failed N" or, from process 0 to the others, "lost N" and
-"silent N".
+The protocol has one line per message: "bye N", "failed N" or, from process 0 to the others,
+"lost N" and "silent N".
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import sys
 import threading
 import time
 
-# The exit status of a process that ends because another has: EX_UNAVAILABLE of sysexits.h.
+# The exit status of a process that ends because another one did: EX_UNAVAILABLE of sysexits.h.
 LOST = 69
-LINE = 1024  # bytes; longer ones are nobody's
-# Of a silent connection, in seconds: the first probe, those after it, and how many may be lost;
-# together less than JAX takes, which would not say who.
+LINE = 1024  # bytes; longer lines are not of this protocol
+# TCP keepalive: seconds before the first probe, seconds between probes, number of lost probes. The
+# total is less than JAX's timeout, whose error does not name the process.
 PROBES = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
-# A process that failed has told the others; they may have something to say of their own first.
+# Seconds that other processes have for their own errors after one announced a failure.
 GRACE = 0.5
 
-# Of this process, once it has joined a run.
+# The detector of this process, once it has joined a run.
 current: FailureDetector | None = None
 
 
@@ -41,8 +41,8 @@ class FailureDetector:
 
     Args:
       own: number of this process.
-      count: how many there are.
-      links: by number of the process at the other end; all have said that they are here.
+      count: number of processes.
+      links: connections by number of the other process, after the rendezvous.
     """
 
     def __init__(self, own: int, count: int, links: dict[int, socket.socket]) -> None:
@@ -63,9 +63,9 @@ class FailureDetector:
                 if said[1] == "bye":
                     return
                 self._end(said[1], int(said[2]))
-        except ConnectionError:  # it ended before it took all that was sent
+        except ConnectionError:  # it ended before receiving everything
             pass
-        except OSError:  # the probes
+        except OSError:  # keepalive probes unanswered
             word = "silent"
         self._end(word, number)
 
@@ -83,35 +83,35 @@ class FailureDetector:
             how = "ended without a word: it was killed, or crashed"
         else:
             how = "does not answer: its machine stopped, or the network broke"
-        # In one piece, and at once: where process 0 is lost, JAX is about to abort this one.
+        # One write, immediately: if process 0 is lost, JAX is about to abort this process.
         text = f"error: process {number} of {self._count} {how} (this is process {self._own})\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
         os._exit(LOST)
 
     def apart(self) -> bool:
-        """Whether the process at the other end is on another machine."""
+        """Whether a connected process is on another machine."""
         return any(map(_far, self._links.values()))
 
     def leave(self, failed: bool) -> None:
         """Announces that this process is about to end; later calls have no effect.
 
         Args:
-          failed: whether they have to end too.
+          failed: whether the others must end, too.
         """
         if not self._leaving:
             self._leaving = True
             tell(self._links, f"{'failed' if failed else 'bye'} {self._own}")
 
     def _exit(self) -> None:
-        # The interpreter keeps here the exception that ended the program.
+        # Set by the interpreter if an exception ended the program.
         self.leave(failed=hasattr(sys, "last_value"))
 
 
 def _far(link: socket.socket) -> bool:
     try:
         theirs = link.getpeername()[0]
-    except OSError:  # it has ended already; the thread that follows it says so
+    except OSError:  # it has ended already; its thread reports that
         return False
     return theirs != link.getsockname()[0] and not ipaddress.ip_address(theirs).is_loopback
 
@@ -119,10 +119,10 @@ def _far(link: socket.socket) -> bool:
 def _probe(link: socket.socket) -> None:
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in PROBES.items():
-        if hasattr(socket, name):  # not on every system, whose own values are hours
+        if hasattr(socket, name):  # not on every system; default values are hours
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # Nothing is probed while a line waits to be acknowledged.
+        # There are no keepalive probes while sent data is unacknowledged.
         idle, interval, lost = PROBES.values()
         link.setsockopt(
             socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * (idle + interval * lost)
@@ -137,7 +137,7 @@ def tell(links: dict[int, socket.socket], line: str) -> None:
 
 
 def read_line(link: socket.socket, seconds: float | None = None) -> str:
-    """Reads the next line byte by byte, consuming nothing after it. Empty at the end."""
+    """Reads the next line byte by byte, nothing beyond it; "" at the end of the stream."""
     begin, line = time.monotonic(), b""
     while not line.endswith(b"\n"):
         if seconds is not None:

@@ -1,9 +1,8 @@
 """Start of a run in several processes.
 
-Every process runs the same program and dispatches the same actions in the same order. JAX runs, in
-each, the programs of the devices that are its own; of arrays elsewhere it has the shape alone. So
-the pipeline's loop is the same in one process and in many, and nothing waits for a process but
-what is said here.
+Every process runs the same program and dispatches the same actions in the same order. In each, JAX
+runs the programs of its own devices and has only the shapes of arrays elsewhere. So the pipeline's
+loop is the same for one process and for many.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from fdg_jax.distributed import failure_detector, rendezvous
 from fdg_jax.distributed.collectives import CONNECT_SECONDS, gather
 from fdg_jax.distributed.shutdown import deadline
 
-# A process that has not been heard of for so long is dead, and JAX ends the others.
+# JAX's heartbeat timeout, after which it ends the other processes.
 HEARTBEAT_SECONDS = 20
-# Sockets of a CPU's transfers, and how many bytes each sends at a time. Measured.
+# Sockets of transfers on CPUs, and bytes per send. Chosen by measurement.
 _SOCKETS, _CHUNK = 4, 1 << 22
 _PATIENCE = 24 * 3600  # seconds
 
@@ -38,31 +37,30 @@ def initialize(
 ) -> None:
     """Joins the processes of a run; must be called before JAX initialises its devices.
 
-    Without arguments they are those that SLURM, Open MPI or Kubernetes started, as
-    ``jax.distributed.initialize`` detects them. On CPUs it sets what transfers between processes
-    need, with free ports.
+    Without arguments the processes are those started by SLURM, Open MPI or Kubernetes, as detected
+    by ``jax.distributed.initialize``. On CPUs it configures transfers between processes, with free
+    ports.
 
-    From here on the end of a process, unless it ends well, ends the others at once, with status 69
-    and a line that names it.
+    From then on, if a process ends with an error, the others end immediately with status 69 and a
+    line that names it.
 
-    Process 0 listens at the coordinator's address alone, or where the environment variable
-    JAX_COORDINATOR_BIND_ADDRESS, "host:port", says. With FDG_RUN_TOKEN, a secret that is the same
-    in every process, only those join who know it. Without it, whoever reaches the port may join, or
-    end the run.
+    Process 0 listens only at the coordinator's address, or at the address "host:port" in the
+    environment variable JAX_COORDINATOR_BIND_ADDRESS. With the secret FDG_RUN_TOKEN set to the same
+    value in every process, only processes that know it can join. Without it, anyone who can reach
+    the port may join or end the run.
 
     Args:
       coordinator: "host:port" of process 0, the same in every process.
-      num_processes: how many there are.
-      process_id: which this is, 0 to num_processes - 1.
-      seconds: how long they may take to find one another. Where JAX itself would abort the
-        process, it ends with a line that says why, and status 2.
+      num_processes: the number of processes.
+      process_id: the number of this process, 0 to num_processes - 1.
+      seconds: the time limit for all to connect. Where JAX itself would abort the process, it ends
+        with an error line and status 2.
 
     Raises:
-      ValueError: arguments that do not fit together; a port that is taken; a coordinator that
-        cannot be reached, or is no address of process 0's machine; a process that does not come, or
-        has another token; on CPUs of several machines, a machine
-        whose own name stands for an address of its own alone; processes with different numbers
-        of devices.
+      ValueError: inconsistent arguments; a port in use; a coordinator that cannot be reached or is
+        not an address of process 0's machine; a process that does not join or has another token; on
+        CPUs of several machines, a machine whose name resolves to a loopback address; processes
+        with different numbers of devices.
     """
     given = (coordinator, num_processes, process_id)
     if any(value is None for value in given) and any(value is not None for value in given):
@@ -78,7 +76,7 @@ def initialize(
                 f"process_id={process_id}: must lie in 0..{num_processes - 1} with "
                 f"num_processes={num_processes}"
             )
-        # Before JAX starts: on the port where its service will listen, and with plain words.
+        # Before JAX starts, on the port of its service, and with clear error messages.
         bind = os.environ.get(rendezvous.BIND)
         own_host = _call(process_id, num_processes, coordinator, seconds, bind)
     transfers = _cpu_alone()
@@ -93,17 +91,17 @@ def initialize(
         f"{num_processes or 'detected'} processes came within {seconds:g} s; start them together, "
         "with the same coordinator and num_processes",
     ):
-        # SIGTERM stays the program's own: JAX's service would take it.
+        # JAX's service would install its own handler of SIGTERM.
         jax.config.update("jax_enable_preemption_service", False)
         try:
             jax.distributed.initialize(
                 coordinator,
                 num_processes,
                 process_id,
-                # Ours ends first: at its own, JAX aborts the process.
+                # Longer than our deadline, because JAX aborts the process at its own.
                 initialization_timeout=int(seconds) + 60,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                # Else it listens on all of the machine's networks. Process 0 alone heeds it.
+                # By default it listens on all interfaces. Only process 0 uses this.
                 coordinator_bind_address=os.environ.get(rendezvous.BIND, coordinator),
             )
         except ValueError as error:
@@ -136,7 +134,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def _call(own: int, count: int, coordinator: str, seconds: float, bind: str | None = None) -> str:
-    """Connects the processes; from here on, the end of one ends all. This machine's address."""
+    """Connects the processes and starts failure detection; returns this machine's address."""
     failure_detector.current, host = rendezvous.roll_call(own, count, coordinator, seconds, bind)
     return host
 
@@ -149,7 +147,7 @@ def _facing(names: list[str]) -> str:
         address = "127.0.0.1"
     others = [name for name in names if name != names[0]]
     if others and ipaddress.ip_address(address).is_loopback:
-        # Its own name stands for itself alone; the kernel knows which address faces another.
+        # Its own name resolves to a loopback address; the kernel knows the one used for another.
         with contextlib.suppress(OSError):
             family, place = rendezvous.addresses(others[0], 1)[0]
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -188,7 +186,7 @@ def _set_transfers(host: str) -> None:
         # A port of 0 would hang.
         "jax_cross_host_transfer_socket_address": f"{_bracketed(address)}:{free_port(address)}",
         "jax_cross_host_transfer_transfer_size": _CHUNK,
-        # The other process may still be compiling; of one that is dead the heartbeat tells.
+        # The other process may still be compiling; lost processes are detected by heartbeats.
         "jax_cross_host_transfer_timeout_seconds": _PATIENCE,
         "jax_cross_host_transport_addresses": ",".join([f"{_bracketed(address)}:0"] * _SOCKETS),
     }

@@ -1,9 +1,9 @@
 """Rendezvous: all processes connect to process 0, which reports the missing ones.
 
-It listens at the coordinator's address alone, and not on the machine's other networks. What
-travels, a line each: "challenge NONCE" from process 0, "hello OWN COUNT PROOF" to it, and "here"
-when all have come, or "no REASON". The proof is the HMAC of the rest with the run's token, which
-itself does not travel. Without a token it is made with an empty one, and proves nothing.
+It listens only at the coordinator's address, not on the machine's other networks. The protocol has
+one line per message: "challenge NONCE" from process 0, "hello OWN COUNT PROOF" to it, and "here"
+when all are connected, or "no REASON". The proof is an HMAC of nonce, number and count with the
+run's token, which is never sent. Without a token the key is empty, and the proof proves nothing.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import warnings
 
 from fdg_jax.distributed.failure_detector import FailureDetector, read_line, tell
 
-# Environment variables: the run's token, and where else JAX's service and process 0 listen.
+# Environment variables: the run's token, and the bind address of JAX's service and process 0.
 TOKEN, BIND = "FDG_RUN_TOKEN", "JAX_COORDINATOR_BIND_ADDRESS"
-CONNECT_SECONDS = 5.0  # one attempt
+CONNECT_SECONDS = 5.0  # per attempt
 HELLO_SECONDS = 2.0
 POLL_SECONDS = 0.1
 SILENT_SECONDS = 5.0
@@ -37,18 +37,18 @@ def roll_call(
 
     Args:
       own: number of this process.
-      count: how many there are.
-      coordinator: "host:port" where process 0 listens until all have come, and no longer.
-      seconds: how long they may take.
-      bind: "host:port" where process 0 listens instead, if connections arrive elsewhere.
+      count: number of processes.
+      coordinator: "host:port" where process 0 listens until all are connected.
+      seconds: the time limit.
+      bind: "host:port" where process 0 listens instead, if connections arrive at another address.
 
     Returns:
-      What ends this process when another is lost, and this machine's address as the others see it.
+      The failure detector, and this machine's address as seen by the others.
 
     Raises:
-      ValueError: not all came, and the message says who did not; the port is taken; nobody
-        answers there; two processes have one number, or different counts; or different tokens,
-        which process 0 only warns of.
+      ValueError: processes are missing (the message names them); the port is in use or does not
+        answer; two processes have the same number, or different counts or tokens. Process 0 only
+        warns of other tokens.
     """
     host, port = address(coordinator)
     patience = _Patience(seconds)
@@ -75,7 +75,7 @@ def roll_call(
                     )
                 with contextlib.suppress(OSError):
                     link = server.accept()[0]
-                    # A thread each, so that who says little keeps no other waiting.
+                    # One thread each, so that a slow process does not block the others.
                     threading.Thread(target=_hear, args=(link, came), daemon=True).start()
                 while not came.empty():
                     _admit(*came.get(), coordinator, count, links)
@@ -108,7 +108,7 @@ def _listen(name: str, value: str, patience: _Patience) -> socket.socket:
         try:
             found = addresses(host, port)
             break
-        except socket.gaierror as error:  # Kubernetes makes a pod's name known when it has begun
+        except socket.gaierror as error:  # Kubernetes publishes a pod's name once it runs
             if patience.over(f"an address of {host}"):
                 raise ValueError(
                     f"{name}={value}: process 0 finds no address of {host} ({error.strerror}); "
@@ -119,7 +119,7 @@ def _listen(name: str, value: str, patience: _Patience) -> socket.socket:
     for family, at in found:
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         try:
-            # JAX would share the port with another program, or wait.
+            # Without this check, JAX would share the port with another program, or wait.
             server = socket.create_server(at, family=family, reuse_port=False, dualstack_ipv6=both)
         except OSError as error:
             why = error
@@ -138,7 +138,7 @@ def _listen(name: str, value: str, patience: _Patience) -> socket.socket:
 
 
 def _hear(link: socket.socket, came: queue.SimpleQueue) -> None:
-    """Yields a connection if it speaks the protocol."""
+    """Queues a connection if it speaks the protocol."""
     challenge, said = secrets.token_hex(16), None
     with contextlib.suppress(OSError):
         tell({0: link}, f"challenge {challenge}")
@@ -184,7 +184,7 @@ def _admit(
     link.close()
     if ours:
         raise ValueError(wrong)
-    # Whoever it is does not end the run.
+    # A stranger must not end the run.
     warnings.warn(f"{TOKEN}: one that came has another, and is refused", stacklevel=3)
 
 
@@ -197,7 +197,7 @@ def _come(
             link = socket.create_connection(place, timeout=min(patience.seconds, CONNECT_SECONDS))
             if link.getsockname() != link.getpeername():
                 break
-            # Where nobody listens on this machine's port, a connection can be to itself.
+            # If nobody listens on a local port, a socket can connect to itself.
             link.close()
         except OSError as error:
             if patience.over(f"process 0 at {coordinator}"):
@@ -207,7 +207,7 @@ def _come(
                     "the address"
                 ) from error
             time.sleep(POLL_SECONDS)
-    # Process 0 began to wait at another time, and is the one to say who is missing.
+    # Process 0 may have started to wait later, and its error names the missing processes.
     link.settimeout(patience.seconds + HELLO_SECONDS)
     line = ""
     with contextlib.suppress(OSError):
@@ -228,7 +228,7 @@ def _come(
 
 
 class _Patience:
-    """A deadline that reports after a while what is being waited for."""
+    """A deadline that warns after a while about what it waits for."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

@@ -14,7 +14,7 @@ import jax
 
 from fdg_jax.distributed import failure_detector
 
-# The exit status of a run that was asked to stop, and has saved.
+# The exit status of a run that was asked to stop and has saved.
 PAUSED = 75
 
 
@@ -22,7 +22,7 @@ def leave(status: int) -> NoReturn:
     """Ends the process; in a run of several processes at once, without JAX's shutdown barrier.
 
     Args:
-      status: 0, or PAUSED of a run that all processes stop; with any other the others end too.
+      status: 0, or PAUSED if all processes stop; any other status ends the other processes, too.
     """
     if failure_detector.current is not None:
         failure_detector.current.leave(failed=status not in (0, PAUSED))
@@ -30,7 +30,7 @@ def leave(status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         if jax.process_index() == 0:
-            # Its end aborts the others, who may have to say what was wrong with them.
+            # The end of process 0 aborts the others, which may first report their own errors.
             time.sleep(2 * failure_detector.GRACE)
         os._exit(status)
     sys.exit(status)

@@ -11,9 +11,9 @@ _SETTINGS = (
     (
         _MMAP_MAX,
         0,
-    ),  # a large block is no mapping of its own, which would be undone when it is freed
-    (_ARENA_MAX, 1),  # only the first arena grows at will, and JAX's threads would make others
-    (_TRIM_THRESHOLD, -1),  # what is free at the end of that arena stays, too
+    ),  # large blocks get no mapping of their own, which free() would unmap
+    (_ARENA_MAX, 1),  # only the main arena grows without limit; JAX's threads would create others
+    (_TRIM_THRESHOLD, -1),  # free memory at the end of that arena is kept
 )
 _CHOSEN_BY_USER = ("MALLOC_", "GLIBC_TUNABLES")
 
@@ -21,20 +21,19 @@ _CHOSEN_BY_USER = ("MALLOC_", "GLIBC_TUNABLES")
 def keep_freed_memory() -> bool:
     """Makes the C library retain freed memory, so that later steps have no page faults.
 
-    A program of XLA on CPU allocates its intermediate values anew whenever it runs. By default the
-    C library gives so large a block back to the system when it is freed, and the next run gets
-    pages that the kernel has to clear and map again, one fault for every 4 KiB: a tenth of a step's
-    processor time, and more (``BENCHMARKS.md``). Kept memory costs no faults. The price: the
-    process stays as large as it once was, and its threads share one arena, which costs a step of
-    very small programs some tenths of a millisecond. Other devices have allocators of their own,
-    and gain nothing.
+    An XLA program on CPU allocates its intermediate values in every run. By default the C library
+    returns such large blocks to the system when they are freed, and the kernel clears and maps
+    pages again for the next run, one fault per 4 KiB: a tenth of a step's processor time or more
+    (``BENCHMARKS.md``). Retained memory causes no faults. The costs: the process keeps its peak
+    size, and its threads share one arena, which adds a few tenths of a millisecond to a step of
+    very small programs. Other devices have their own allocators and do not benefit.
 
-    Call it before JAX starts its threads, that is before anything touches a device. It holds for
-    the whole process, so the library never calls it by itself; the experiments do.
+    Call it before JAX starts its threads, that is, before any use of a device. It affects the
+    whole process, so the library never calls it; the experiments do.
 
     Returns:
-      Whether the C library does so now. False where it is not glibc (macOS, musl), and where the
-      environment chooses already, by a variable ``MALLOC_...`` or ``GLIBC_TUNABLES``.
+      Whether freed memory is now retained. False if the C library is not glibc (macOS, musl), or
+      if a variable ``MALLOC_...`` or ``GLIBC_TUNABLES`` configures the allocator.
 
     Example:
       >>> keep_freed_memory() in (True, False)

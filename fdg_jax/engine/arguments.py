@@ -46,7 +46,7 @@ def check_arguments(num_stages: int, schedule: Schedule, max_ahead: int, on_nonf
         raise ValueError(f"on_nonfinite={on_nonfinite!r}: allowed are {', '.join(ON_NONFINITE)}")
     if not isinstance(max_ahead, int) or max_ahead < 1:
         raise ValueError(f"max_ahead={max_ahead}: the host must be allowed at least one tick")
-    # A schedule that is no pipeline says so now, and not in the middle of a run.
+    # Rejects an invalid schedule now instead of in the middle of a run.
     schedule.in_flight(0)
 
 

@@ -14,17 +14,17 @@ from fdg_jax.typing import PyTree
 def check_axes(batch: dict[str, PyTree], microbatches: int, devices: int) -> None:
     """Rejects a batch that cannot be divided.
 
-    Micro-batches are cut along axis 0: all arrays need the same one, but for scalars and those that
-    are marked with `fdg_jax.shared`. Devices only share out the work: an array that they do not
-    divide is whole on each of them, which changes no result, and one of the inputs must divide.
+    Micro-batches are cut along axis 0, which must have the same size in all arrays except scalars
+    and those marked with `fdg_jax.shared`. Devices only divide the work: an array that cannot be
+    sharded is replicated, which changes no result, but one of the inputs must be divisible.
 
     Args:
-      batch: its parts by name, "inputs" among them; only shapes are looked at.
-      microbatches: into how many parts a schedule divides it.
-      devices: of a stage.
+      batch: its parts by name, "inputs" among them; only shapes are used.
+      microbatches: the number of micro-batches per mini-batch.
+      devices: the number of devices of a stage.
 
     Raises:
-      ValueError: first axes that differ, or do not divide; the message names the remedy.
+      ValueError: first axes differ or are not divisible; the message names the remedy.
 
     Example:
       >>> check_axes({"inputs": np.ones((8, 3)), "labels": np.ones(8)}, 4, 2)
@@ -56,10 +56,10 @@ def undivided(x: PyTree, devices: int) -> PyTree:
 
     Args:
       x: inputs of a prediction.
-      devices: of a stage.
+      devices: the number of devices of a stage.
 
     Raises:
-      ValueError: no array divides over the devices.
+      ValueError: no array is divisible over the devices.
     """
     check_axes({"inputs": x}, 1, devices)
     return plain(x)

@@ -30,7 +30,7 @@ def pair(batch: Any, name: str = "batch") -> tuple[PyTree, PyTree]:
     """Inputs and labels of a batch, an argument of the given name.
 
     Raises:
-      ValueError: it is no pair.
+      ValueError: it is not a pair.
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         many = f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else ""
@@ -42,14 +42,14 @@ def pair(batch: Any, name: str = "batch") -> tuple[PyTree, PyTree]:
 
 
 def check_structure(x: PyTree, expected: Any, name: str) -> None:
-    """Raises `ValueError` for inputs of another structure than the state was made for.
+    """Raises `ValueError` for inputs whose structure differs from the example's.
 
-    A module may turn a pair into one array, so nothing else would notice labels among the inputs.
+    A module may accept a pair as one array, so labels passed with the inputs would go unnoticed.
 
     Args:
       x: inputs.
-      expected: the structure of the example inputs, or None if no state was made yet.
-      name: of the argument.
+      expected: the structure of the example inputs; None before the first state.
+      name: the name of the argument.
     """
     given = jax.tree.structure(plain(x))
     if expected is not None and given != expected:
@@ -73,19 +73,18 @@ def fit(
 ) -> None:
     """Traces the network, losses and updates; computes nothing.
 
-    Found in the middle of a tick, a batch that does not fit would take the donated weights of other
-    stages with it.
+    An error in the middle of a tick would lose the weights that other stages have donated.
 
     Args:
       stages: the network's stages, input first.
-      schedule: which divides mini-batches.
-      state: of a pipeline of these stages.
-      x, labels: a mini-batch; only shapes and dtypes are looked at.
-      known: signatures of batches that fit; they are not tried again, and this one is added.
+      schedule: the schedule, which divides mini-batches.
+      state: a state of these stages.
+      x, labels: a mini-batch; only shapes and dtypes are used.
+      known: signatures of batches that fit; they are not checked again, and this one is added.
 
     Raises:
-      ValueError: it does not divide, or does not fit; an optimizer fails, or changes what it must
-        keep; the message names the stage.
+      ValueError: the batch cannot be divided or does not fit; an optimizer fails, or changes
+        structure, shapes or dtypes; the message names the stage.
     """
     shapes = signature(x), signature(labels)
     if shapes in known:
@@ -103,12 +102,12 @@ def fit(
             check_model_state(own.model_state, new)
             check_synthesizer(stage, k, own, y, targets)
             if stage.loss_fn is not None:
-                where = ""  # the error names it
+                where = ""  # the error message names it
                 found = jax.eval_shape(stage.loss_fn, scores, targets)
                 weighted = _check_loss(found, microbatches) or weighted
     except Exception as error:
         if isinstance(error, LossError) and error.__cause__ is None:
-            raise  # its value is invalid, whatever the batch
+            raise  # its value is invalid for any batch
         raise ValueError(f"batch {int(state.tick)}: does not fit {where}{error}") from error
     if weighted:
         check_weighted(stages, schedule)

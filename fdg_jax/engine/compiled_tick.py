@@ -2,8 +2,7 @@
 
 The program is traced from `fdg_jax.engine.dispatch.Tick`, so it contains the programs of the stages
 in the same order. Its arguments are the values used by the actions of the tick, its results the
-values they make. Values that only wait, such as most mini-batches in flight, do not pass through
-it.
+values they produce. Other values, such as most mini-batches in flight, do not pass through it.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ _UNUSED = object()
 
 
 class Item(NamedTuple):
-    """A value that is made by the program, or moves between places.
+    """A value that the program computes or that moves between places.
 
     Attributes:
       place: the destination.
-      structure: of the values at that place.
-      sources: for each leaf, the position of an output of the program, or place and position of a
-        leaf that moves; None if the value is a single output.
+      structure: the tree structure of the value.
+      sources: per leaf, the position of an output of the program, or place and position of a leaf
+        that moves; None if the value is a single output.
       output: the position of that output.
     """
 
@@ -68,16 +67,16 @@ class CompiledTick:
 
     Args:
       programs: the stages, all on the same devices.
-      schedule: of the pipeline.
-      state: before the tick.
-      x, labels: of the mini-batch that enters, on the devices.
+      schedule: the pipeline's schedule.
+      state: the state before the tick.
+      x, labels: the mini-batch that enters, on the devices.
 
     Attributes:
-      batch: number of that mini-batch.
+      batch: the number of that mini-batch.
       before, after: contents of every stage before and after the tick, without values.
       donated, given: places of the program's arguments with donated buffers, and of the others.
       moving: places whose leaves move to other places.
-      makes: the values of the new state.
+      makes: the new or moved values of the new state.
       reports: losses and metrics, with batch and stage of each.
     """
 
@@ -105,7 +104,7 @@ class CompiledTick:
         self.program = jax.jit(self._run, donate_argnums=0)
 
     def _layout(self, state: PipelineState, leaves: list[Any]) -> None:
-        """Finds the values that the tick uses and makes."""
+        """Determines the values that the tick uses and produces."""
         traces: list[Trace] = []
 
         def tick(*leaves: Any) -> list[Any]:
@@ -124,7 +123,7 @@ class CompiledTick:
         position = {var: i for i, var in enumerate(jaxpr.invars)}
         used = {var for eqn in jaxpr.eqns for var in eqn.invars if not isinstance(var, Literal)}
         made = [None if isinstance(v, Literal) else position.get(v) for v in jaxpr.outvars]
-        # The mini-batch goes through the program, wherever the caller had it.
+        # The mini-batch always passes through the program, even unchanged.
         fresh = {i for i, (place, _) in enumerate(self._inputs) if place[1] in (X, LABELS)}
         made = [None if i in fresh else i for i in made]
         self.makes: list[Item] = []
@@ -137,7 +136,7 @@ class CompiledTick:
             moved = [made[o] for o in outputs]
             there = [self._inputs[i] for i in moved if i is not None]
             if place in self._structures and there == [(place, leaf) for leaf in range(size)]:
-                continue  # it stays as it is
+                continue  # unchanged
             moving |= {source for source, _ in there}
             known = _structure(state, place) or structure
             if known == structure and not there:

@@ -16,15 +16,15 @@ from fdg_jax.typing import PyTree
 def depends(function: Callable[..., PyTree], first: PyTree, *rest: PyTree) -> list[bool]:
     """Whether the leaves of a function's outputs depend on its first argument.
 
-    What is not known counts as a dependence: that of a ``while_loop``, or of an operation that
-    calls functions in another way than JAX's own.
+    Unknown dependences count as such: those of a ``while_loop``, or of operations that call
+    functions in an unknown way.
 
     Args:
-      function: of pytrees of arrays; nothing is computed.
+      function: takes pytrees of arrays; it is only traced.
       first, rest: its arguments, which may be abstract, or tracers.
 
     Returns:
-      One a leaf.
+      A boolean per leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,7 +57,7 @@ def _of_equation(equation: Any, given: list[bool]) -> list[bool]:
     called = list(inner(equation.params.values()))
     if equation.primitive is scan_p:
         consts, carry = equation.params["num_consts"], equation.params["num_carry"]
-        while True:  # until what is carried on depends on nothing more
+        while True:  # until the dependences of the carry no longer change
             found = _outputs(called[0], given)
             more = [a or b for a, b in zip(given[consts:], found[:carry], strict=False)]
             if more == given[consts : consts + carry]:

@@ -2,7 +2,7 @@
 
     F n@k    takes activation n of stage k  ──► output is activation n of stage k+1
     B n@k    takes cotangent n of stage k   ──► input's cotangent is cotangent n of stage k-1
-    W n@k    the half of a split backward that is for the weights
+    W n@k    the weight half of a split backward
     U@k      applies the sum of gradients of stage k
 
 Every call below returns before its program has run.
@@ -38,8 +38,8 @@ class Tick:
     Args:
       programs: the stages.
       schedule: how mini-batches are divided, gradients reduced, versions kept.
-      state: what this starts from; it is not written to, but its buffers may be donated.
-      watch: observes what is dispatched.
+      state: initial state; not modified, but its buffers may be donated.
+      watch: observer of dispatched programs.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Tick:
         self.key = state.key
         self.batch, self.origin = int(state.tick), int(state.origin)
         self.metrics = MetricsList()
-        self.weight: jax.Array | None = None  # of the loss of the mini-batch, where it has one
+        self.weight: jax.Array | None = None  # weight of the mini-batch's loss, if any
         self.done: list[Done] = []
         self.stages = [StageWork(s) for s in state.stages]
 
@@ -79,7 +79,7 @@ class Tick:
             self.watch.entered(self.batch, sent)
 
     def send(self, tree: PyTree, k: int) -> PyTree:
-        """A message onto the devices of stage k."""
+        """Sends a message to the devices of stage k."""
         return send(tree, self.programs[k])
 
     def _enter(self, k: int, port: str, tree: PyTree) -> PyTree:
@@ -207,8 +207,8 @@ class Tick:
         return token
 
     def message(self, k: int, n: int, kind: Kind) -> tuple[Output | None, PyTree]:
-        """What a backward begins with: the cotangent that came, or one predicted from the stage's
-        own output; and that output."""
+        """The stage's own output, if its cotangent is predicted; and the input of a backward: the
+        received or predicted cotangent."""
         s, port = self.stages[k], kind.takes[0].name
         own = ties.message_of(self.schedule, kind, k, s, n)
         if port != OUTPUT:
@@ -282,7 +282,7 @@ class Tick:
         s.versions = {v: w for v, w in s.versions.items() if v in needed}
 
     def finish(self) -> None:
-        """Applies the rest of an accumulation after the last backward; resets versions."""
+        """Applies an incomplete accumulation after the last backward; resets versions."""
         for k, s in enumerate(self.stages):
             if s.pending:
                 self.update(k)
@@ -307,8 +307,8 @@ class Tick:
             self.stages[stage].put(name, n, value)
 
     def report(self, k: int, n: int, report: tuple[jax.Array, dict[str, Any]]) -> None:
-        """Loss and metrics of a micro-batch; those of a mini-batch are the mean over its parts,
-        or that of their sums by their weights (`fdg_jax.engine.loss`)."""
+        """Records loss and metrics of a micro-batch; those of a mini-batch are the mean over its
+        parts, or the total sum over the total weight (`fdg_jax.engine.loss`)."""
         batch, count = n // self.schedule.microbatches, self.schedule.microbatches
         if count > 1:
             s = self.stages[k]

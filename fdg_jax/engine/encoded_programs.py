@@ -3,9 +3,9 @@
     inputs ──► decode ──► forward ──► encode ──► output
     message ──► decode ──► backward ──► encode ──► message
 
-What a batch in flight keeps of its input is what came: the backward decodes it again. Gradients are
-those with respect to what was decoded, so that they pass straight through the rounding. What
-predicts a cotangent gets the output as the next stage does.
+A batch in flight stores its encoded input; the backward decodes it again. Gradients are those with
+respect to decoded values, which is straight-through estimation of the rounding. A synthesizer gets
+the decoded output, as the next stage does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class EncodedFunctions(Functions):
     """`Functions` with encoded messages.
 
     Attributes:
-      message_dtype: of the numbers that are sent; None: messages travel as they are.
+      message_dtype: dtype of the numbers sent; None: messages are not encoded.
     """
 
     message_dtype: np.dtype | None = None
@@ -35,7 +35,7 @@ class EncodedFunctions(Functions):
         """Shapes, dtypes and placement of a message to this stage.
 
         Args:
-          tree: shapes and dtypes of what is in it.
+          tree: shapes and dtypes of its contents before encoding.
         """
         shapes = jax.eval_shape(lambda v: encode(v, self.message_dtype), tree)
 

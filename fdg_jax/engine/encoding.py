@@ -3,8 +3,8 @@
     sender's program                                 receiver's program
     ... ──► output ──► encode ──► Encoded ~~ sent ~~► decode ──► input ──► ...
 
-Only arrays of floating-point numbers with an axis are encoded, and only where that makes their
-numbers narrower. The rest (tokens, masks, scalars) travels as it is.
+Only floating-point arrays with at least one axis are encoded, and only if that saves bits per
+number. The rest (tokens, masks, scalars) is sent unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fdg_jax.tie import TiedArray
 from fdg_jax.typing import PyTree
 
 ALLOWED = ("bfloat16", "float16", "int8")
-LARGEST = 127  # of int8, with either sign
+LARGEST = 127  # magnitude in int8, for either sign
 
 
 @functools.partial(
@@ -33,10 +33,10 @@ class Encoded:
     """An array in low precision.
 
     Args:
-      values: of the array's shape; bfloat16, float16 or int8.
-      scale: float32, of the same rank, 1 in all axes but the last; None unless values are int8. A
-        vector has one scale.
-      dtype: of the array before, which it has again when it is decoded.
+      values: same shape as the array; bfloat16, float16 or int8.
+      scale: float32, of the same rank, size 1 in all axes but the last; None unless values are
+        int8. A vector has one scale.
+      dtype: the dtype of the original and the decoded array.
 
     Example:
       >>> sent = encode(jnp.array([[1.0, 10.0], [-127.0, 5.0]], jnp.float32), jnp.dtype("int8"))
@@ -56,7 +56,7 @@ def message_dtype(given: DTypeLike | None) -> np.dtype | None:
       given: a dtype or its name, or None.
 
     Returns:
-      The dtype, or None where messages travel as they are.
+      The dtype, or None if messages are not encoded.
 
     Raises:
       ValueError: another dtype.
@@ -87,16 +87,16 @@ def encode(tree: PyTree, dtype: np.dtype | None) -> PyTree:
     .. math::
         s_c = \\max_r |v_{rc}| / 127, \\qquad q_{rc} = \\mathrm{round}(v_{rc} / s_c)
 
-    A channel of zeros has the scale 0, and so has one whose scale would be below the least normal
-    float32. A channel with a number that is not finite is decoded as such.
+    The scale is 0 for a channel of zeros, and where it would be below the smallest normal float32.
+    A channel with a non-finite number is decoded as non-finite.
 
     Args:
       tree: arrays of any shapes.
-      dtype: of the numbers that are sent; None: the tree is sent as it is.
+      dtype: dtype of the numbers sent; None: the tree is sent unchanged.
 
     Returns:
-      The tree, with an `Encoded` in the place of every array of floating-point numbers that has an
-      axis and more bits a number than ``dtype``.
+      The tree, with an `Encoded` in place of every floating-point array that has an axis and more
+      bits per number than ``dtype``.
 
     Example:
       >>> message = {"x": jnp.ones((2, 3)), "tokens": jnp.arange(2), "rate": jnp.float32(1)}
@@ -117,13 +117,13 @@ def decode(tree: PyTree) -> PyTree:
     .. math::
         \\tilde v_{rc} = s_c \\, q_{rc}, \\qquad |\\tilde v_{rc} - v_{rc}| \\le s_c / 2
 
-    up to the rounding of the arithmetic in the array's own dtype.
+    up to rounding in the array's dtype.
 
     Args:
-      tree: of `encode`; anything else is left as it is.
+      tree: a result of `encode`; other leaves stay unchanged.
 
     Returns:
-      The tree, with arrays again.
+      The tree with decoded arrays.
 
     Example:
       >>> decode(encode(jnp.array([1.0, -3.0, 127.0]), jnp.dtype("int8"))).tolist()
@@ -160,12 +160,12 @@ def rounded(tree: PyTree, dtype: np.dtype | None) -> PyTree:
 
 
 def places(tree: PyTree, values: Any, scale: Any) -> PyTree:
-    """Maps every array of a message by its kind.
+    """Maps the arrays of a message: values with a function, scales to a constant.
 
     Args:
       tree: a message, encoded or not.
-      values: ``values(leaf)`` of an array, or of the values of an encoded one.
-      scale: of the scales of an encoded one, and of a tied array.
+      values: applied to every array, or to the values of an encoded one.
+      scale: result for the scales of an encoded array, and for a tied array.
 
     Returns:
       A tree of the message's structure.
@@ -212,7 +212,7 @@ def _encode(leaf: jax.Array, dtype: np.dtype) -> jax.Array | Encoded:
     rows = tuple(range(max(leaf.ndim - 1, 1)))
     largest = jnp.max(jnp.abs(wide), axis=rows, keepdims=True, initial=0)
     scale = (largest / LARGEST).astype(jnp.float32)
-    # Not the other way round: NaN stays.
+    # This comparison is false for NaN, so NaN is kept.
     scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 0, scale)
     quotient = wide / jnp.where(scale == 0, 1, scale).astype(wide.dtype)
     values = jnp.clip(jnp.round(quotient), -LARGEST, LARGEST).astype(jnp.int8)
@@ -233,7 +233,7 @@ def _wide(dtype: np.dtype) -> np.dtype:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _rounded(leaf: jax.Array, dtype: np.dtype) -> jax.Array:
-    # XLA may leave out a cast and its reverse where nothing is between them.
+    # Without the barrier XLA may eliminate a cast followed by its inverse.
     arrived: jax.Array = decode(jax.lax.optimization_barrier(_encode(leaf, dtype)))
     return arrived
 

@@ -4,7 +4,7 @@
     stale             input, residuals, weights of forward    those of the forward
     recompute_stale   input, weights of forward               those of the forward
     recompute         input                                   the newest
-    reversible        nothing, of layers with an inverse      the newest
+    reversible        nothing for layers with an inverse      the newest
     reconstruct       input                                   an estimate of those of the forward
 
 Without residuals, the backward recomputes the forward.
@@ -67,7 +67,7 @@ class GradientRule:
         """The rule of one stage.
 
         Args:
-          has_loss: whether the stage has a loss of its own.
+          has_loss: whether the stage has its own loss.
           staleness: the most updates between a batch's forward and its backward, in steady state.
         """
         del has_loss, staleness
@@ -101,12 +101,12 @@ class GradientRule:
 
         Args:
           layer: the stage.
-          params, state: its own.
+          params, state: its params and model state.
           x: its input.
-          key: of the batch.
+          key: the batch's key.
 
         Returns:
-          The output, the new state, and what is kept in the place of the input; None: the input.
+          The output, the new state, and the data stored instead of the input; None: the input.
         """
         return *layer.apply(params, state, x, train=True, key=key), None
 
@@ -116,15 +116,15 @@ class GradientRule:
         """A backward.
 
         Args:
-          stage: whose.
-          params: `backward_params`.
-          stash: what the forward left.
+          stage: the stage.
+          params: the result of `backward_params`.
+          stash: the data stored by the forward.
           key: the root key.
-          message: of the next stage, or the cotangent of the stage's own loss.
+          message: the message of the next stage, or the cotangent of the stage's own loss.
 
         Returns:
-          The gradient of the parameters, and the message to the stage before; None where the stage
-          sends none.
+          The gradient of the parameters, and the message to the previous stage, None if it sends
+          none.
         """
         return stage.pull_back(params, stash, key, message)
 

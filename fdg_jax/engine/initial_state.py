@@ -29,17 +29,17 @@ def initial_state(
     """A state before the first mini-batch, each stage on its own devices.
 
     Args:
-      stages: of the pipeline.
+      stages: the pipeline's stages.
       shapes: the template of its states.
-      key: the root key, in either form.
-      x, labels: of a batch, the inputs with their batch axis; only shapes and dtypes are looked at.
-      record: of a stage in which nothing has gone wrong, or None where it is not checked.
+      key: the root key, typed or raw.
+      x, labels: a batch, the inputs with their batch axis; only shapes and dtypes are used.
+      record: a record without failures, or None if non-finite values are not checked.
 
     Returns:
       The state.
     """
     with jax.transfer_guard("allow"):
-        # By the host: a key of a mesh of the program's own would bring that mesh with it.
+        # Via the host: a key on a mesh of the program would carry that mesh along.
         typed = typed_key(key)
         data = np.asarray(jax.random.key_data(typed))
         key = jax.random.wrap_key_data(jnp.array(data), impl=jax.random.key_impl(typed))

@@ -1,8 +1,8 @@
 """Defers Ctrl-C until a step has finished and the state is consistent.
 
-Python runs a signal's handler between two instructions of the main thread. Raised inside of a step,
-or before the caller has stored what it returns, an exception would take the state with it: its
-buffers are donated. So handlers that may raise wait until the next step begins, or for a moment.
+Python runs signal handlers between two instructions of the main thread. An exception raised inside
+a step, or before the caller has stored its result, would lose the state, whose buffers are donated.
+So handlers that may raise are deferred to the start of the next step, but only briefly.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-# Signals whose handlers raise: Ctrl-C, the end of a job, a time that is up.
+# Signals whose handlers may raise: Ctrl-C, the end of a job, an expired timer.
 _SIGNALS = tuple(
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
-# A signal that no later step heeds is heeded after so many seconds. Another step is likely to begin
-# within the first of them.
+# Seconds after which a signal is handled if no step begins; seconds after a step in which the
+# next is likely to begin.
 _PATIENCE, _SOON = 0.2, 0.1
 
 
@@ -50,7 +50,7 @@ class _Deferral:
     def _again(self, number: int) -> None:
         time.sleep(_PATIENCE)
         if self.pending.pop(number, None):
-            # To the main thread, so that what it waits for ends.
+            # Sent to the main thread, so that a blocking call there is interrupted.
             signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
@@ -61,7 +61,7 @@ class _Handler:
     """A signal handler that is deferred while a state is inconsistent.
 
     Args:
-      inner: the program's own, or Python's.
+      inner: the original handler, the program's or Python's.
     """
 
     def __init__(self, inner: Callable[[int, FrameType | None], Any]) -> None:
@@ -70,8 +70,8 @@ class _Handler:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handles the signal, or queues it."""
         file = None if frame is None else frame.f_code.co_filename
-        # Where a step begins soon, the caller expects an exception there. At a loop's jump back
-        # CPython 3.11 does not see that a `try` is around it.
+        # If a step begins soon, the exception is raised there, where callers expect it: CPython
+        # 3.11 misses the `try` around a loop for exceptions raised at its backward jump.
         steps = time.monotonic() - _deferral.stepped < _SOON
         if _deferral.inside or file is None or file in _deferral.files or steps:
             _deferral.wait(number, self)
@@ -87,13 +87,13 @@ def protect(file: str) -> None:
 class deferred:
     """Defers signal handlers while buffers are being donated.
 
-    A signal that comes inside is heeded when the next step begins, before it changes anything, or a
-    moment later where no step follows: Python's KeyboardInterrupt, and what handlers of the
-    program do. Other threads, in which Python runs no handlers, are left alone.
+    A signal received inside is handled at the start of the next step, before anything changes, or
+    shortly after if no step follows, by Python's KeyboardInterrupt or the program's handler. Has no
+    effect in other threads, where Python runs no handlers.
 
     Raises:
-      KeyboardInterrupt: on entry, for a Ctrl-C that came in an earlier step; and what else a
-        handler raises.
+      KeyboardInterrupt: on entry, for a Ctrl-C received in an earlier step; also any other
+        exception of a handler.
     """
 
     def __enter__(self) -> None:

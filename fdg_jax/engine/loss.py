@@ -30,7 +30,7 @@ class Weighted(NamedTuple):
     """The auxiliary output of the loss of a micro-batch.
 
     Attributes:
-      weight: what the sum is to be divided by, together with those of the other parts.
+      weight: the sum of the weights of all parts divides the sum of their losses.
       metrics: means over what the weight counts.
     """
 
@@ -43,11 +43,11 @@ def loss_of_part(loss_fn: LossFn, parts: int) -> LossOfPart:
 
     Args:
       loss_fn: returns ``(mean, metrics)`` or ``((sum, weight), metrics)``.
-      parts: of a mini-batch.
+      parts: the number of micro-batches per mini-batch.
 
     Returns:
-      A function that returns (mean, metrics) where a mini-batch is not divided, and (sum,
-      `Weighted`) where it is and there is a weight. A weight has no gradient.
+      A function that returns (sum, `Weighted`) if a mini-batch is divided and there is a weight,
+      otherwise (mean, metrics). A weight has no gradient.
 
     Raises:
       LossError: (from the function) the loss function fails, or returns anything else.
@@ -90,11 +90,11 @@ def average(
     """Loss and metrics of a mini-batch, and the divisor of its gradient.
 
     Args:
-      reports: what `loss_of_part` returned for each part.
+      reports: the result of the function from `loss_of_part` for each part.
 
     Returns:
-      Loss and metrics, and the weight, without that of parts that are not finite; None where there
-      are no weights. A weight of 0 counts as 1.
+      Loss and metrics, and the total weight of the parts with a finite loss; None without weights.
+      A total of 0 counts as 1.
 
     Example:
       >>> (loss, metrics), weight = average([(6.0, Weighted(2.0, {})), (0.0, Weighted(1.0, {}))])
@@ -120,12 +120,12 @@ def check_weighted(stages: Sequence[Stage], schedule: Schedule) -> None:
     """Rejects ``(sum, weight)`` if an update does not cover exactly one mini-batch.
 
     Args:
-      stages: of a pipeline.
-      schedule: which divides mini-batches.
+      stages: the pipeline's stages.
+      schedule: its schedule.
 
     Raises:
-      ValueError: parts of several mini-batches are in one update; gradients are corrected one by
-        one.
+      ValueError: an update covers parts of several mini-batches, or each gradient is corrected
+        separately.
     """
     if any(counts.pending or counts.slots["flight"] for counts in schedule.counts):
         raise ValueError(

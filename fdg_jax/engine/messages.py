@@ -66,11 +66,11 @@ class Done(NamedTuple):
     """A dispatched program.
 
     Attributes:
-      stage: whose.
+      stage: its stage.
       what: its actions, as in a schedule's grid.
-      batch: the mini-batch that it worked on.
-      token: a small output, never donated: there when the program has ended; the stage's record
-        where it keeps one.
+      batch: its mini-batch.
+      token: a small output, never donated, ready when the program has ended; the stage's record
+        if it has one.
     """
 
     stage: int
@@ -86,7 +86,7 @@ class Watch(Protocol):
         """Called when a mini-batch enters; ``inputs`` are on the first stage, never donated."""
 
     def dispatched(self, actions: Sequence[Action], since: float, token: jax.Array) -> None:
-        """A program, of actions of one stage, whose dispatch began at ``time.perf_counter()``."""
+        """Called after a program was dispatched; ``since`` is `time.perf_counter` at its start."""
 
 
 def send(tree: PyTree, stage: Stage) -> PyTree:
@@ -95,7 +95,7 @@ def send(tree: PyTree, stage: Stage) -> PyTree:
     places = jax.tree.leaves(stage.places(tree))
     pairs = zip(leaves, places, strict=True)
     if all(isinstance(v, jax.Array) and v.sharding == p for v, p in pairs):
-        return tree  # made there, by a stage that shares the devices
+        return tree  # already there, from a stage on the same devices
     leaves = [leaf if isinstance(leaf, jax.Array) else np.array(leaf) for leaf in leaves]
     return jax.tree.unflatten(structure, put(leaves, places))
 

@@ -1,4 +1,4 @@
-"""A stage's optimizer that sees the stage's parameters at their place in the network."""
+"""A stage's optimizer that sees the parameters at their position in the network."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fdg_jax.typing import PyTree
 
 
 class NetworkOptimizer(StageOptimizer):
-    """A `StageOptimizer` on trees of its stage that works with trees of the network.
+    """Applies an optimizer of network trees to the trees of a stage.
 
-    Its state holds trees as `fdg_jax.partition.network.Place.whole` makes them.
+    Its state contains trees as made by `fdg_jax.partition.network.Place.whole`.
 
     Attributes:
-      given: what works with the trees of the network.
-      place: where the stage stands in it.
+      given: the optimizer of network trees.
+      place: the stage's position in the network.
     """
 
     given: StageOptimizer
@@ -35,8 +35,8 @@ class NetworkOptimizer(StageOptimizer):
         """The optimizer of a stage.
 
         Args:
-          place: of the stage.
-          given: what works with the trees of the network.
+          place: the stage's position in the network.
+          given: the optimizer of network trees.
         """
         parts = [part if part is None else _at(place, part) for part in given]
         made = NetworkOptimizer(*parts)
@@ -44,19 +44,19 @@ class NetworkOptimizer(StageOptimizer):
         return made
 
     def true_params(self, params: PyTree, opt_state: optax.OptState) -> PyTree:
-        """See `fdg_jax.true_params`; of a stage's params."""
+        """See `fdg_jax.true_params`; for a stage's params."""
         return self.place.own(true_params(self.place.whole(params), opt_state))
 
     def averaged_params(self, params: PyTree, opt_state: optax.OptState) -> PyTree:
-        """See `fdg_jax.averaged_params`; of a stage's params."""
+        """See `fdg_jax.averaged_params`; for a stage's params."""
         return self.place.own(averaged_params(self.place.whole(params), opt_state))
 
     def restarted(self, new: PyTree, params: PyTree, opt_state: optax.OptState) -> optax.OptState:
-        """The state for other weights: predictions and averages begin anew.
+        """The state for other weights, with predictions and averages restarted.
 
         Args:
-          new: true weights of the stage.
-          params, opt_state: those before.
+          new: the stage's new true weights.
+          params, opt_state: the old params and state.
         """
         _, opt_state = without_prediction(self.place.whole(params), opt_state)
         return restarted_average(self.place.whole(new), opt_state)
@@ -64,7 +64,7 @@ class NetworkOptimizer(StageOptimizer):
     def without_prediction(
         self, params: PyTree, opt_state: optax.OptState
     ) -> tuple[PyTree, optax.OptState]:
-        """See `fdg_jax.optim.without_prediction`; of a stage's params."""
+        """See `fdg_jax.optim.without_prediction`; for a stage's params."""
         params, opt_state = without_prediction(self.place.whole(params), opt_state)
         return self.place.own(params), opt_state
 

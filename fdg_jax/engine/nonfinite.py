@@ -1,15 +1,15 @@
 """Detection of non-finite values and failed programs inside a stage.
 
-A guarded stage keeps a small record on its own devices, an int32 array that every one of its
-programs takes and returns. The record is also the token by which the host sees that a program has
-ended, so looking at it costs no wait.
+A guarded stage keeps a small record on its devices, an int32 array passed through every one of its
+programs. The record is also the token that tells the host that a program has ended, so reading it
+causes no additional wait.
 
     record = [skipped, first forward, first backward, pending]
 
-    skipped          micro-batches that the stage did not learn from
-    first forward    the first whose output or new model state was not finite, or -1
-    first backward   the first whose loss, gradient or update was not finite, or -1
-    pending          those left out of the accumulation under way
+    skipped          number of micro-batches without an update
+    first forward    first micro-batch with a non-finite output, loss or new model state, or -1
+    first backward   first micro-batch with a non-finite gradient or update, or -1
+    pending          number of micro-batches left out of the current accumulation
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from fdg_jax.engine.placement import gather
 from fdg_jax.typing import PyTree
 
-# None: a stage that is not guarded.
+# None: the stage is not guarded.
 Record = jax.Array | None
 
 ON_NONFINITE = ("ignore", "stop", "skip")
@@ -59,18 +59,18 @@ def leave_out(record: jax.Array, ok: jax.Array, number: jax.Array, place: int) -
 
 
 def computed(outputs: PyTree, inputs: PyTree, learnt: Sequence[bool]) -> list[jax.Array]:
-    """What tells whether the outputs of a function, while it is traced, have failed.
+    """Arrays that are finite unless a traced function produced non-finite values.
 
-    A mask with -inf that goes from layer to layer, is cast on the way, or is made from lengths is
-    no failure: of what no weight has a part in, only NaN counts that the function made.
+    A mask with -inf that is passed from layer to layer, cast, or made from lengths is no failure:
+    in outputs independent of weights only NaN counts, and only if the inputs have none.
 
     Args:
-      outputs: of the function.
-      inputs: those of its inputs that are no weights.
+      outputs: the function's outputs.
+      inputs: its inputs except weights.
       learnt: which leaves of the outputs depend on weights.
 
     Returns:
-      Arrays; if they are finite, the function has not failed.
+      The arrays, to be checked with `finite`.
     """
     given = jax.tree.leaves(inputs)
     known, found = {id(leaf) for leaf in given}, []
@@ -105,7 +105,7 @@ def skipped(records: Sequence[Record]) -> list[int]:
     """The number of micro-batches that each stage skipped; every process must call it and waits.
 
     Args:
-      records: of the stages; None where it was not checked.
+      records: the stages' records; None if not checked.
     """
     found = []
     for record in records:

@@ -1,8 +1,8 @@
 """The training loop: one thread that dispatches asynchronously; state in, state out.
 
 JAX dispatch is asynchronous: a call returns immediately, and each device runs its own queue. One
-  loop that dispatches the actions of a tick keeps all devices busy. It waits only if it is
-  ``max_ahead`` ticks ahead.
+loop that dispatches the actions of a tick keeps all devices busy. It waits only if it is
+``max_ahead`` ticks ahead.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ class Pipeline(Views):
         meshes = stage_meshes(len(stages), devices)
         rest = rule, shard_optimizer, predicting, self.message_dtype
         self.stages = build(stages, losses, optimizer, schedule, meshes, *rest)
-        # The programs of the last ticks; no part of the training state.
+        # The programs of the last ticks; not part of the training state.
         self._ahead = RunAhead(self.stages, schedule.microbatches, on_nonfinite == "stop")
-        # Who sees what is dispatched; `fdg_jax.analysis.Recorder` sets it.
+        # Observer of dispatched programs; set by `fdg_jax.analysis.Recorder`.
         self.watch: Watch | None = None
         self._fitting: set[Any] = set()
         # The structure of the example inputs; None before there is a state.
@@ -173,7 +173,7 @@ class Pipeline(Views):
           A state of ``jax.ShapeDtypeStruct``; counters are numpy zeros.
 
         Raises:
-          ValueError: a parameter has no gradient; ``example`` is no pair.
+          ValueError: a parameter has no gradient; ``example`` is not a pair.
         """
         guarded = self.on_nonfinite != "ignore"
         x, labels = pair(example, "example")
@@ -198,7 +198,7 @@ class Pipeline(Views):
         Raises:
           ValueError: a parameter has no gradient.
         """
-        typed_key(key)  # refuses what is none
+        typed_key(key)  # raises if it is not a key
         warn_of_shared([stage.optimizer.place.layer for stage in self.stages], self.tie)
         shapes = self.template((example_inputs, example_labels))
         if isinstance(key, jax.core.Tracer):  # jax.eval_shape(pipe.init, ...)
@@ -263,7 +263,7 @@ class Pipeline(Views):
             check_state(state, self.num_stages)
             tick = Tick(self.stages, self.schedule, state, self.watch)
             t = batches = tick.batch - tick.origin
-            # Nothing stays in flight longer than a stage can hold batches, times the stages.
+            # No batch is in flight for more ticks than stages times batches held per stage.
             longest = self.num_stages * (self.schedule.in_flight(0) + self.schedule.period)
             while any(s.flights or any(s.inbox.values()) for s in tick.stages):
                 if t > batches + longest:

@@ -23,16 +23,16 @@ def stage_meshes(num_stages: int, devices: Sequence[jax.Device] | None = None) -
 
     Args:
       num_stages: K.
-      devices: D devices. With D >= K they make K contiguous groups of D // K, what is left over is
-        not used, with a warning. With D < K neighbouring stages share a device. None: one device
-        per stage, the first of ``jax.devices()``; a warning, where there are fewer.
+      devices: D devices. If D >= K, K contiguous groups of D // K; warns if devices are left over.
+        If D < K, neighbouring stages share a device. None: one device per stage, the first of
+        ``jax.devices()``; warns if there are fewer.
 
     Returns:
-      K meshes with the one axis "data".
+      K meshes with the single axis "data".
 
     Raises:
-      ValueError: no list of devices, no device, or one given twice; groups between which JAX can
-        send nothing.
+      ValueError: not a list of devices, an empty one, or duplicates; groups between which JAX
+        cannot send arrays.
 
     Example:
       >>> [mesh.size for mesh in stage_meshes(2)]
@@ -67,7 +67,7 @@ def stage_meshes(num_stages: int, devices: Sequence[jax.Device] | None = None) -
                 stacklevel=3,
             )
     _check_processes(groups)
-    # Auto: the stage's programs are an arbitrary user's, who does not write shardings.
+    # Auto: the layers are the user's and contain no shardings.
     return [Mesh(np.array(group), (BATCH_AXIS,), axis_types=(AxisType.Auto,)) for group in groups]
 
 
@@ -106,12 +106,12 @@ def put(tree: PyTree, shardings: PyTree) -> PyTree:
     """Puts arrays on devices that may be another process's; every process must call it.
 
     Args:
-      tree: numpy arrays, the same in every process that has some of the devices, or arrays of JAX
-        that are on one stage's devices; typed keys.
+      tree: numpy arrays, equal in every process that has some of the devices, or JAX arrays on one
+        stage's devices; typed keys.
       shardings: one per leaf, or one for all.
 
     Returns:
-      The arrays. Of those whose devices are elsewhere this process has the shape alone.
+      The arrays; those on devices of other processes have only a shape here.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
@@ -125,7 +125,7 @@ def _put(leaf: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
         return jax.device_put(leaf, sharding)
     if not isinstance(leaf, jax.Array):
         value = np.asarray(leaf)
-        # device_put to several processes would compare the value between them, which is a wait.
+        # device_put to several processes compares the value between them, which waits.
         own = sharding.addressable_devices_indices_map(value.shape)
         shards = [jax.device_put(value[part], device) for device, part in own.items()]
         return jax.make_array_from_single_device_arrays(
@@ -141,11 +141,11 @@ def absent(shapes: PyTree, shardings: PyTree) -> PyTree:
     """Arrays on another process's devices, as shapes only.
 
     Args:
-      shapes: and dtypes.
+      shapes: shapes and dtypes.
       shardings: one per leaf, or one for all.
 
     Returns:
-      Arrays that hold nothing in this process.
+      Arrays without data in this process.
     """
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda leaf: shardings, shapes)
@@ -157,14 +157,14 @@ def absent(shapes: PyTree, shardings: PyTree) -> PyTree:
 
 
 def spread(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The sharding of arrays along the first axis that the devices divide.
+    """The sharding of arrays along the first axis divisible by the number of devices.
 
     Args:
       tree: arrays, which may be abstract.
       mesh: the devices.
 
     Returns:
-      Shardings; an array of which no axis divides is whole on every device.
+      Shardings; an array without such an axis is replicated.
     """
 
     def one(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -180,10 +180,10 @@ def gather(value: np.ndarray) -> np.ndarray:
     """Gathers a value from every process; every process must call it and waits for the others.
 
     Args:
-      value: of the same shape and dtype in every process, of 32 bits or fewer an element.
+      value: same shape and dtype in every process, at most 32 bits per element.
 
     Returns:
-      The values with a new first axis, the process.
+      The values, stacked along a new first axis by process.
     """
     if jax.process_count() == 1:
         return value[None]
@@ -196,14 +196,14 @@ class Placed:
 
     Args:
       mesh: the stage's devices, one axis.
-      shard_optimizer: whether the devices share out the optimizer's state.
+      shard_optimizer: whether the optimizer state is sharded over the devices.
     """
 
     def __init__(self, mesh: Mesh, shard_optimizer: bool) -> None:
         self.mesh = mesh
         self.shard_optimizer = shard_optimizer
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        # On one device they are one, so that what a program made there is known to be there.
+        # Equal on one device, so that JAX sees that outputs of its programs are already placed.
         over = PartitionSpec(BATCH_AXIS) if mesh.size > 1 else PartitionSpec()
         self.sharded = NamedSharding(mesh, over)
 
@@ -222,8 +222,8 @@ class Placed:
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, self.places(tree))
 
     def placement(self, leaf: Any) -> NamedSharding:
-        """Where a leaf of an input, label or message of this stage lives: one whose first axis the
-        devices do not divide is whole on each."""
+        """The sharding of a leaf of an input, label or message of this stage; replicated if its
+        first axis is not divisible."""
         shape = getattr(leaf, "shape", ())
         return self.sharded if shape and shape[0] % self.mesh.size == 0 else self.replicated
 
@@ -232,7 +232,7 @@ class Placed:
         return encoding.places(tree, self.placement, self.replicated)
 
     def shared(self, opt_state: PyTree) -> PyTree:
-        """The placement of the optimizer's state."""
+        """The shardings of the optimizer's state."""
         if self.shard_optimizer:
             return spread(opt_state, self.mesh)
         return jax.tree.map(lambda leaf: self.replicated, opt_state)

@@ -6,10 +6,10 @@
                                │
                             gradient ──► update (updates.py)
 
-`number` counts the stage's forwards; it seeds the batch's noise, and its successor is the small
-token by which the host sees that a program has ended. Every function takes and returns a record
-(nonfinite.py). With it, what is not finite leaves weights, optimizer state and model state as they
-are; without (None), nothing is checked.
+`number` counts the stage's forwards and seeds the batch's noise; number + 1 is the token that tells
+the host that a program has ended. Every function takes and returns a record (nonfinite.py). With
+it, non-finite values leave weights, optimizer state and model state unchanged; without it (None),
+nothing is checked.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Forward(NamedTuple):
 
     Attributes:
       output: for the next stage; None in the last.
-      report: loss and metrics, where the stage has a loss.
-      one: the cotangent of the loss, there as well.
-      model_state: new.
-      number: of the next forward.
-      residuals: if they are kept.
-      kept: what is kept in the place of the input; None: the input.
-      record: of what was not finite.
+      report: loss and metrics, if the stage has a loss.
+      one: the cotangent of the loss, if the stage has a loss.
+      model_state: the new model state.
+      number: number of the next forward.
+      residuals: None if not stored.
+      kept: data stored instead of the input; None: the input.
+      record: of non-finite values.
     """
 
     output: PyTree
@@ -64,15 +64,14 @@ class Functions(Updates):
 
     Args:
       layer: the stage's part of the network, already numbered (`Layer.at`).
-      optimizer: of its parameters: one update from a sum or mean of gradients, and, before it,
-        what is due for each gradient.
-      mesh: its devices, one axis.
-      rule: which weights a backward uses, and what is kept for it.
-      loss_fn: of a stage with a loss, else None.
-      last: whether nothing comes after it.
-      synthesizer: of a stage that predicts the cotangent of its output, else None.
-      sends: whether its backward sends a message to the stage before.
-      shard_optimizer: whether the devices share out the optimizer's state.
+      optimizer: the stage's optimizer, with a part per gradient and a part per update.
+      mesh: the stage's devices, one axis.
+      rule: selects the weights of a backward and the data stored for it.
+      loss_fn: the stage's loss, or None.
+      last: whether it is the last stage.
+      synthesizer: predicts the cotangent of the stage's output, or None.
+      sends: whether its backward sends a message to the previous stage.
+      shard_optimizer: whether the optimizer state is sharded over the devices.
     """
 
     def __init__(
@@ -105,8 +104,8 @@ class Functions(Updates):
         number: jax.Array,
         guarded: bool = False,
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, list[jax.Array], PyTree, Residuals]:
-        """Output, loss and metrics, cotangent of the loss, new model state, what tells whether they
-        have failed if that is asked for, what is kept in the place of the input, residuals."""
+        """Output, loss and metrics, cotangent of the loss, new model state, values to check for
+        finiteness (complete only if guarded), data stored instead of the input, residuals."""
         moving, join = split_inexact(inputs)
 
         def outputs(params: PyTree, moving: list[jax.Array]) -> tuple[PyTree, tuple[PyTree, ...]]:
@@ -174,8 +173,7 @@ class Functions(Updates):
         """The same from residuals, or from a recomputed forward."""
         residuals = stash.residuals
         if residuals is None:
-            # The statistics that this second forward would leave are dropped: they have been
-            # updated at the first.
+            # The model state of this second forward is dropped; the first has updated it.
             *_, residuals = self._linearise(
                 params, stash.model_state, stash.inputs, stash.labels, key, stash.number
             )
@@ -201,7 +199,7 @@ class Functions(Updates):
         staleness: jax.Array,
         record: nonfinite.Record,
     ) -> tuple[PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
-        """Gradient added to what is there (None: nothing), state of what is due for each gradient,
+        """Accumulated gradient (None before the first), state of the optimizer's part per gradient,
         message, token, record."""
         new, down = self._backward(params, stash, key, message)
         kept = per_gradient
@@ -234,7 +232,7 @@ class Functions(Updates):
         staleness: jax.Array,
         record: nonfinite.Record,
     ) -> tuple[PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
-        """Backward at some weight version, update of the newest."""
+        """Backward at any weight version, update of the newest."""
         gradient, down = self._backward(backward_params, stash, key, message)
         extra = {"stale_params": backward_params, "staleness": staleness}
         new, new_opt = self.apply_one(params, opt_state, gradient, **extra)
@@ -247,7 +245,7 @@ class Functions(Updates):
     def _backward_update_own(
         self, params: PyTree, opt_state: PyTree, *rest: PyTree
     ) -> tuple[PyTree, PyTree, PyTree, jax.Array, nonfinite.Record]:
-        """The same if both are one version that nothing else holds."""
+        """The same if both are one version without other references, so it can be donated."""
         return self._backward_update(params, params, opt_state, *rest)
 
     def _train(

@@ -22,14 +22,14 @@ class Reconstruct(GradientRule):
         \delta \leftarrow \gamma \, \delta + (1 - \gamma) \, (w_\text{new} - w_\text{old})
         \text{ after each update}, \qquad \gamma = D^{1 / \tau}
 
-    with n the updates between a batch's own forward and its backward, and :math:`\tau` the largest
-    n in steady state, `fdg_jax.schedule.Schedule.staleness`. During the fill, and where gradients
-    are accumulated, n is less for some batches. A batch in flight keeps the stage's input; the
-    average is a part of the optimizer's state (`fdg_jax.track_changes`). A stage with
-    :math:`\tau = 0` does what "recompute" does.
+    with n the updates between a batch's forward and its backward, and :math:`\tau` the largest n in
+    steady state, `fdg_jax.schedule.Schedule.staleness`. During the fill, and with accumulated
+    gradients, n is smaller for some batches. A batch in flight stores the stage's input; the
+    average is part of the optimizer's state (`fdg_jax.track_changes`). With :math:`\tau = 0` a
+    stage behaves as with "recompute".
 
     Args:
-      decay: D, the part that changes from before the last :math:`\tau` updates have in the average,
+      decay: D, the weight in the average of changes older than the last :math:`\tau` updates,
         0 <= D < 1.
       staleness: :math:`\tau`; `of_stage` sets it.
 

@@ -1,7 +1,7 @@
 """Stand-ins for the programs of stages on devices of other processes.
 
-JAX would take such a call too, and compile the program, which every process would then do for
-every stage. What the others need of it are shapes and places.
+JAX accepts such calls, but every process would then compile the programs of every stage. Other
+processes only need shapes and placement of the outputs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def program(
 
     Args:
       replicated, places, function, batched: see `Elsewhere`.
-      donated: names of arguments whose buffers it may take.
-      static: name of the argument that is no array.
+      donated: names of arguments with donated buffers.
+      static: name of the static argument.
     """
     if replicated.addressable_devices:
         return jax.jit(function, donate_argnames=donated or None, static_argnames=static)
@@ -40,9 +40,9 @@ def shapes(program: Callable[..., Any], *arrays: PyTree) -> PyTree:
     """Shapes and dtypes of a program's outputs; computes nothing.
 
     Args:
-      program: of `program`.
-      *arrays: its arguments, abstract ones with their shardings: then a later call with such arrays
-        returns the same structure, residuals included.
+      program: a result of `program`.
+      *arrays: its arguments; abstract ones need their shardings, so that a later call with such
+        arrays returns the same structure, residuals included.
     """
     return program(*arrays) if isinstance(program, Elsewhere) else jax.eval_shape(program, *arrays)
 
@@ -51,10 +51,10 @@ class Elsewhere:
     """A stand-in for ``jax.jit(function)``; traces once per input shape.
 
     Args:
-      replicated: where its outputs are.
-      places: where those are that have the batch axis; one without any is replicated.
-      function: pure.
-      batched: which of its outputs has that axis; None: all of them.
+      replicated: the sharding of its outputs.
+      places: the shardings of outputs with a batch axis.
+      function: a pure function.
+      batched: position of the output with a batch axis; None: all outputs.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Elsewhere:
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         seen = (structure, shapes, tuple(static.items()))
         if seen not in self._known:
-            # Nothing is in these arrays, so that one may stand for those of every call.
+            # These arrays have no data here, so all calls can share them.
             outputs = jax.eval_shape(lambda *a: self._function(*a, **static), *arrays)
             self._known[seen] = self._place(outputs)
         return self._known[seen]

@@ -16,11 +16,11 @@ from fdg_jax.typing import PyTree
 class Structure:
     """The structure of a VJP, from one trace.
 
-    It is compared by identity: JAX compares it at every call of a program, and two tracings of a
-    function never have an equal VJP.
+    Compared by identity: JAX compares it at every call of a program, and two traces of a function
+    never have equal VJPs.
 
     Attributes:
-      treedef: of the VJP.
+      treedef: the VJP's tree structure.
       sources: for each leaf, its position among the leaves of (params, inputs) followed by
         `Residuals.arrays`.
     """
@@ -39,13 +39,13 @@ class Structure:
 class Residuals:
     """The residuals of a forward, without the weights and the input.
 
-    Most residuals of a layer are its weights and its input. Both are kept anyway (the weight
-    version is shared by all batches that met it), so here they are only pointed to. What two layers
-    keep, as a ReLU its output and the convolution after it its input, is kept once.
+    Most residuals of a layer are its weights and its input. Both are stored anyway (batches share
+    a weight version), so they are only referenced here. Residuals common to two layers, such as the
+    output of a ReLU and the input of the convolution after it, are stored once.
 
     Attributes:
       arrays: the other leaves of the VJP.
-      structure: how to put the VJP together again.
+      structure: needed to reassemble the VJP.
     """
 
     arrays: list[jax.Array]
@@ -87,8 +87,8 @@ class Stash(NamedTuple):
     """The stored data of a mini-batch in flight, apart from weights.
 
     Attributes:
-      inputs, labels, model_state, number: what its forward met; labels in the last stage only.
-      residuals: of its forward; None where the backward is to run the forward again.
+      inputs, labels, model_state, number: arguments of its forward; labels if the stage uses them.
+      residuals: of its forward; None if the backward recomputes the forward.
     """
 
     inputs: PyTree

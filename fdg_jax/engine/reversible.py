@@ -1,10 +1,10 @@
 """The gradient rule of PETRA: a stage recomputes its input from its output.
 
-    forward     x ──► layer ──► y           kept: the input of layers that have no inverse
+    forward     x ──► layer ──► y           stored: the input of layers without an inverse
     backward    (y~, cotangent) ──► (x~, cotangent of x), gradient, all at the newest weights
 
-A stage's layers are gone through in runs: layers with an inverse reconstruct their input one by
-one, others begin again from the input that the run kept.
+A stage is processed in runs of layers: layers with an inverse reconstruct their inputs one by one,
+other layers are recomputed from the stored input of their run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Run(NamedTuple):
 
     Attributes:
       layers: with their numbers in the network.
-      first: position of the first of them in the stage.
+      first: position of its first layer in the stage.
       inverts: whether they have an inverse.
     """
 
@@ -66,11 +66,11 @@ def kept_by(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> list[PyTr
 
     Args:
       layer: the stage.
-      params, state: of the layer, which may be abstract.
+      params, state: its params and model state, which may be abstract.
       x: its input, which may be abstract.
 
     Returns:
-      Shapes and dtypes of the inputs of layers without an inverse, one of each run.
+      Shapes and dtypes of the input of each run of layers without an inverse.
     """
 
     def kept(params: PyTree, state: PyTree, x: PyTree) -> PyTree:
@@ -88,9 +88,10 @@ class Reversible(GradientRule):
         \\tilde x = F^{-1}(\\tilde y, w_t), \\qquad
         (\\delta_x, g) = \\mathrm{vjp}_{F(\\cdot, w_t)}(\\tilde x)(\\delta_y)
 
-    with the newest weights; the message to the stage before is the pair of :math:`\\tilde x` and
-    :math:`\\delta_x`. Layers without an inverse keep their input and are run again. A stage with a
-    loss runs backward right after forward: it keeps what "stale" keeps, and sends its true input.
+    with the newest weights; the message to the previous stage is the pair of :math:`\\tilde x` and
+    :math:`\\delta_x`. Layers without an inverse store their input and are recomputed. A stage with
+    a loss runs backward right after forward: it stores what "stale" stores and sends its true
+    input.
 
     References:
       Rivaud et al., `PETRA: Parallel End-to-end Training with Reversible Architectures

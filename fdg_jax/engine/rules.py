@@ -40,7 +40,7 @@ def stage_rule(gradient: str | GradientRule, schedule: Schedule, k: int) -> Grad
 
     Args:
       gradient: as for `gradient_rule`.
-      schedule: of the pipeline.
+      schedule: the pipeline's schedule.
       k: the stage.
 
     Returns:

@@ -18,9 +18,9 @@ class RunAhead:
     """The programs of the latest ticks, with their tokens.
 
     Args:
-      stages: of the pipeline.
-      microbatches: parts of a mini-batch.
-      stop: whether what is not finite ends the run.
+      stages: the pipeline's stages.
+      microbatches: number of micro-batches per mini-batch.
+      stop: whether non-finite values end the run.
     """
 
     def __init__(self, stages: Sequence[Stage], microbatches: int, stop: bool) -> None:
@@ -43,7 +43,7 @@ class RunAhead:
 
         Raises:
           StageError: a program failed.
-          NonFiniteError: a number was not finite, and that ends the run.
+          NonFiniteError: a value was not finite, and ``stop``.
         """
         while self._ticks and len(self._ticks) >= allowed:
             self._look([p for p in self._ticks.popleft() if self._stages[p.stage].here])
@@ -58,7 +58,7 @@ class RunAhead:
                 k, what, batch, _ = program
                 raise failure(self._stages, k, what, batch, error) from error
         if self._stop:
-            # They have ended: fetching their records waits for nothing.
+            # They have ended, so fetching their records does not wait.
             records = jax.device_get([program.token for program in done])
             for program, record in zip(done, records, strict=True):
                 if max(record[[nonfinite.FORWARD, nonfinite.BACKWARD]]) >= 0:

@@ -1,4 +1,4 @@
-"""Warns of one module in two layers, whose parameters would drift apart."""
+"""Warns if two layers use one module, since their parameters would drift apart."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def warn_of_shared(stages: Sequence[Layer], tie: Tie | None) -> None:
     """Warns of untied layers made from the same module.
 
     Args:
-      stages: of the network.
-      tie: what is tied.
+      stages: the network's stages.
+      tie: the tied array, or None.
     """
     found: list[tuple[int, FromModule]] = []
     for number, layer in units(chain(stages)):
@@ -31,7 +31,7 @@ def warn_of_shared(stages: Sequence[Layer], tie: Tie | None) -> None:
         return
     known = {id(layer): layer.shared() for _, layer in found}
     told = {(tie.owner, tie.user)} if tie is not None else set()
-    first: dict[int, int] = {}  # of a part of a module -> the first layer that has it
+    first: dict[int, int] = {}  # part of a module (by id) -> the first layer with it
     for number, layer in found:
         for part in known[id(layer)]:
             pair = first.setdefault(id(part), number), number

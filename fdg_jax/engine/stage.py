@@ -1,8 +1,8 @@
 """One stage: its devices, its jitted programs, and its initial state.
 
-The pure functions of programs.py become jitted programs over the stage's own mesh. An update that
-follows its backward at once is compiled with it, and in the last stage forward, loss, backward and
-update of one batch are a single program, the same as an ordinary training step.
+The pure functions of programs.py become jitted programs over the stage's own mesh. An update right
+after its backward is compiled with it, and in the last stage forward, loss, backward and update of
+one batch are a single program, as in an ordinary training step.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Stage(EncodedFunctions):
 
     Args:
       layer: the stage's part of the network, already numbered (`Layer.at`).
-      optimizer: of this stage's parameters.
+      optimizer: the stage's optimizer.
       mesh: the stage's devices, one axis.
       start: number of the stage's first layer in the network.
-      rule: which weights a backward uses, and what is kept for it.
-      loss_fn: of a stage with a loss, else None.
-      last: whether nothing comes after it.
-      sends: whether its backward sends a message to the stage before; if not, nobody asks for the
-        gradient of its input.
-      synthesizer: of a stage that predicts the cotangent of its output, else None.
-      shard_optimizer: whether the devices share out the optimizer's state (ZeRO's first stage,
+      rule: selects the weights of a backward and the data stored for it.
+      loss_fn: the stage's loss, or None.
+      last: whether it is the last stage.
+      sends: whether its backward sends a message to the previous stage; if not, the gradient of its
+        input is not computed.
+      synthesizer: predicts the cotangent of the stage's output, or None.
+      shard_optimizer: whether the optimizer state is sharded over the devices (stage 1 of ZeRO,
         Rajbhandari et al. 2020, section 5.1).
-      message_dtype: of messages to the stages beside it; None: as they are.
+      message_dtype: dtype of messages to neighbouring stages; None: not encoded.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class Stage(EncodedFunctions):
         self.layers = f"layers {start} to {end}" if end > start else f"layer {start}"
         self._scalars: dict[tuple[type, float], jax.Array] = {}
 
-        # Donation: only what nothing else can hold. Weights are held by the batches in flight, so
-        # the caller says (by the program it calls) when a stage's weights are its own alone.
-        # After each: which output has the batch axis.
+        # Only buffers without other references are donated. Batches in flight may refer to the
+        # weights, so the caller chooses the program that donates them only if none does.
+        # The number after each function: which output has the batch axis.
         own = ("params", "opt_state")
         program = functools.partial(remote_stage.program, self.replicated, self.places)
         self.forward = program(self._forward, 0)
@@ -118,7 +118,7 @@ class Stage(EncodedFunctions):
         """A scalar on the stage's devices; sent once per value."""
         known = self._scalars.get((dtype, value))
         if known is None:
-            with jax.ensure_compile_time_eval():  # a constant where a tick is being traced
+            with jax.ensure_compile_time_eval():  # a constant while a tick is traced
                 known = self._scalars[dtype, value] = put(dtype(value), self.replicated)
         return known
 
@@ -139,7 +139,7 @@ class Stage(EncodedFunctions):
         with jax.default_device(device), jax.transfer_guard("allow"):
             example = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), x)
             made = self.layer.init(jax.device_put(key, device), example)
-            # A layer may return arrays of its user's: donation must not delete those.
+            # Copied, because a layer may return the user's arrays, which must not be donated.
             own = jax.device_put(jax.tree.map(jnp.array, made), device)
             if not self.replicated.is_fully_addressable:
                 own = jax.device_get(own)
@@ -156,14 +156,14 @@ class Stage(EncodedFunctions):
 
         Args:
           key: the root key.
-          shapes: of the state, with places.
+          shapes: shapes, dtypes and shardings of the state.
           own: shapes and dtypes of an output.
         """
         if self.synthesizer is None or not self.here:
             return None if shapes is None else absent(shapes, self.replicated)
         synthesizer, device = self.synthesizer, self.mesh.local_devices[0]
         with jax.default_device(device), jax.transfer_guard("allow"):
-            # Compiled, so that none of its arrays is anybody else's: donation deletes them.
+            # Compiled, so that none of its arrays has other references: they will be donated.
             init = jax.jit(lambda key: synthesizer.init(key, own))
             made = jax.tree.map(jnp.copy, init(jax.device_put(key, device)))
             if not self.replicated.is_fully_addressable:
@@ -179,8 +179,8 @@ class Stage(EncodedFunctions):
     def output(
         self, params: PyTree, model_state: PyTree, x: PyTree, key: Key, number: jax.Array
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """Shapes and dtypes of output, what a loss gets, and new model state in training; nothing
-        is computed."""
+        """Shapes and dtypes of output, inputs of a loss, and new model state in training; computes
+        nothing."""
 
         def apply(
             params: PyTree, model_state: PyTree, x: PyTree, key: Key, number: jax.Array

@@ -30,7 +30,7 @@ def build(
     synthesizers: Sequence[Synthesizer | None],
     message_dtype: np.dtype | None,
 ) -> list[Stage]:
-    """One `Stage` per part of the network; Args as those of `Pipeline`."""
+    """One `Stage` per part of the network; see `Pipeline` for the arguments."""
     sends = any(name == COTANGENT for kind in schedule.kinds for name, hop in kind.gives if hop)
     stages: list[Stage] = []
     places = places_of(layers)

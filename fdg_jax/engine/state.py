@@ -1,7 +1,7 @@
 """The state of a pipeline: stages, mini-batches in flight, pending messages.
 
 A state is an ordinary pytree. Its structure, shapes and dtypes are the same from `Pipeline.init` to
-the end of `Pipeline.drain`: what is numbered lies in slots, and empty slots hold zeros.
+the end of `Pipeline.drain`: numbered values are stored in slots, and empty slots hold zeros.
 
     numbers   [6, 7, 8, -1]         flight 6 is in slot 6 mod 4 = 2 ... : number n in slot n mod S
 """
@@ -34,7 +34,7 @@ class Slots(NamedTuple):
 
     def items(self) -> list[tuple[int, PyTree]]:
         """Number and value of every non-empty slot, by number."""
-        # On the host already, but in a state that jax.tree.map has copied.
+        # A no-op unless jax.tree.map has moved the state's counters to a device.
         pairs = zip(np.asarray(self.numbers).tolist(), self.values, strict=True)
         return sorted(((n, value) for n, value in pairs if n >= 0), key=lambda pair: pair[0])
 
@@ -46,8 +46,8 @@ class Slots(NamedTuple):
         """Slots of the same shapes with other values.
 
         Args:
-          values: by number; no two of them have one slot.
-          zeros: makes zeros of the shapes and places of a value, where a slot gets empty.
+          values: by number; each in a different slot.
+          zeros: makes zeros with the shapes and placement of a value, for emptied slots.
         """
         size = len(self.values)
         numbers, slots = [-1] * size, [None] * size
@@ -68,24 +68,24 @@ class Slots(NamedTuple):
 class StageState(NamedTuple):
     """The state of one stage, on its own devices; counters are int32 scalars on the host.
 
-    Micro-batches are numbered through: number m of mini-batch n is n * microbatches + m, and where
-    mini-batches are not divided, that is n.
+    Micro-batches are numbered consecutively: micro-batch m of mini-batch n is n * microbatches + m,
+    which is n if mini-batches are not divided.
 
     Attributes:
       params, model_state, opt_state: the newest.
       key: the root key.
       number: micro-batches forwarded so far, int32.
-      gradient: sum of the gradients not yet applied, zeros where there are none; None for schedules
-        in which none waits between two ticks.
-      pending: how many gradients that sum is of.
-      version: updates made so far.
-      base: updates made before the last fill.
-      flights: what each micro-batch in flight left for its backward.
-      met: int32 [S], the version of the weights of the forward of each flight, in the same slots.
-      versions: earlier weights that flights or the schedule need, by version.
+      gradient: sum of the gradients not yet applied, zeros if there are none; None for schedules
+        without pending gradients between ticks.
+      pending: number of gradients in that sum.
+      version: number of updates so far.
+      base: number of updates before the last fill.
+      flights: data stored for the backward of each micro-batch in flight.
+      met: int32 [S], weight version of the forward of each flight, in the same slots.
+      versions: earlier weights needed by flights or the schedule, by version.
       inbox: messages not yet consumed, by port: slots by micro-batch.
-      record: of what was not finite (`nonfinite.py`), or None where it is not checked.
-      synthesizer: of a stage that predicts the cotangent of its output, else None.
+      record: of non-finite values (`nonfinite.py`), or None if not checked.
+      synthesizer: state of the stage's synthesizer, or None.
     """
 
     params: PyTree
@@ -141,10 +141,10 @@ class PipelineState(NamedTuple):
 class StageWork(Holding):
     """A stage's state during a tick: a mutable copy with dictionaries instead of slots.
 
-    The bookkeeping is that of `fdg_jax.schedule.ledger.Holding`, with arrays for values.
+    The bookkeeping is that of `fdg_jax.schedule.ledger.Holding`, with arrays as values.
 
     Args:
-      state: what it starts from, and what `packed` fills.
+      state: initial state; its slots are the template for `packed`.
     """
 
     __slots__ = (
@@ -190,7 +190,7 @@ class StageWork(Holding):
         """The resulting `StageState`.
 
         Args:
-          zeros: makes zeros of the shapes and places of a pytree.
+          zeros: makes zeros with the shapes and placement of a pytree.
         """
         old = self.state
         gradient = self.gradient

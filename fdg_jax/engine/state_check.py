@@ -10,7 +10,7 @@ import jax
 from fdg_jax.engine.state import PipelineState
 from fdg_jax.errors import ConsumedStateError
 
-# What programs may take; the rest of a state is kept or copied. And what a prediction reads.
+# Parts of a state with donated buffers, and parts that a prediction reads.
 TAKEN = ("params", "model_state", "opt_state", "gradient", "synthesizer")
 READ = ("params", "model_state", "opt_state")
 
@@ -19,13 +19,13 @@ def check_state(state: Any, num_stages: int, parts: Sequence[str] = TAKEN) -> No
     """Rejects invalid and consumed states before anything is dispatched.
 
     Args:
-      state: given in the place of one.
+      state: the argument to check.
       num_stages: K.
-      parts: of a `StageState`, which must be there.
+      parts: names of the parts of a `StageState` that must not be deleted.
 
     Raises:
-      ValueError: no state, or one of another number of stages.
-      ConsumedStateError: a step or drain has taken its buffers.
+      ValueError: not a state, or another number of stages.
+      ConsumedStateError: its buffers were donated to a step or drain.
     """
     if not isinstance(state, PipelineState):
         raise ValueError(

@@ -1,11 +1,11 @@
 """Ticks compiled as one program, for stages that share one device or one group.
 
-In a full pipeline the same actions return every tick, or every few ticks. Such ticks are compiled
-(`fdg_jax.engine.compiled_tick`). While the pipeline fills or drains, and while its programs are
-recorded, the actions are dispatched one by one.
+In a full pipeline the actions repeat every tick, or every few ticks. Such ticks are compiled
+(`fdg_jax.engine.compiled_tick`). While the pipeline fills or drains, or its programs are observed
+by a `Watch`, the actions are dispatched one by one.
 
-Both forms may round differently. So which ticks are compiled depends on the schedule alone, not on
-what this process has run before: a restored run repeats the bits of an undisturbed one.
+The two forms may round differently, so which ticks are compiled depends only on the schedule, not
+on what this process has run before. A restored run is bitwise equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def compiles(stages: Sequence[Stage], wanted: str | bool) -> bool:
     """Whether ticks are compiled.
 
     Args:
-      stages: of the pipeline.
+      stages: the pipeline's stages.
       wanted: True, False, or "auto": if several stages share a device or a group.
 
     Raises:
@@ -53,16 +53,16 @@ class SteadyTicks:
     """The compiled ticks of a pipeline.
 
     Args:
-      stages: all on the same devices.
-      schedule: of the pipeline.
+      stages: the pipeline's stages, all on the same devices.
+      schedule: its schedule.
     """
 
     def __init__(self, stages: Sequence[Stage], schedule: Schedule) -> None:
         self._stages, self._schedule = stages, schedule
         self._from = schedule.start + 2 * (schedule.fill + 1) + schedule.period
-        self._known: dict[Any, list[Steady]] = {}  # by actions, one for each content of the stages
+        self._known: dict[Any, list[Steady]] = {}  # by actions; one per content of the stages
         self._devices = set(stages[0].mesh.devices.flat)
-        # A rule need not name its period.
+        # Distances to earlier ticks compared; a rule may not declare its period.
         self._back = dict.fromkeys([*range(1, 2 * (schedule.fill + 1)), schedule.period])
         self._actions = functools.lru_cache(2 * len(self._back))(self._actions_of)
 
@@ -71,8 +71,8 @@ class SteadyTicks:
     ) -> tuple[PipelineState, MetricsList, list[Done]] | None:
         """Runs one tick.
 
-        A schedule may change during a run, and need not name its period, so a program is only used
-        for the same actions on stages with the same contents.
+        A schedule may change during a run and may not declare its period, so a program is reused
+        only for the same actions on stages with the same contents.
 
         Args:
           state: consumed, unless None is returned.
@@ -107,17 +107,17 @@ class SteadyTicks:
             raise failure(self._stages, 0, "tick", int(state.tick), error) from error
 
     def _returns(self, t: int) -> bool:
-        """Whether the actions of tick t were those of one of the last ticks of a full pipeline."""
+        """Whether one of the last ticks of the full pipeline had the same actions as tick t."""
         now = self._actions(t)[1]
         return any(t - j >= self._from and self._actions(t - j)[1] == now for j in self._back)
 
     def _actions_of(self, t: int) -> tuple[Sequence[Action], Any]:
-        """The actions of tick t, and the same with mini-batches counted from there; hashable."""
+        """The actions of tick t, and a hashable form with mini-batches relative to t."""
         actions = self._schedule.tick(t)
         return actions, tuple((a.kind, a.stage, a.batch - t, a.micro) for a in actions)
 
     def _near(self, tree: PyTree) -> PyTree:
-        """A batch that the program accepts, moved to the devices if necessary."""
+        """The batch, moved to the devices of the program if necessary."""
         for leaf in jax.tree.leaves(tree):
             if not isinstance(leaf, jax.Array) or leaf.sharding.device_set != self._devices:
                 return send(tree, self._stages[0])
@@ -129,7 +129,7 @@ class Steady:
 
     Args:
       tick: the program.
-      stages, schedule: of the pipeline.
+      stages, schedule: the pipeline's.
     """
 
     def __init__(self, tick: CompiledTick, stages: Sequence[Stage], schedule: Schedule) -> None:
@@ -138,7 +138,7 @@ class Steady:
         self._changes = [_Change(tick, k, stages[k]) for k in range(len(stages))]
 
     def fits(self, state: PipelineState) -> bool:
-        """Whether the stages hold what they held when the program was made, as much later."""
+        """Whether the stages' contents are those the program was made for, with numbers shifted."""
         later, updates = self._shift(state)
         rows = zip(self._tick.before, self._tick.after, state.stages, updates, strict=True)
         return all(
@@ -192,7 +192,7 @@ class Steady:
 
 
 def _versions(actions: Sequence[Action], stages: Sequence[StageState]) -> tuple[int, ...]:
-    """The weight versions that actions name, counted from the newest."""
+    """The weight versions named by actions, relative to the newest."""
     return tuple(
         a.version - int(stages[a.stage].version) + int(stages[a.stage].base)
         for a in actions
@@ -201,9 +201,9 @@ def _versions(actions: Sequence[Action], stages: Sequence[StageState]) -> tuple[
 
 
 def _pending(now: StageState, before: StageWork, after: StageWork) -> bool:
-    """Whether so many gradients wait that the program does the same with them.
+    """Whether the program is valid for the number of pending gradients.
 
-    An update divides by their number; a backward only asks if there are any.
+    An update divides by it; a backward only depends on whether there are any.
     """
     if after.version != before.version:
         return int(now.pending) == before.pending
@@ -211,7 +211,7 @@ def _pending(now: StageState, before: StageWork, after: StageWork) -> bool:
 
 
 def _same(then: StageWork, now: StageState, later: int, updates: int) -> bool:
-    """Whether a stage holds the same as before, so many micro-batches and updates later."""
+    """Whether a stage has the same contents, shifted by ``later`` micro-batches and ``updates``."""
     size = len(now.met)
     if any(now.met[(n + later) % size] != v + updates for n, (v, _) in then.flights.items()):
         return False

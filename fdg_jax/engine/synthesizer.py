@@ -13,7 +13,7 @@ from fdg_jax.engine.residuals import split_inexact
 from fdg_jax.layer import Layer, batch_key, output_of, zeros_like
 from fdg_jax.typing import Key, PyTree
 
-# Keys of a synthesizer come from their own branch, away from those of the layers.
+# Folded into the key, so that a synthesizer's keys differ from those of the layers.
 _SYNTHESIZER = 0x73796E74
 
 
@@ -29,9 +29,9 @@ class Output(NamedTuple):
     """The input of a synthesizer: a stage's output.
 
     Attributes:
-      output: of the forward of one micro-batch.
-      labels: of the micro-batch; None in an example of a pipeline that was given none.
-      number: of the forward, which seeds its noise.
+      output: the output of the forward of one micro-batch.
+      labels: its labels; None in a pipeline initialised without example labels.
+      number: number of the forward, which seeds its noise.
     """
 
     output: PyTree
@@ -73,13 +73,13 @@ class Synthesizer:
 
         Args:
           key: the root key.
-          own: example of an output.
+          own: an example output.
 
         Returns:
           The state.
 
         Raises:
-          ValueError: what the layer predicts has other shapes than the output.
+          ValueError: the layer's prediction and the output differ in shapes.
         """
         example = zeros_like((own.output, own.labels))
         params, state = self.layer.init(jax.random.fold_in(key, _SYNTHESIZER), example)
@@ -97,7 +97,7 @@ class Synthesizer:
         """The predicted cotangent.
 
         Args:
-          params, state: of the layer.
+          params, state: the layer's params and state.
           own: the output.
           key: the root key.
 
@@ -115,13 +115,13 @@ class Synthesizer:
         """One update towards a target cotangent.
 
         Args:
-          state: before it.
+          state: the current state.
           own: the output.
-          cotangent: of the output's floating-point leaves.
+          cotangent: the target, for the output's floating-point leaves.
           key: the root key.
 
         Returns:
-          The state after it.
+          The new state.
         """
 
         def loss(params: PyTree) -> tuple[jax.Array, PyTree]:

@@ -42,18 +42,18 @@ def template(
     """A state of `jax.ShapeDtypeStruct`, each with its sharding; host counters are numpy zeros.
 
     Args:
-      stages: of the pipeline.
-      schedule: which says how many of everything are held.
-      guarded: whether stages keep a record of what was not finite.
-      example: inputs and labels of a mini-batch; only shapes and dtypes are looked at. Labels may
-        be None: then their slots are None, too.
+      stages: the pipeline's stages.
+      schedule: its schedule, which determines the numbers of slots.
+      guarded: whether stages keep a record of non-finite values.
+      example: inputs and labels of a mini-batch; only shapes and dtypes are used. If labels are
+        None, so are their slots.
 
     Returns:
       The template.
 
     Raises:
-      ValueError: a parameter has no gradient; where stages are guarded, a model state that changes
-        in training.
+      ValueError: a parameter has no gradient; if stages are guarded, training changes shapes or
+        dtypes of a model state.
     """
     x, labels = part_of(example, schedule.microbatches)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -69,7 +69,7 @@ def template(
             opt_state,
             stage.shared(opt_state),
         )
-        if guarded:  # else it is looked at with the first batch
+        if guarded:  # otherwise checked with the first batch
             _check_state(stage, len(found), params, model_state, x)
         y = output_of(stage.layer, params, model_state, x)
         found.append((x, params, model_state, opt_state))
@@ -143,7 +143,7 @@ def _check_parameters(stage: Stage, params: PyTree) -> None:
     """Rejects parameters without a gradient.
 
     Raises:
-      ValueError: one is of integers or booleans; the message names it.
+      ValueError: one has an integer or boolean dtype; the message names it.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -154,7 +154,7 @@ def _check_parameters(stage: Stage, params: PyTree) -> None:
 
 
 def _check_state(stage: Stage, k: int, params: PyTree, model_state: PyTree, x: PyTree) -> None:
-    """Checks that model state keeps its form, as guards require."""
+    """Checks that training keeps structure, shapes and dtypes of the model state."""
     key, number = jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0)))
     *_, new = stage.output(params, model_state, x, key, number)
     try:

@@ -3,7 +3,7 @@
     forward of the owner    ──► tied n ──►            input of the user's forward
     backward of the owner   ◄── tied gradient n ◄──   message of the user's backward
 
-Both wait in the inbox of the stage that takes them, and are a part of the state as all messages.
+Both are kept in the inbox of the receiving stage and are part of the state, as all messages are.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def tie_stages(
     """The arguments of a pipeline, extended by tied weights.
 
     Args:
-      stages, schedule, rule: as they were given.
-      tie: which weights; None: none.
+      stages, schedule, rule: the arguments as given.
+      tie: the tied weights, or None.
 
     Returns:
-      Stages and schedule, which send the weights where the two layers are in two stages.
+      Stages and schedule; the weights are sent if the two layers are in different stages.
 
     Raises:
-      ValueError: these weights cannot be tied, or not with this schedule or rule.
+      ValueError: the weights cannot be tied, in general or with this schedule or rule.
     """
     stages = tied_stages(stages, tie)
     ties = [(k, stage) for k, stage in enumerate(stages) if isinstance(stage, Tied)]

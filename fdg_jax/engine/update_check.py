@@ -17,7 +17,7 @@ from fdg_jax.partition.layerwise import change
 from fdg_jax.schedule import Schedule
 from fdg_jax.typing import PyTree
 
-# How Python says that a function was not given what it needs.
+# Python's message about missing arguments of a call.
 _MISSING = re.compile(r"missing \d+ required (?:keyword-only|positional) arguments?: (.*)")
 
 
@@ -25,13 +25,13 @@ def check_optimizers(stages: Sequence[Stage], schedule: Schedule, state: Pipelin
     """Traces an update of every stage; computes nothing.
 
     Args:
-      stages: whose optimizers are tried.
-      schedule: which says whether an update may have more than one gradient.
-      state: of a pipeline of these stages; only shapes and dtypes are looked at.
+      stages: the stages whose optimizers are checked.
+      schedule: determines whether an update may have more than one gradient.
+      state: a state of these stages; only shapes and dtypes are used.
 
     Raises:
-      ValueError: an optimizer asks for what a stage does not have, fails, or changes structure,
-        shapes or dtypes of params or state; the message names the stage and the array.
+      ValueError: an optimizer requires unavailable arguments, fails, or changes structure, shapes
+        or dtypes of params or state; the message names the stage and the array.
     """
     for k, (stage, own) in enumerate(zip(stages, state.stages, strict=True)):
         _check_optimizer(stage, k, own, schedule.gradients(k) > 1)
@@ -81,13 +81,13 @@ def _made_by(stage: Stage, own: StageState) -> bool:
     """Whether the optimizer's state fits the params and the optimizer of a stage."""
     try:
         fresh = jax.eval_shape(stage.optimizer.init, own.params)
-    except Exception:  # the params are not those of the stage
+    except Exception:  # params of another network
         return False
     return change(fresh, own.opt_state) is None
 
 
 def _missing(error: Exception) -> str | None:
-    """The names of arguments that a function call lacked."""
+    """The names of missing arguments in an error of a call."""
     if isinstance(error, TypeError) and (found := _MISSING.search(str(error))):
         return found[1].replace("'", "")
     if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
@@ -96,14 +96,14 @@ def _missing(error: Exception) -> str | None:
 
 
 def check_model_state(old: PyTree, new: PyTree) -> None:
-    """Rejects a model state that changes its form in training.
+    """Rejects layers that change structure, shapes or dtypes of their model state in training.
 
     Args:
-      old: as the layers made it.
-      new: as they return it.
+      old: the model state from init.
+      new: the model state returned in training.
 
     Raises:
-      ValueError: structure, shapes or dtypes are others; the message names the array.
+      ValueError: structure, shapes or dtypes differ; the message names the array.
     """
     if found := change(old, new):
         raise ValueError(
@@ -116,11 +116,11 @@ def check_synthesizer(stage: Stage, k: int, own: StageState, y: PyTree, labels: 
     """Traces the training of a synthesizer; computes nothing.
 
     Args:
-      stage: whose synthesizer is tried, if it has one.
+      stage: the stage whose synthesizer is checked, if it has one.
       k: its number.
       own: its state.
-      y: the stage's output.
-      labels: of the batch.
+      y: its output.
+      labels: the batch's labels.
 
     Raises:
       ValueError: the synthesizer or its optimizer fails, or changes structure, shapes or dtypes.

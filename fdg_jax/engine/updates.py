@@ -19,10 +19,9 @@ class Updates(Placed):
     """The updates of one stage, as pure functions.
 
     Args:
-      optimizer: of its parameters: one update from a sum or mean of gradients, and, before it,
-        what is due for each gradient.
-      mesh: its devices, one axis.
-      shard_optimizer: whether the devices share out the optimizer's state.
+      optimizer: the stage's optimizer, with a part per gradient and a part per update.
+      mesh: the stage's devices, one axis.
+      shard_optimizer: whether the optimizer state is sharded over the devices.
     """
 
     def __init__(self, optimizer: NetworkOptimizer, mesh: Mesh, shard_optimizer: bool) -> None:
@@ -65,8 +64,8 @@ class Updates(Placed):
         weight: jax.Array | None,
         mean: bool,
     ) -> tuple[PyTree, PyTree, jax.Array, nonfinite.Record]:
-        """One update with the sum of ``held`` gradients, or with their mean; and a token. With a
-        weight they are gradients of sums, whose mean is their sum by that weight."""
+        """One update with the sum or mean of ``held`` gradients, and a token. With a weight they
+        are gradients of loss sums, and their mean is the sum divided by that weight."""
         count = held if record is None else held - record[nonfinite.PENDING]
         divisor = jnp.maximum(count, 1) if mean else jnp.ones_like(count)
         if weight is not None:

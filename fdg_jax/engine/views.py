@@ -116,7 +116,7 @@ class Views:
         """
         return nonfinite.skipped([own.record for own in state.stages])
 
-    left_out = skipped  # the name of earlier versions
+    left_out = skipped  # name in earlier versions
 
     def model_state(self, state: PipelineState) -> list[PyTree]:
         """The model state of each stage, such as batch statistics, on its devices.

@@ -37,8 +37,8 @@ def create(
         "plain16"; "wrn28_10" and any other "wrn<6n+4>_<k>"; reversible: "small_revnet",
         "revnet18", 34, 50.
       num_classes: size of the output.
-      channels: of the images.
-      unroll: whether equal blocks are written out or scanned, see `fdg_jax.repeat`.
+      channels: channels of the images.
+      unroll: whether equal blocks are unrolled or scanned, see `fdg_jax.repeat`.
       compute: dtype of activations, and whether the models' own derivatives are used.
       dropout: rate in the blocks of a wide ResNet, in [0, 1); the others have no dropout.
 
@@ -46,7 +46,7 @@ def create(
       Layers, input first.
 
     Raises:
-      ValueError: no such network, or one without dropout for which a rate is given.
+      ValueError: unknown network, or a dropout rate for a network without dropout.
 
     Example:
       >>> len(create("wrn28_10", num_classes=100))

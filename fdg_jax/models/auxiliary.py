@@ -28,7 +28,7 @@ def auxiliary_head(
     Images are pooled to a quarter of their height and width (means, rounded up) and pass three 1x1
     convolutions; they are pooled to 2x2 and pass three dense layers of 4C, and a last one. Batch
     norm and ReLU follow all but the last. Tokens and vectors pass a layer norm and a dense layer,
-    whichever the kind.
+    for both kinds.
 
     Args:
       num_classes: size of the output, >= 1.
@@ -37,8 +37,8 @@ def auxiliary_head(
 
     Returns:
       A layer from images [B, H, W, C] or vectors [B, C] to logits [B, num_classes], or from tokens
-      [B, T, C] to [B, T, num_classes], in float32 at least. Of a pair of streams it reads both,
-      concatenated along C.
+      [B, T, C] to [B, T, num_classes], in float32 at least. Pairs of streams are concatenated
+      along C.
 
     Raises:
       ValueError: another kind, num_classes < 1, or (from ``init`` and ``apply``) an input of
@@ -60,7 +60,7 @@ def auxiliary_head(
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: must be 1 or more")
 
-    # Kept, since a module's structure is found once for each layer.
+    # Cached, because every layer determines its module's structure once.
     @functools.cache
     def made(width: int, image: bool) -> Layer:
         if not image:
@@ -95,7 +95,7 @@ class DenseNorm(nnx.Module):
     """A dense layer as wide as its input, batch normalisation and ReLU."""
 
     def __init__(self, width: int, *, compute: Compute = DEFAULT, rngs: nnx.Rngs) -> None:
-        # Batch normalisation would take a bias away again.
+        # Batch normalisation would cancel a bias.
         self.dense = nnx.Linear(width, width, use_bias=False, dtype=compute.dtype, rngs=rngs)
         self.norm = Norm(width, relu=True, compute=compute, rngs=rngs)
 

@@ -40,9 +40,9 @@ class BasicBlock(nnx.Module):
     """Two 3x3 convolutions with a shortcut (He et al. 2016a).
 
     Args:
-      projection: where the shape changes, the shortcut is a 1x1 convolution with batch
+      projection: if the shape changes, whether the shortcut is a 1x1 convolution with batch
         normalisation (option B); otherwise it takes every stride-th pixel and pads the new channels
-        with zeros (option A), which has no parameters.
+        with zeros (option A), without parameters.
     """
 
     expansion = 1
@@ -71,8 +71,8 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """1x1, 3x3 and 1x1 convolutions with a shortcut (He et al. 2016a); 4 times as wide.
 
-    The stride is in the 3x3 convolution, as in most implementations since; the paper's is in the
-    first 1x1.
+    The stride is in the 3x3 convolution, as in most implementations; in the paper it is in the
+    first 1x1 convolution.
     """
 
     expansion = 4
@@ -149,7 +149,7 @@ class Head(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.norm is not None:
             x = self.norm(x)
-        # The mean and the logits are small, and at least float32 whatever the rest is.
+        # Mean and logits are small, so they are computed in at least float32.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return self.dense(jnp.mean(x, axis=(1, 2), dtype=wide))
 

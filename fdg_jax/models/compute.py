@@ -11,10 +11,10 @@ class Compute:
     """Settings that change neither parameters nor, up to rounding, gradients.
 
     Args:
-      dtype: of activations and their cotangents, such as ``jnp.bfloat16``; parameters, batch
-        statistics and logits stay float32. None: what inputs and parameters promote to.
-      fast: own derivatives of convolution (`conv2d`), batch norm and ReLU, which keep fewer
-        residuals and are faster on CPU; False leaves all of them to JAX and XLA.
+      dtype: dtype of activations and their cotangents, such as ``jnp.bfloat16``; parameters, batch
+        statistics and logits stay float32. None: the promoted dtype of inputs and parameters.
+      fast: custom derivatives of convolution (`conv2d`), batch norm and ReLU, which store fewer
+        residuals and are faster on CPU; False: those of JAX and XLA.
 
     Example:
       >>> Compute(fast=False)

@@ -14,10 +14,10 @@ from flax import nnx
 
 from fdg_jax.models.compute import DEFAULT, Compute
 
-# A weight gradient takes a batch in parts of so many images; where there are many channels, of so
-# many numbers of the cotangent, but of a few images at least; and in so many parts at most. Chosen
-# by timing plain16, ResNet-20 and ResNet-56 on two cores: smaller parts of narrow layers run side
-# by side where a core is idle, but take more processor time, which a pipeline has not.
+# A weight gradient is summed over parts of _PART images; with at least _WIDE channels, of _NUMBERS
+# numbers of the cotangent, but at least _PART_WIDE images; over at most _PARTS parts. Chosen by
+# timing plain16, ResNet-20 and ResNet-56 on two cores: for narrow layers, smaller parts use idle
+# cores but take more processor time in total, which a pipeline does not have to spare.
 _PART, _WIDE, _NUMBERS, _PART_WIDE, _PARTS = 32, 64, 1 << 16, 4, 16
 
 
@@ -45,25 +45,25 @@ def conv2d(
     derivative is XLA's own.
 
     The weight gradient is a convolution of the input with the output's cotangent, both transposed
-    so that the batch becomes the channels. On CPU XLA fuses into a transpose all that is
-    elementwise before it: batch norm, ReLU and the additions of a whole row of residual blocks are
-    computed again, and read with the stride of an image. Here both arrays pass a branch of which
-    the compiler cannot know that it is always taken, so that each is computed once. And the
-    gradient is summed over parts of a few images, whose transposes stay in a core's cache.
+    so that the batch becomes the channels. On CPU XLA fuses preceding elementwise operations into a
+    transpose: batch norm, ReLU and the additions of a row of residual blocks are recomputed with
+    strided reads. Here both arrays pass a branch that is always taken, unknown to the compiler, so
+    each is computed once. The gradient is summed over parts of a few images, whose transposes fit
+    in a core's cache.
 
     Args:
       x: images, [N, H, W, C], any floating dtype.
       kernel: w, [R, S, C / groups, O], of the dtype of ``x``.
       stride: t, for both axes or for each.
       padding: p, zeros on every side; "SAME", "VALID", or a pair (before, after) for each axis.
-      dilation: of the kernel, for both axes or for each.
-      groups: of channels that are convolved on their own.
+      dilation: dilation of the kernel, for both axes or for each.
+      groups: number of groups of channels that are convolved separately.
 
     Returns:
       y, [N, (H + 2p - R) // t + 1, (W + 2p - S) // t + 1, O] without dilation.
 
     Raises:
-      ValueError: the shapes do not fit, or the padding is none of these.
+      ValueError: shapes do not match, or the padding is invalid.
 
     Example:
       >>> conv2d(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5)), 1, 1).shape
@@ -177,7 +177,7 @@ _fast.defvjp(_forward, _backward)
 def _computed_once(arrays: Any, witness: jax.Array) -> Any:
     """``arrays``, protected from recomputation by fusion.
 
-    An optimization barrier would say so, but XLA drops those before it fuses on CPU.
+    An optimization barrier would do, but XLA removes those before fusion on CPU.
     """
     number = witness.ravel()[0]  # equal to itself unless the weights are lost (NaN)
     lost = functools.partial(jax.tree.map, lambda v: jnp.full_like(v, jnp.nan))

@@ -20,18 +20,18 @@ def batch_norm(
     .. math::
         \hat x = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}}, \quad y = \gamma \hat x + \beta
 
-    For the backward it keeps x and y, which the convolutions around it keep as well, and one number
+    Its residuals are x and y, which the neighbouring convolutions store anyway, and a few numbers
     per channel.
 
     Args:
-      x: [..., C], any floating dtype; statistics are taken in float32 at least.
+      x: [..., C], any floating dtype; statistics are computed in float32 at least.
       scale: gamma, [C].
       bias: beta, [C].
       epsilon: added to the variance.
       relu: whether y is max(y, 0).
 
     Returns:
-      y, of the dtype of ``x``; mean and variance, [C], without gradients.
+      y, in the dtype of ``x``; mean and variance, [C], without gradients.
 
     Example:
       >>> y, mean, variance = batch_norm(jnp.array([[1.0], [3.0]]), jnp.ones(1), jnp.zeros(1))
@@ -54,7 +54,7 @@ def _forward(
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     axes = tuple(range(x.ndim - 1))
     mean = jnp.mean(wide, axes)
-    # One pass over x instead of two; rounding may make it negative.
+    # One pass over x instead of two; rounding may make the difference negative.
     variance = jnp.maximum(0, jnp.mean(jnp.square(wide), axes) - jnp.square(mean))
     deviation = jax.lax.rsqrt(variance + epsilon)
     slope = scale * deviation
@@ -74,7 +74,7 @@ def _backward(
         g = jnp.where(y > 0, g, 0)
     x_wide = x.astype(wide)
     of_bias = jnp.sum(g, axes)
-    # Like the variance: one pass over arrays that are there, instead of one more array x - mean.
+    # As for the variance: one pass over existing arrays instead of a new array x - mean.
     of_scale = deviation * (jnp.sum(g * x_wide, axes) - mean * of_bias)
     count = x.size // x.shape[-1]
     slope, tilt = scale * deviation, deviation * of_scale / count

@@ -23,14 +23,13 @@ def plain(
 ) -> list[Layer]:
     """A stem and ``depth`` equal 3x3 convolutions with batch norm and ReLU, without shortcuts.
 
-    All stages of a split into K, where K divides ``depth``, have nearly the same cost: the network
-    of the benchmarks.
+    If K divides ``depth``, K stages have nearly equal costs. The network of the benchmarks.
 
     Args:
-      depth: convolutions after the stem, >= 1.
+      depth: number of convolutions after the stem, >= 1.
       width: channels of each.
       num_classes: size of the output.
-      channels: of the images.
+      channels: channels of the images.
       unroll: see `fdg_jax.repeat`.
       compute: dtype and derivatives.
 

@@ -22,12 +22,12 @@ def thin_resnet(
 ) -> list[Layer]:
     """The CIFAR residual network of depth 6n+2: groups of n blocks with 16, 32 and 64 channels.
 
-    Shortcuts are option A (no parameters), and all of the last map is pooled.
+    Shortcuts are option A (no parameters); global average pooling.
 
     Args:
       depth: 6n+2; the papers use 20, 32, 44, 56, 110 and 1202.
       num_classes: size of the output.
-      channels: of the images.
+      channels: channels of the images.
       unroll: see `fdg_jax.repeat`.
       compute: dtype and derivatives.
 
@@ -129,7 +129,7 @@ def wide_resnet(
       Layers, input first.
 
     Raises:
-      ValueError: depth is not 6n+4, widen < 1, or dropout is out of its bounds.
+      ValueError: depth is not 6n+4, widen < 1, or dropout is out of bounds.
 
     Example:
       >>> len(wide_resnet(28, 10))
@@ -207,7 +207,7 @@ def _group(
     return [first] + ([repeat(rest, count - 1, unroll=unroll)] if count > 1 else [])
 
 
-# Named functions: one of nnx's own classes with its arguments in the order of the factory's.
+# Factories with the argument order that `functools.partial` and `from_nnx` need.
 def _stem(channels: int, outputs: int, rngs: Any, stride: int = 1, *, compute: Compute) -> ConvNorm:
     return ConvNorm(channels, outputs, 3, stride, compute=compute, rngs=rngs)
 

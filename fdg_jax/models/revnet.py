@@ -27,25 +27,25 @@ def revnet(
     unroll: bool | None = None,
     compute: Compute = DEFAULT,
 ) -> list[Layer]:
-    r"""The reversible version of `resnet`: two streams, each as wide as the ResNet's.
+    r"""The reversible version of `resnet`: two streams, each of the ResNet's width.
 
     .. math::
         (x, t) \mapsto (t + F(x), \; x)
 
-    F is convolutions with batch norm and ReLU, two 3x3 (18, 34) or 1x1, 3x3 and 1x1 (50), and
-    nothing follows the sum. The blocks that halve the image or widen the streams cannot be
-    inverted. The head pools the mean of both streams.
+    F consists of convolutions with batch norm and ReLU, two 3x3 (18, 34) or 1x1, 3x3 and 1x1 (50);
+    nothing follows the sum. Blocks that halve the image or widen the streams have no inverse. The
+    head pools both streams.
 
     Args:
       depth: 18, 34 or 50.
       num_classes: size of the output.
-      channels: of the images.
+      channels: channels of the images.
       unroll: see `fdg_jax.repeat`.
       compute: dtype and derivatives.
 
     Returns:
-      Layers, input first. The first splits the stem's output in two; between the layers pass pairs
-      of arrays.
+      Layers, input first. The first splits the stem's output in two; the layers exchange pairs of
+      arrays.
 
     Raises:
       ValueError: another depth.
@@ -73,8 +73,8 @@ def small_revnet(
 ) -> list[Layer]:
     """A reversible network that trains on a CPU in minutes: 0.3 million parameters.
 
-    A 3x3 stem with stride 2; 4, 5 and 3 blocks on streams of 16, 32 and 64 channels, of which the
-    first of 32 and of 64 cannot be inverted; head.
+    A 3x3 stem with stride 2; 4, 5 and 3 blocks on streams of 16, 32 and 64 channels; head. The
+    first blocks with 32 and 64 channels have no inverse.
 
     Args:
       num_classes, channels, compute: as in `revnet`.
@@ -114,7 +114,7 @@ def _network(
     return [*layers, _head(2 * inputs, num_classes, compute)]
 
 
-# Functions of their own, so that a factory keeps the sizes that it was made with.
+# Separate functions, so that each factory captures its own sizes.
 def _stem(channels: int, outputs: int, stride: int, compute: Compute) -> Layer:
     def stem(rngs: nnx.Rngs) -> ConvNorm:
         return ConvNorm(channels, outputs, 3, stride, compute=compute, rngs=rngs)
@@ -176,10 +176,10 @@ class BottleneckBranch(nnx.Module):
 
 
 class BasicTransition(nnx.Module):
-    """The first basic block of a group: it halves both streams' images and widens the streams.
+    """The first basic block of a group: halves the images of both streams and widens the streams.
 
-    The second stream becomes what F's own first convolution and batch normalisation make of x,
-    before their ReLU.
+    The second stream is the output of F's first convolution and batch normalisation on x, before
+    the ReLU.
     """
 
     def __init__(

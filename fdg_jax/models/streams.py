@@ -12,7 +12,7 @@ def position(owner: str, y: PyTree) -> tuple[int, ...]:
     """The common leading axes of all arrays of ``y``.
 
     Raises:
-      ValueError: they do not; ``owner`` is named in it.
+      ValueError: the arrays differ in them; the message names ``owner``.
     """
     axes = {leaf.shape[:-1] for leaf in jax.tree.leaves(y)}
     if len(axes) != 1 or any(not leaf.shape for leaf in jax.tree.leaves(y)):

@@ -29,23 +29,23 @@ def synthesizer(
     .. math::
         \hat\delta = S(y, \; \mathrm{onehot}(c)), \qquad \hat\delta = 0 \text{ at first}
 
-    "conv", of images: twice a 5x5 convolution with batch norm and ReLU, then a 5x5 convolution.
-    "mlp", of arrays of any rank: a dense layer on the last axis, ReLU, a dense layer. The last
-    weights are 0 at first.
+    "conv", for images: two 5x5 convolutions with batch norm and ReLU, then a 5x5 convolution.
+    "mlp", for arrays of any rank: a dense layer on the last axis, ReLU, a dense layer. The last
+    weights are initialised to 0.
 
     Args:
       kind: "conv" or "mlp".
-      labels: how many classes (for tokens: how many different ones) there are; their one-hot
-        vectors are further input channels, the same at every place that a label is for. None: the
-        prediction reads no labels.
-      width: of the hidden layers, >= 1.
+      labels: number of classes (for tokens: size of the vocabulary); their one-hot vectors are
+        additional input channels, equal at all positions of a label. None: the prediction does not
+        use labels.
+      width: width of the hidden layers, >= 1.
       compute: dtype and derivatives.
 
     Returns:
       A layer from ``(y, labels)`` to arrays of the structure, shapes and dtypes of ``y``: an array
       [B, ..., C], or streams, which are concatenated along C and split again. ``labels`` is int
-      [B], or of all axes of ``y`` but the last ([B, T] for tokens); it is None or not looked at
-      where the prediction reads none.
+      [B], or has all axes of ``y`` but the last ([B, T] for tokens); None or ignored if the
+      prediction does not use labels.
 
     Raises:
       ValueError: another kind, labels < 1, width < 1, or (from ``init`` and ``apply``) an input of

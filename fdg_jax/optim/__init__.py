@@ -1,18 +1,18 @@
-"""Optax transformations for stale gradients; each works alone.
+"""Optax transformations for stale gradients; each can be used alone.
 
     fdg_shrink                             first in a chain
     delay_compensation, gap_aware          first in a chain, or per gradient in a StageOptimizer
-    scale_by_spike_compensation            in the place of optax.trace
-    scale_by_basis_rotation                in the place of optax.scale_by_adam
+    scale_by_spike_compensation            instead of optax.trace
+    scale_by_basis_rotation                instead of optax.scale_by_adam
     staleness_rate, stretched_momentum     rates and numbers
     error_feedback                         last in a chain
     predict_weights                        around a whole optimizer
     average_weights, averaged_params       around a whole optimizer; an average of the weights
-    track_changes, past_params             around a whole optimizer; weights of earlier from it
+    track_changes, past_params             around a whole optimizer; estimates earlier weights
     delayed_sgd                            SGD with prediction, stretched momentum, compensation
     recipes                                whole optimizers, tuned
 
-Imports nothing of the rest of the library.
+Imports nothing from the rest of the library.
 """
 
 from fdg_jax.optim import recipes

@@ -18,7 +18,7 @@ class ChangesState(NamedTuple):
 
     Attributes:
       inner: state of the optimizer.
-      average: of the changes of the weights, one update's worth.
+      average: average change of the weights per update.
     """
 
     inner: optax.OptState
@@ -33,13 +33,13 @@ def track_changes(
     .. math::
         \delta \leftarrow \gamma \, \delta + (1 - \gamma) \, (w_\text{new} - w_\text{old})
 
-    It goes around the *whole* optimizer: what is chained after it changes the weights as well. The
-    average begins at zero. `past_params` reads it. Memory: one buffer of the parameters' size.
+    It must wrap the *whole* optimizer, since transformations chained after it change the weights,
+    too. The average starts at zero; `past_params` reads it. Memory: one copy of the parameters.
 
     Args:
       optimizer: any optax transformation whose result is added to the parameters.
       decay: :math:`\gamma`, 0 <= decay < 1. ``0.135 ** (1 / n)`` suits weights of n updates ago:
-        what is older than these n has a part of 0.135 in the average.
+        changes older than n updates then have the weight 0.135 in the average.
 
     Returns:
       A transformation; its state is a `ChangesState`.
@@ -89,12 +89,12 @@ def past_params(
 ) -> optax.Params:
     r"""Estimates the weights of n updates ago: :math:`\hat w = w - n \, \delta`.
 
-    Exact where all updates are equal, once the average has forgotten its beginning.
+    Exact if all updates are equal, after the average has converged.
 
     Args:
       params: the newest weights.
-      opt_state: the state of their optimizer, in which `track_changes` stands, alone or among
-        others; it may be that of a `StageOptimizer`.
+      opt_state: the state of their optimizer, with `track_changes` anywhere in it; it may be that
+        of a `StageOptimizer`.
       updates_ago: n >= 0, a scalar; 0 gives the newest.
 
     Returns:

@@ -1,7 +1,7 @@
 """Corrections of gradients that were computed at older weights.
 
-They read the weights of the gradient's own forward, which `fdg_jax.Pipeline` hands to an
-optimizer's ``update`` as ``stale_params``. With accumulation they are due for each gradient:
+They use the weights of the gradient's own forward, which `fdg_jax.Pipeline` passes to an
+optimizer's ``update`` as ``stale_params``. With accumulation they apply to each gradient:
 ``StageOptimizer(per_gradient=delay_compensation(...), per_update=...)``.
 """
 
@@ -18,7 +18,7 @@ class DelayCompensationState(NamedTuple):
     """State of `delay_compensation`.
 
     Attributes:
-      mean_square: of the gradient, per parameter; None unless adaptive.
+      mean_square: mean square of the gradient, per parameter; None unless adaptive.
     """
 
     mean_square: Any
@@ -32,12 +32,12 @@ def delay_compensation(
     .. math::
         g + \lambda \, g \odot g \odot (w_\text{now} - w_\text{then})
 
-    The product of the gradient with itself stands for the diagonal of the Hessian.
+    The squared gradient approximates the diagonal of the Hessian.
 
     Args:
       lam: :math:`\lambda` >= 0; 0 changes nothing.
-      adaptive: divides lam by the root of the gradient's mean square.
-      decay: of that mean, 0 <= decay < 1.
+      adaptive: divides lam by the root mean square of the gradient.
+      decay: decay of the mean square, 0 <= decay < 1.
       eps: added to it, > 0.
 
     Returns:
@@ -90,8 +90,8 @@ class GapAwareState(NamedTuple):
     """State of `gap_aware`.
 
     Attributes:
-      steps: gradients so far, int32.
-      mean_square: of the gradient, per parameter.
+      steps: number of gradients so far, int32.
+      mean_square: mean square of the gradient, per parameter.
     """
 
     steps: jax.Array
@@ -108,8 +108,8 @@ def gap_aware(
         C = \eta \left(\sqrt{r / (1 - \rho^t)} + \epsilon\right), \quad
         r \leftarrow \rho r + (1 - \rho) g^2
 
-    elementwise: the gap in units of a usual step. The authors take the square of the momentum
-    buffer for r; here it is the gradient's, which a transformation before any optimizer has.
+    elementwise: the gap in units of a typical step. The authors compute r from the momentum buffer;
+    here it is computed from the gradient, so that it works before any optimizer.
 
     Args:
       learning_rate: :math:`\eta` > 0, the largest of the run.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# (state of the optimizer, true weights, updates ahead) -> what to add to the true weights
+# (state of the optimizer, true weights, updates ahead) -> displacement of the true weights
 Displacement = Callable[[optax.OptState, optax.Params, float], optax.Updates]
 
 
@@ -28,18 +28,18 @@ def adam_displacement(
         p \leftarrow (1 - \eta_i \lambda) p - \frac{\eta_i}{1 - b_1^{t+i}}
         \frac{b_1^i m}{\sqrt{v / (1 - b_2^{t+i})} + \epsilon}, \qquad i = 1 .. n
 
-    after t updates, from p = w. ``predict_weights(..., "momentum")`` differs in that the second
-    moment falls along with the first. The arguments are those of `optax.adamw`, whose state this
-    reads.
+    after t updates, from p = w. With ``predict_weights(..., "momentum")`` the second moment decays
+    as well. The arguments are those of `optax.adamw`, whose state is read.
 
     Args:
       learning_rate: a number, or a schedule of the stage's updates.
-      b1, b2, eps: of the optimizer. Dimensionless.
+      b1, b2, eps: as in the optimizer. Dimensionless.
       weight_decay: decoupled; 0 for Adam.
-      mask: which parameters decay, as `optax.adamw` takes it.
+      mask: the parameters that decay, as in `optax.adamw`.
 
     Returns:
-      A displacement for `predict_weights`; a part of an update counts as that part of its rate.
+      A displacement for `predict_weights`; for a fraction of an update, its rate is multiplied by
+      that fraction.
 
     Example:
       >>> import optax

@@ -15,7 +15,7 @@ class ErrorFeedbackState(NamedTuple):
     """State of `error_feedback`.
 
     Attributes:
-      last: the last update before it.
+      last: the previous update, uncorrected.
     """
 
     last: optax.Updates
@@ -27,20 +27,20 @@ def error_feedback(staleness: Staleness) -> optax.GradientTransformation:
     .. math::
         x \leftarrow x + (1 + d) \, u_t - d \, u_{t-1}
 
-    At the *end* of a chain, after the learning rate. Its parameters x are the predicted weights p
-    of ``predict_weights(optimizer, d, "last_update")``, to rounding, as long as u does not depend
+    Place it at the *end* of a chain, after the learning rate. Up to rounding, its parameters x are
+    the predicted weights p of ``predict_weights(optimizer, d, "last_update")`` if u does not depend
     on the parameters; decoupled weight decay does, and acts on p here and on w there. Here p is
-    what is evaluated and saved; `true_params` knows nothing of it. It helps where prediction does.
-    Shrinking and clipping go before it. Memory: one buffer of the parameters' size.
+    evaluated and saved; `true_params` has no effect. It helps in the same cases as prediction.
+    Shrinking and clipping go before it. Memory: one copy of the parameters.
 
     Args:
       staleness: d, updates between forward and use of a gradient, >= 0, or ``(schedule, k)``.
 
     Returns:
-      A transformation. With staleness 0 it leaves the updates as they are.
+      A transformation. With staleness 0 it leaves the updates unchanged.
 
     Raises:
-      ValueError: the staleness is no number >= 0.
+      ValueError: the staleness is not a number >= 0.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -17,8 +17,8 @@ class Stretched(NamedTuple):
     """The result of `stretched_momentum`.
 
     Attributes:
-      momentum: of the stage.
-      rate_factor: what the learning rate is multiplied by in the stage.
+      momentum: the stage's momentum.
+      rate_factor: factor on the stage's learning rate.
     """
 
     momentum: float
@@ -31,21 +31,21 @@ def stretched_momentum(momentum: float, staleness: Staleness, stretch: float = 0
     .. math::
         1 - m_k = \frac{1 - m}{1 + c d}, \qquad \eta_k = \eta \, \frac{1 - m_k}{1 - m}
 
-    A gradient moves the weights by :math:`\eta / (1 - m)` in the end, as without, but over a time
-    that grows with the delay. Alone it does little; with prediction it raises the largest stable
-    rate: on a quadratic, at d = 6 and :math:`\eta / (1 - m)` kept, from 0.0286 (m = 0.9) to 0.0669
+    The total response to a gradient stays :math:`\eta / (1 - m)`, but its duration grows with the
+    delay. Alone it has little effect; with prediction it raises the largest stable rate: on a
+    quadratic with d = 6 and fixed :math:`\eta / (1 - m)`, from 0.0286 (m = 0.9) to 0.0669
     (m = 0.98). Shrinking and clipping act on the gradient before it. Memory: none.
 
     Args:
       momentum: m, that of back-propagation, in [0, 1).
       staleness: d, updates between forward and use of a gradient, or ``(schedule, k)``.
-      stretch: c >= 0, by how much the time of response grows for every update of delay.
+      stretch: c >= 0, the relative increase of the response time per update of delay.
 
     Returns:
       The stage's momentum and the factor on its learning rate, `Stretched`.
 
     Raises:
-      ValueError: a number outside its bounds.
+      ValueError: a number out of bounds.
 
     Example:
       >>> [round(stretched_momentum(0.9, d).momentum, 3) for d in (6, 4, 2, 0)]
@@ -73,21 +73,21 @@ def scale_by_spike_compensation(
         v \leftarrow m v + g, \qquad u = a v + b g, \qquad
         a = m^d, \quad b = \frac{1 - m^d}{1 - m}
 
-    In the place of `optax.trace`, before the learning rate. A gradient that is d updates late has
-    missed d steps of its momentum's geometric series; b g makes up for them, and a v goes on where
-    the series would be. The total response stays :math:`1 / (1 - m)`. d = 1 is Nesterov's momentum.
-    It helps SGD with momentum, alone or with prediction; where gradients are noisy the spike costs
-    what it gains. Shrinking and clipping go before it. Memory: the momentum buffer, nothing more.
+    Replaces `optax.trace`, before the learning rate. A gradient that is d updates late has missed d
+    steps of its momentum's geometric series; b g makes up for them, and a v continues the series.
+    The total response stays :math:`1 / (1 - m)`. d = 1 is Nesterov's momentum. It helps SGD with
+    momentum, alone or with prediction; with noisy gradients its cost equals its gain. Shrinking and
+    clipping go before it. Memory: the momentum buffer only.
 
     Args:
       momentum: m in [0, 1).
       staleness: d, updates between forward and use of a gradient, or ``(schedule, k)``.
 
     Returns:
-      A transformation. With staleness 0 it is ``optax.trace(momentum)``, bit for bit.
+      A transformation. With staleness 0 it is bitwise identical to ``optax.trace(momentum)``.
 
     Raises:
-      ValueError: a number outside its bounds.
+      ValueError: a number out of bounds.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -139,25 +139,25 @@ def delayed_sgd(
     ``horizon=0`` as well it is `optax.sgd`.
 
     It is a whole optimizer: shrinking and clipping go before it, nothing after it. It helps at
-    every K, and most with `staleness_rate` and a larger rate than plain FDG bears (`recipes.sgd`).
-    Memory: that of SGD with momentum, since the prediction follows from the momentum buffer.
+    every K, and most with `staleness_rate` and a larger rate than plain FDG tolerates
+    (`recipes.sgd`). Memory: as SGD with momentum, since the prediction follows from its buffer.
 
     Args:
-      learning_rate: a number, or a schedule of the stage's updates; that of back-propagation is
-        where to begin.
+      learning_rate: a number, or a schedule of the stage's updates; start with that of
+        back-propagation.
       momentum: m in [0, 1), that of back-propagation.
       staleness: d, updates between forward and use of a gradient, or ``(schedule, k)``.
       stretch: c of `stretched_momentum`, >= 0.
-      horizon: h, how far ahead, as a multiple of the staleness, >= 0.
-      spike: whether spike compensation is on; else a = 1, b = 0.
+      horizon: h, the prediction horizon as a multiple of the staleness, >= 0.
+      spike: whether to use spike compensation; otherwise a = 1, b = 0.
       weight_decay: added to the gradient at the true weights (L2), >= 0.
 
     Returns:
-      A transformation for the stage. With staleness 0 it is ``optax.sgd`` after
-      ``optax.add_decayed_weights``, bit for bit.
+      A transformation for the stage. With staleness 0 it is bitwise identical to ``optax.sgd``
+      after ``optax.add_decayed_weights``.
 
     Raises:
-      ValueError: a number outside its bounds.
+      ValueError: a number out of bounds.
 
     Example:
       >>> import optax

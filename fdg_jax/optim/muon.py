@@ -15,9 +15,9 @@ def muon_dimension_numbers(
 ) -> Callable[[optax.Params], optax.Params]:
     """The argument ``muon_weight_dimension_numbers`` of ``optax.contrib.muon`` for lists of layers.
 
-    Left alone Muon takes every array of two axes: embeddings, and the biases that
-    `fdg_jax.repeat` stacks along a first axis; but none of the matrices it stacks, and no
-    convolution. Of the arrays that ``include`` finds this takes
+    By default Muon optimizes all arrays with two axes, including embeddings and the biases stacked
+    by `fdg_jax.repeat`, but neither stacked matrices nor convolutions. Of the arrays whose path
+    matches ``include``, this function selects
 
         [inputs, outputs]                   a dense layer
         [blocks, inputs, outputs]           the same, stacked
@@ -25,13 +25,13 @@ def muon_dimension_numbers(
         [blocks, rows, ..., outputs]        the same, stacked
 
     Args:
-      include: a regular expression; what it finds in an array's path, such as
-        ``['qkv']['kernel']``, is for Muon.
-      exclude: the same, for what is not: the last layer, mostly.
+      include: a regular expression, searched in an array's path, such as ``['qkv']['kernel']``;
+        matching arrays are for Muon.
+      exclude: the same for arrays that are not for Muon, usually the last layer.
 
     Returns:
-      A function of the parameters that returns a pytree like them, of
-      ``optax.contrib.MuonDimensionNumbers``, and None where Adam is to be taken.
+      A function from the parameters to a pytree of ``optax.contrib.MuonDimensionNumbers``, with
+      None for arrays that Adam optimizes.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,15 +1,15 @@
-r"""Weight prediction: forwards at the weights that a gradient will meet when it comes back.
+r"""Weight prediction: runs forwards at predicted weights of the time the gradient is applied.
 
-A gradient that is applied d updates after its forward should be taken where the weights will be by
-then. The papers keep two versions, :math:`w` and its prediction :math:`p = w + \varphi(s)`, where
-the displacement :math:`\varphi` follows from the optimizer's state s. Here the parameters *are* p,
-and w is what is worked out:
+A gradient applied d updates after its forward should be computed at the weights of that time. The
+papers keep two versions, :math:`w` and its prediction :math:`p = w + \varphi(s)`, where the
+displacement :math:`\varphi` is computed from the optimizer's state s. Here the parameters *are* p,
+and w is derived:
 
 .. math::
     w = p - \varphi(s), \qquad (u, s') = \mathrm{inner}(g, s, w), \qquad
     p' = p + u + \varphi(s') - \varphi(s)
 
-which gives the same p and w, and needs nothing but an optax transformation.
+which gives the same p and w with only an optax transformation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DelayedSGDState(NamedTuple):
     """State of `delayed_sgd`; predicted minus true weights is ``-ahead * trace``.
 
     Attributes:
-      count: updates made so far, int32.
+      count: number of updates so far, int32.
       trace: the momentum buffer.
       ahead: rate of the next update times the updates ahead.
     """
@@ -68,30 +68,30 @@ def predict_weights(
     :math:`\varphi_n`, n = horizon * staleness updates ahead, is one of
 
     - ``"last_update"``: :math:`n u`, the last update n times. For any optimizer.
-    - ``"momentum"``: what n updates with a gradient of zero would do, at the rates of these coming
-      updates. For SGD with momentum m that is :math:`-\eta v (m - m^{n+1}) / (1 - m)`, and with L2
-      decay before it the decay of these updates as well. It runs the optimizer n times; n that is
-      not whole takes a part of the last one.
+    - ``"momentum"``: the change by n updates with zero gradient, at the rates of these future
+      updates. For SGD with momentum m that is :math:`-\eta v (m - m^{n+1}) / (1 - m)`, plus the
+      decay of these updates with L2 decay before it. It runs the optimizer n times; for
+      non-integer n the last update is multiplied by the fraction.
     - a function ``f(opt_state, true_params, n)`` that returns it, such as `adam_displacement`.
 
-    It goes around the *whole* optimizer of a stage, clipping, shrinking and decay included: what is
-    chained after it would change the updates and not the prediction, and the true weights with it.
-    `optax.MultiSteps` goes outside. It helps where updates go on in one direction: with momentum of
-    0.9 and more, and most with stretched momentum (`stretched_momentum`) or Muon. Memory: one
-    buffer of the parameters' size, also where the staleness is 0; `delayed_sgd` needs none.
-    Evaluate and export at `true_params`; `fdg_jax.Pipeline.predict` does.
+    It must wrap the *whole* optimizer of a stage, including clipping, shrinking and decay:
+    transformations chained after it would change the updates but not the prediction, and so the
+    true weights. `optax.MultiSteps` goes outside. It helps if updates keep their direction: with
+    momentum >= 0.9, and most with stretched momentum (`stretched_momentum`) or Muon. Memory: one
+    copy of the parameters, even if the staleness is 0; `delayed_sgd` needs none. Evaluate and
+    export at `true_params`, as `fdg_jax.Pipeline.predict` does.
 
     Args:
       optimizer: any optax transformation whose result is added to the parameters.
       staleness: updates between forward and use of a gradient, >= 0, or ``(schedule, k)``.
       displacement: as above.
-      horizon: how far ahead, as a multiple of the staleness, >= 0. Dimensionless.
+      horizon: the prediction horizon as a multiple of the staleness, >= 0. Dimensionless.
 
     Returns:
-      A transformation for the stage. With staleness 0 it is the optimizer, bit for bit.
+      A transformation for the stage. With staleness 0 it is bitwise identical to the optimizer.
 
     Raises:
-      ValueError: an argument is none of what it may be.
+      ValueError: an invalid argument.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -143,8 +143,8 @@ def predict_weights(
 def _displacement(
     named: Any, inner: optax.GradientTransformationExtraArgs
 ) -> Callable[..., optax.Updates]:
-    """The displacement after an update, from it, the state that it left, the weights before it, the
-    updates ahead and the extra arguments."""
+    """The displacement after an update, as a function of the update, the new state, the old
+    weights, the updates ahead and the extra arguments."""
 
     def last_update(
         u: optax.Updates, state: optax.OptState, w: optax.Params, n: float, extra_args: Any
@@ -189,20 +189,20 @@ def _displacement(
 
 
 def true_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
-    r"""The true weights of parameters that are a prediction: :math:`w = p - \varphi(s)`.
+    r"""The true weights of predicted parameters: :math:`w = p - \varphi(s)`.
 
-    For evaluation, export, and wherever a trained model is looked at. Where the next rate is zero
-    `delayed_sgd` and ``"momentum"`` predict nothing, and the two coincide.
+    For evaluation, export, and any other use of a trained model. If the next rate is zero, the
+    displacement of `delayed_sgd` and ``"momentum"`` is zero, and both coincide.
 
     Args:
-      params: parameters that were trained with the optimizer whose state this is.
-      opt_state: its state; one that predicts nothing leaves the parameters as they are.
+      params: parameters trained with this optimizer.
+      opt_state: the optimizer's state; without prediction the parameters stay unchanged.
 
     Returns:
       A pytree like ``params``.
 
     Raises:
-      ValueError: ``params`` hold an optimizer's state.
+      ValueError: ``params`` contain an optimizer's state.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -231,8 +231,8 @@ def without_prediction(
 ) -> tuple[optax.Params, optax.OptState]:
     """The true weights, and a state that restarts the prediction.
 
-    For a change of K or of the schedule: both change how far a stage looks ahead. A momentum buffer
-    stays as it is; that of `delayed_sgd` means the same whatever its stretch.
+    For a change of K or of the schedule, which change the prediction horizon of a stage. Momentum
+    buffers stay unchanged; that of `delayed_sgd` does not depend on its stretch.
 
     Args:
       params: as in `true_params`.
@@ -269,7 +269,7 @@ def _ahead_of(state: PredictionState | DelayedSGDState) -> optax.Updates:
 
 
 def _minus(displacement: optax.Updates, params: optax.Params) -> optax.Params:
-    """Of parameters that another optimizer of a partition has, nothing is taken away."""
+    """Subtracts a displacement, except for parameters masked by `optax.partition`."""
 
     def masked(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode)

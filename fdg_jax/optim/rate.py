@@ -22,21 +22,21 @@ def staleness_rate(
     .. math::
         \eta_k(t) = \eta(t) \, / \, \max(d, 1)^{\, q \, (1 - \min(t / T, 1))}
 
-    The first updates are the largest and the ones that late gradients spoil most. It goes where the
-    learning rate of the stage goes, and combines with all other remedies; clipping per stage has a
-    similar effect on the first updates. Memory: none.
+    The first updates are the largest and suffer most from stale gradients. It replaces the stage's
+    learning rate and combines with all other remedies; clipping per stage has a similar effect on
+    the first updates. Memory: none.
 
     Args:
       learning_rate: a number, or a schedule of the stage's updates.
       staleness: d, updates between forward and use of a gradient, >= 0, or ``(schedule, k)``.
-      anneal_steps: T > 0, the stage's updates until the rate is what it is without.
+      anneal_steps: T > 0, the stage's updates until the full rate.
       power: q >= 0, the exponent of the staleness at the first update.
 
     Returns:
-      A schedule of the stage's updates; ``learning_rate`` itself where d <= 1.
+      A schedule of the stage's updates; ``learning_rate`` itself if d <= 1.
 
     Raises:
-      ValueError: a number outside its bounds.
+      ValueError: a number out of bounds.
 
     Example:
       >>> rate = staleness_rate(0.1, staleness=4, anneal_steps=100)

@@ -36,8 +36,8 @@ def sgd(
     """SGD for stale gradients: `delayed_sgd` and an optional warm-up from 1 / d.
 
     The chain of a stage: optional clipping by the stage's norm; linear prediction, momentum
-      stretched by 2, spike compensation, L2 decay at the true weights; the learning rate of
-      `fdg_jax.staleness_rate`. Place shrinking (`fdg_jax.fdg_shrink`) before it.
+    stretched by 2, spike compensation, L2 decay at the true weights; the learning rate of
+    `fdg_jax.staleness_rate`. Place shrinking (`fdg_jax.fdg_shrink`) before it.
 
     Results on a fifth of CIFAR-10 (JPEG), 1,500 steps (EXPERIMENTS.md): K = 4, learning rate 0.4,
     annealed over 750 steps: test error 32.0 %; back-propagation with learning rate 0.4 30.9 %,
@@ -62,7 +62,7 @@ def sgd(
       weight decay.
 
     Raises:
-      ValueError: a number outside its bounds.
+      ValueError: a number out of bounds.
 
     Example:
       >>> from fdg_jax import recipes, schedule
@@ -93,7 +93,7 @@ def adamw(
     """AdamW for stale gradients: weight prediction and an optional warm-up from 1 / d.
 
     The chain of a stage: optional clipping by the stage's norm; AdamW; ``scale``; wrapped by
-      prediction from the last update, ``horizon`` times the staleness ahead.
+    prediction from the last update, ``horizon`` times the staleness ahead.
 
     Results on text, 1,000 steps, K = 4 (EXPERIMENTS.md): no better than AdamW with b1 = 0.5 without
     prediction, and 25 % above back-propagation. Prefer Muon if possible.
@@ -107,15 +107,15 @@ def adamw(
       horizon: the prediction horizon as a multiple of the staleness; None: no prediction and no
         buffer.
       anneal_steps: the stage's updates until the full rate (`staleness_rate`), or None.
-      clip_norm: the stage's share of the largest norm of a gradient, or None.
-      scale: factor on the stage's updates in (0, 1]: shrinking where the optimizer cancels a factor
-        on its gradient, ``beta ** hops``.
+      clip_norm: the stage's share of the maximal gradient norm, or None.
+      scale: factor on the stage's updates in (0, 1]: shrinking, ``beta ** hops``, for optimizers
+        that cancel a factor on the gradient.
 
     Returns:
-      A transformation for the stage. With staleness 0 it is ``optax.adamw``, bit for bit.
+      A transformation for the stage. With staleness 0 it is bitwise identical to ``optax.adamw``.
 
     Raises:
-      ValueError: a number outside its bounds.
+      ValueError: a number out of bounds.
 
     Example:
       >>> from fdg_jax import recipes, schedule
@@ -148,40 +148,41 @@ def muon(
 ) -> optax.GradientTransformation:
     """Muon for stale gradients: weight prediction and an optional warm-up from 1 / sqrt(d).
 
-    The chain of a stage: clipping by its own norm, if any; ``optax.contrib.muon`` for kernels
-    (`muon_dimension_numbers`) and ``optax.nadamw`` for the rest, both with a stretched momentum;
-    ``scale``; around all, prediction by the last update, ``horizon`` times the staleness ahead.
+    The chain of a stage: optional clipping by the stage's norm; ``optax.contrib.muon`` for kernels
+    (`muon_dimension_numbers`) and ``optax.nadamw`` for the rest, both with stretched momentum;
+    ``scale``; wrapped by prediction from the last update, ``horizon`` times the staleness ahead.
 
-    Measured on a fifth of CIFAR-10 (JPEG) in 1,500 steps: test error 25.3 % with K = 4 and rate
-    0.08, as back-propagation with Muon, which has 30.9 % with SGD. On text in 1,000 steps,
+    Results on a fifth of CIFAR-10 (JPEG), 1,500 steps: test error 25.3 % with K = 4 and rate 0.08,
+    equal to back-propagation with Muon; back-propagation with SGD 30.9 %. On text, 1,000 steps,
     K = 4, stretch 1: loss 2.12, back-propagation 1.79, without prediction 2.23; in 4,000 steps 1.68
     and 1.67 (EXPERIMENTS.md).
 
     Args:
-      learning_rate: of the kernels; a number, or a schedule of the stage's updates.
+      learning_rate: rate of the kernels; a number, or a schedule of the stage's updates.
       staleness: updates between forward and use of a gradient, or ``(schedule, k)``.
-      momentum: of Muon, and the decay of Adam's first moment, in [0, 1); that of a stage is
-        stretched.
+      momentum: Muon's momentum and the decay of Adam's first moment, in [0, 1), before stretching.
       weight_decay: decoupled, at the true weights, >= 0.
-      mask: which parameters decay, as `optax.adamw` takes it.
-      exclude: a regular expression; the kernels whose paths it finds are Adam's, too: the last
-        layer, mostly.
-      adam_learning_rate: of what Adam has; None: ``learning_rate``. A tenth to a fifth of it is a
-        good start.
-      stretch: by how much the time of response grows for every update of delay, >= 0. Unlike SGD
-        neither Muon nor Adam moves further with a longer momentum, so the rate stays as it is.
-      horizon: how far ahead, as a multiple of the staleness; None: no prediction, and no buffer.
+      mask: the parameters that decay, as in `optax.adamw`.
+      exclude: a regular expression, searched in the paths of kernels; Adam optimizes the matching
+        ones, usually the last layer.
+      adam_learning_rate: rate of the arrays that Adam optimizes; None: ``learning_rate``. A tenth
+        to a fifth of it is a good start.
+      stretch: the relative increase of the response time per update of delay, >= 0. The rate is
+        unchanged, because the steps of Muon and Adam, unlike SGD's, do not grow with momentum.
+      horizon: the prediction horizon as a multiple of the staleness; None: no prediction and no
+        buffer.
       anneal_steps: the stage's updates until both full rates (`staleness_rate`, power 0.5), or
         None.
-      clip_norm: the stage's share of the largest norm of a gradient, or None.
-      scale: factor on the stage's updates in (0, 1]: shrinking where the optimizer cancels a factor
-        on its gradient, ``beta ** hops``.
+      clip_norm: the stage's share of the maximal gradient norm, or None.
+      scale: factor on the stage's updates in (0, 1]: shrinking, ``beta ** hops``, for optimizers
+        that cancel a factor on the gradient.
 
     Returns:
-      A transformation for the stage. With staleness 0 it is ``optax.contrib.muon``, bit for bit.
+      A transformation for the stage. With staleness 0 it is bitwise identical to
+      ``optax.contrib.muon``.
 
     Raises:
-      ValueError: a number outside its bounds.
+      ValueError: a number out of bounds.
 
     Example:
       >>> from fdg_jax import recipes, schedule
@@ -206,7 +207,7 @@ def muon(
                 muon_weight_dimension_numbers=numbers,
                 **decay,
             ),
-            # By itself, since the Adam inside of optax's muon takes no mask.
+            # Separate, since the Adam inside optax's muon takes no mask.
             "adam": optax.nadamw(rates[1], b1=beta, b2=0.95, mask=mask, **decay),
         },
         lambda params: jax.tree.map(

@@ -18,11 +18,11 @@ class BasisRotationState(NamedTuple):
     """State of `scale_by_basis_rotation`; unused fields of a leaf are scalar zeros.
 
     Attributes:
-      count: updates made so far, int32.
+      count: number of updates so far, int32.
       mu: first moments, not rotated.
       nu: second moments, in the rotated basis.
       left, right: averages of G G' and G' G of every matrix.
-      left_basis, right_basis: their eigenvectors, about, in columns.
+      left_basis, right_basis: their approximate eigenvectors, in columns.
     """
 
     count: jax.Array  # type: ignore[assignment]  # optax's name for it
@@ -51,30 +51,30 @@ def scale_by_basis_rotation(
         U &= Q_L \, \frac{\hat{Q_L^\top M Q_R}}{\sqrt{\hat V} + \epsilon} \, Q_R^\top
 
     with R, :math:`Q_R` of :math:`G^\top G` likewise, and hats for Adam's bias corrections. The
-    basis is found by `jnp.linalg.eigh` at the first update, and moved by one power iteration and a
-    QR decomposition every ``every`` updates. In it a late gradient does the harm of its own
-    direction alone, where in the basis of the weights one sharp direction spoils all.
+    basis is computed by `jnp.linalg.eigh` at the first update and refined by one power iteration
+    and a QR decomposition every ``every`` updates. In it a stale gradient only disturbs its own
+    direction, whereas in the basis of the weights one sharp direction disturbs all.
 
-    In the place of `optax.scale_by_adam`, before decay and rate. The last two axes of an array are
-    its matrix, those before them (the blocks that `fdg_jax.repeat` stacks, a convolution's window)
-    are many matrices; other arrays get Adam. It takes the gradients of ``gradient="stale"``. As
-    with Adam a constant factor before it cancels: `fdg_shrink` goes after it, clipping before it.
-    Memory: Adam's, and twice m x m for a matrix of m x n, m <= n; with ``sides="both"`` twice n x n
-    as well. Averages and bases have single precision at least.
+    Replaces `optax.scale_by_adam`, before decay and rate. The last two axes of an array are a
+    matrix; axes before them (blocks stacked by `fdg_jax.repeat`, a convolution's window) are
+    batched. Other arrays get Adam. For gradients of ``gradient="stale"``. As with Adam, a constant
+    factor before it cancels: `fdg_shrink` goes after it, clipping before it. Memory: Adam's, plus
+    twice m x m for a matrix of m x n, m <= n; with ``sides="both"`` also twice n x n. Averages and
+    bases have at least single precision.
 
     Args:
       b1, b2: decay of the first and of the other moments, in [0, 1).
       eps: added to the denominator, > 0.
-      every: updates between two moves of the basis, >= 1.
-      sides: "one" rotates the shorter side of a matrix alone, "both" all.
-      include: a regular expression; arrays whose path it finds are rotated, all if it is empty.
-        "kernel" leaves out the biases that `fdg_jax.repeat` stacks, which are no matrices.
+      every: updates between two refinements of the basis, >= 1.
+      sides: "one" rotates only the shorter side of a matrix, "both" rotates both.
+      include: a regular expression, searched in an array's path; matching arrays are rotated, all
+        if it is empty. "kernel" excludes biases stacked by `fdg_jax.repeat`, which are no matrices.
 
     Returns:
       A transformation.
 
     Raises:
-      ValueError: a number outside its bounds, or another word for ``sides``.
+      ValueError: a number out of bounds, or another value of ``sides``.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -128,7 +128,7 @@ def scale_by_basis_rotation(
         count = optax.safe_increment(state.count)
         correct = [1 - jnp.asarray(b, jnp.result_type(float)) ** count for b in (b1, b2)]
 
-        # When the basis moves: not, by a power iteration, or to the first eigenvectors.
+        # Change of the basis: 0 none, 1 a power iteration, 2 the first eigenvectors.
         turn = jnp.where(state.count == 0, 2, jnp.where(state.count % every == 0, 1, 0))
 
         def one(
@@ -172,7 +172,7 @@ def scale_by_basis_rotation(
 def _power_iteration(
     average: jax.Array, basis: jax.Array, nu: jax.Array, axis: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The basis one step nearer to the eigenvectors, largest first; second moments in its order."""
+    """One power iteration of the basis, sorted by eigenvalue; second moments in the same order."""
     size = jnp.einsum("...ij,...ik,...kj->...j", basis, average, basis)
     order = jnp.argsort(-size, axis=-1)
     basis = jnp.take_along_axis(basis, order[..., None, :], -1)

@@ -24,19 +24,19 @@ def fdg_shrink(
     .. math::
         u_k \leftarrow \beta^{h_k} \, u_k, \qquad h_k = K - 1 - k
 
-    The paper multiplies the error gradient by :math:`\beta` at each boundary that it crosses on its
-    way from the loss (stage K-1) down to stage k. Back-propagation through a stage is linear in the
-    error gradient, so the factors leave it unchanged in form: stage k's parameter gradient carries
-    :math:`\beta^{K-1-k}`, and multiplying it once, here, is the same thing.
+    The paper multiplies the error gradient by :math:`\beta` at each stage boundary on its way from
+    the loss (stage K-1) to stage k. Back-propagation through a stage is linear in the error
+    gradient, so stage k's parameter gradient is multiplied by :math:`\beta^{K-1-k}`; applying this
+    factor once, here, is equivalent.
 
     In a chain it belongs *first*, before weight decay and momentum: only the gradient is stale, so
     only the gradient is shrunk. An optimizer that divides by the gradient's own scale (Adam,
-    RMSProp, LAMB) cancels a constant factor: there this transformation does nothing unless it comes
-    last, where it shrinks the rate instead.
+    RMSProp, LAMB) cancels a constant factor: there it has no effect unless it comes last, where it
+    shrinks the learning rate instead.
 
     Args:
       beta: shrinking factor in (0, 1], or an optax schedule that maps the stage's own update count
-        to one. Dimensionless. beta = 1 leaves the gradient as it is.
+        to one. Dimensionless. beta = 1 leaves the gradient unchanged.
       hops: boundaries between the stage and the loss, K-1-k. An int >= 0.
 
     Returns:
@@ -57,7 +57,7 @@ def fdg_shrink(
       Zhuang et al., `Fully Decoupled Neural Network Learning Using Delayed Gradients
       <https://arxiv.org/abs/1906.09108>`_, gradient shrinking process, 2022.
     """
-    # Under optax.inject_hyperparams both arrive as arrays, traced ones inside jit.
+    # Under optax.inject_hyperparams both are arrays, traced inside jit.
     known = not (callable(beta) or isinstance(beta, jax.core.Tracer))
     if known and not (_is_number(beta) and 0 < float(beta) <= 1):
         raise ValueError(f"beta={beta}: shrinking needs a number 0 < beta <= 1 (1: none)")

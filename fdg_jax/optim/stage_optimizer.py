@@ -39,7 +39,7 @@ class StageOptimizer(NamedTuple):
         """Converts either form of an optimizer to two parts with extra arguments.
 
         Raises:
-          ValueError: it is no optimizer.
+          ValueError: it is not an optimizer.
         """
         given = optimizer if isinstance(optimizer, StageOptimizer) else StageOptimizer(optimizer)
         remedy = (
@@ -61,7 +61,7 @@ class StageOptimizer(NamedTuple):
 
         Args:
           gradient: the sum or mean.
-          state: of `init`.
+          state: the state from `init` or the last update.
           params: the newest weights.
           **extra: see above.
 

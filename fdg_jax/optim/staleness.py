@@ -24,11 +24,11 @@ def updates_late(staleness: Staleness) -> float:
 
     Args:
       staleness: updates of the stage between a batch's forward and the use of its gradient, a
-        number >= 0; or ``(schedule, k)``, which stands for the mean over the batches that stage k
-        has in that schedule.
+        number >= 0; or ``(schedule, k)``, for the mean over the batches of stage k in that
+        schedule.
 
     Returns:
-      A number of updates >= 0; not a whole one where gradients of different age are summed.
+      A number of updates >= 0; may be fractional if gradients of different age are summed.
 
     Raises:
       ValueError: it is neither.

@@ -1,4 +1,4 @@
-"""What counts as an optax transformation."""
+"""Validation of optax transformations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import optax
 def transformation(
     optimizer: Any, remedy: str = "give one, such as optax.sgd(0.1)"
 ) -> optax.GradientTransformationExtraArgs:
-    """An optax transformation whose update takes extra arguments.
+    """Converts an optax transformation to one whose update takes extra arguments.
 
     Args:
-      optimizer: what was given as the argument of that name.
-      remedy: the end of the message.
+      optimizer: the argument of that name.
+      remedy: the end of the error message.
 
     Raises:
       ValueError: it has no ``init`` and ``update``.

@@ -64,8 +64,8 @@ class Partition(list[Layer]):
 
 
 def units_of(layers: Sequence[Layer]) -> list[Layer]:
-    """The layers between which a split may cut: a `repeat` counts as its equal layers, a `chain` in
-    the list as one."""
+    """The layers between which cuts are possible: a `repeat` counts as its equal layers, a `chain`
+    in the list as one."""
     units: list[Layer] = []
     for layer in layers:
         if isinstance(layer, Repeat):
@@ -183,9 +183,9 @@ def optimal_cuts(costs: Sequence[float], num_stages: int) -> list[int]:
       [3]
     """
     prefix = np.concatenate([[0.0], np.cumsum(np.asarray(costs, float))])
-    # First how small the largest sum can be, then the smallest squares under that limit; the two
-    # at once would need more than one best split of every prefix. The limit has room for what the
-    # prefix sums round by: a few units in the last place of the total.
+    # Minimises the largest sum first, then the squares under that limit: a joint search would need
+    # more than one best split per prefix. The limit allows for the rounding of the prefix sums, a
+    # few units in the last place of the total.
     largest, _ = _best(prefix, num_stages, np.maximum, lambda sums: sums)
     limit = largest + 4 * np.finfo(float).eps * prefix[-1]
     _, cuts = _best(

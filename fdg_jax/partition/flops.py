@@ -18,19 +18,18 @@ from fdg_jax.typing import PyTree
 def flops(function: Callable[..., PyTree], *arguments: PyTree) -> float:
     r"""FLOPs of a function, including loops of known length.
 
-    XLA's cost analysis counts the body of a loop as often as it is written out, mostly once. With x
-    for its number, scans s of length n(s) with bodies b(s), and conds d with branches b_i(d),
+    XLA's cost analysis counts a loop body as often as it is unrolled, mostly once. With x for its
+    count, scans s of length n(s) with bodies b(s), and conds d with branches b_i(d),
 
     .. math::
         c(f) = x(f) + \sum_s \left( n(s) \, c(b(s)) - x(s) \right)
                + \sum_d \left( \max_i c(b_i(d)) - x(d) \right)
 
-    A ``while_loop`` has a known length where it counts from a number to a number, as a scan s; else
-    it counts once.
-    Where several branches have loops, x counts a body of another branch as well.
+    A ``while_loop`` that counts between two constants is treated like a scan; others count once.
+    If several branches have loops, x also counts a body of another branch.
 
     Args:
-      function: of arrays.
+      function: a function of arrays.
       arguments: arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:

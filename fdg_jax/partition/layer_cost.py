@@ -15,7 +15,7 @@ from fdg_jax.partition.flops import flops
 from fdg_jax.repeat import Repeat
 from fdg_jax.typing import PyTree
 
-# Samples of every distinct layer, as far as the seconds suffice; of slow layers fewer are enough.
+# Samples per distinct layer within the time limit; slow layers need fewer.
 ROUNDS = 15
 LIMIT_SECONDS = 10.0
 
@@ -33,15 +33,14 @@ class _Part(NamedTuple):
 def layer_costs(units: Sequence[Layer], example: PyTree, cost: str) -> list[float]:
     """Forward plus backward cost of every layer; each distinct layer and shape is evaluated once.
 
-    The seconds are those of a layer alone, in training. All distinct layers are run in turn, up to
-    15 rounds or 10 s, so that another program's bursts hit none of them more than the others, and
-    the fastest run of each counts: whatever else the machine does can only add to a time. The first
-    layer's are without the gradient of the network's input, which no stage computes; its FLOPs are
-    with it.
+    Seconds are those of a layer alone, in training. All distinct layers run in interleaved rounds,
+    up to 15 rounds or 10 s, so that interference affects all of them equally, and the fastest run
+    of each counts, since interference can only add time. For the first layer the seconds exclude
+    the gradient of the network's input, which no stage computes; the FLOPs include it.
 
     Args:
       units: layers, input first.
-      example: the input of the first, arrays or ``jax.ShapeDtypeStruct``.
+      example: the input of the first layer, arrays or ``jax.ShapeDtypeStruct``.
       cost: "flops" or "time".
 
     Returns:
@@ -61,7 +60,7 @@ def layer_costs(units: Sequence[Layer], example: PyTree, cost: str) -> list[floa
     parts: list[_Part] = []
     outputs: list[PyTree] = []
     places = []
-    # Without places: an example on a mesh of the program's own would bring that mesh with it.
+    # Without shardings: an example on a mesh of the program would carry that mesh along.
     x = jax.tree.map(
         lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), jax.eval_shape(lambda v: v, example)
     )
@@ -118,9 +117,9 @@ def _seconds(parts: Sequence[_Part]) -> list[float]:
         arguments = jax.tree.map(lambda v: v + jnp.ones((), v.dtype), zeros_like(shapes))
         jitted = jax.jit(functools.partial(_forward_backward, part.layer, part.first))
         programs.append((jitted.lower(*arguments).compile(), arguments))
-    for program, arguments in programs:  # the first run of a program is not like the others
+    for program, arguments in programs:  # warm-up
         jax.block_until_ready(program(*arguments))
-    # The smallest and not the median: beside one other busy program it scattered a fifth as much.
+    # The minimum varied a fifth as much as the median beside one other busy program.
     best = [float("inf")] * len(programs)
     began = time.perf_counter()
     for _ in range(ROUNDS):

@@ -2,10 +2,10 @@
 
     chain([a, repeat(b, 2), c])     a network of four layers
     (A, B, C)                       its params: B has those of two layers, stacked
-    [A, B[0], B[1], C]              `separate` gives one pytree a layer, `join` is the way back
+    [A, B[0], B[1], C]              `separate` gives one pytree per layer, `join` is its inverse
 
-Stages are chains too, and the cuts of a partition say what stands in which tuple and stack. One
-pytree a layer does not depend on them. Layers are counted as `Layer.at` numbers them.
+Stages are chains, too, and the cuts of a partition determine their tuples and stacks. One pytree
+per layer is independent of them. Layers are numbered as by `Layer.at`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def separate(layer: Layer, tree: PyTree) -> list[PyTree]:
 
     Args:
       layer: the network: any nesting of `chain` and `repeat`. For all stages of a pipeline it is
-        ``chain(stages)``, and ``tree`` the tuple of theirs.
-      tree: its params, or anything laid out as they are: model state, momentum, a gradient.
+        ``chain(stages)``, and ``tree`` the tuple of their trees.
+      tree: its params, or a tree of the same layout: model state, momentum, a gradient.
 
     Returns:
-      ``layer.size`` pytrees, as the layers themselves would have them; a head of a stage
-      (`fdg_jax.with_head`) is no layer of the network and left out.
+      ``layer.size`` pytrees, each in the layout of its layer; a head of a stage
+      (`fdg_jax.with_head`) is not a layer of the network and left out.
 
     Raises:
-      ValueError: the tree is not laid out as this network's.
+      ValueError: the tree does not have the network's layout.
 
     Example:
       >>> import numpy as np
@@ -83,10 +83,10 @@ def join(layer: Layer, parts: Sequence[PyTree]) -> PyTree:
       parts: ``layer.size`` pytrees.
 
     Returns:
-      One pytree, laid out as the network's; what is stacked in it is numpy's.
+      One pytree in the network's layout; stacked arrays are numpy arrays.
 
     Raises:
-      ValueError: there are more or fewer, or repeated layers are not equal.
+      ValueError: the number of pytrees differs, or repeated layers are not equal.
 
     Example:
       >>> import numpy as np
@@ -127,7 +127,7 @@ def difference(a: PyTree, b: PyTree) -> str | None:
       a, b: pytrees of arrays, which may be abstract.
 
     Returns:
-      A phrase that names the first array that is in one only, or of another dtype or shape.
+      A phrase that names the first array that is missing in one or differs in dtype or shape.
 
     Example:
       >>> import numpy as np
@@ -144,13 +144,13 @@ def difference(a: PyTree, b: PyTree) -> str | None:
 
 
 def change(old: PyTree, new: PyTree) -> str | None:
-    """The part of a pytree that changed its form; None if unchanged.
+    """The first structural change of a pytree; None if unchanged.
 
     Args:
       old, new: pytrees of arrays, which may be abstract.
 
     Returns:
-      A phrase that names the first array that came, went, or changed dtype or shape.
+      A phrase that names the first array added, removed, or changed in dtype or shape.
 
     Example:
       >>> import numpy as np

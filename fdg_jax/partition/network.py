@@ -3,7 +3,7 @@
     stage 0: (A, B)    stage 1: (C, stack of D and E)    network: layers 0 to 4
     (A, B, None, None, None)    (None, None, C, stack, InStack())
 
-So a path begins with the layer's number in the whole network, wherever that is cut.
+So a path begins with the layer's number in the network, independent of the cuts.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from fdg_jax.typing import PyTree
 
 
 class InStack(NamedTuple):
-    """In the place of a layer of a `fdg_jax.repeat`: its arrays are in the stack that begins
-    before it. A pytree without arrays."""
+    """Placeholder for a layer of a `fdg_jax.repeat` whose arrays are in the stack at an earlier
+    layer; a pytree without arrays."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a stage in the network.
+    """The position of a stage in the network.
 
     Args:
       layer: the stage.
       start: number of its first layer.
-      total: layers of the network.
-      headed: whether stages have heads (`fdg_jax.with_head`), which stand after the last layer.
+      total: number of layers of the network.
+      headed: whether stages have heads (`fdg_jax.with_head`), placed after the last layer.
     """
 
     layer: Layer
@@ -45,15 +45,15 @@ class Place:
         return range(self.start, self.start + self.layer.size)
 
     def whole(self, tree: PyTree) -> PyTree:
-        """Converts a tree of the stage's form to one of the network's.
+        """Converts a tree in the stage's layout to the network's.
 
         Args:
-          tree: params of the stage, or what mirrors them.
+          tree: params of the stage, or a tree that mirrors them.
 
         Returns:
-          A tuple with one entry a layer of the network, and one more for the stage's head where
-          stages have one: the layer's own tree; None for layers of other stages; a stack of
-          repeated layers at the number of its first, `InStack` at the others'.
+          A tuple with one entry per layer of the network, and one more for the stage's head if
+          stages have heads: the layer's own tree; None for layers of other stages; for repeated
+          layers the stack at the first one, `InStack` at the others.
 
         Example:
           >>> from fdg_jax import chain, from_fn, repeat
@@ -75,7 +75,7 @@ class Place:
         """The inverse of `whole`.
 
         Args:
-          tree: of `whole`.
+          tree: a result of `whole`.
 
         Returns:
           A tree like the stage's params.
@@ -90,11 +90,11 @@ class Place:
 
 
 def units(layer: Layer, number: int = 0) -> Iterator[tuple[int, Layer]]:
-    """The layers of a network, each with its number; a `fdg_jax.repeat` is one.
+    """The layers of a network with their numbers; a `fdg_jax.repeat` is one layer.
 
     Args:
       layer: the network: any nesting of `fdg_jax.chain`.
-      number: of the first.
+      number: number of the first.
 
     Yields:
       Numbers and layers.
@@ -116,7 +116,7 @@ def has_head(layer: Layer) -> bool:
 
 
 def _units(layer: Layer, tree: PyTree) -> Iterator[tuple[int, PyTree]]:
-    """Sizes and trees of the layers; size 0: a head."""
+    """Sizes and trees of the layers; a head has size 0."""
     if isinstance(layer, Chain):
         for inner, own in zip(layer.layers, tree, strict=True):
             yield from _units(inner, own)

@@ -19,25 +19,25 @@ def per_layer(rule: Rule, default: Hashable = "default") -> Callable[[PyTree], P
     .. math::
         \text{label}(a) = \text{rule}(n, \text{name}), \qquad a \text{ an array of layer } n
 
-    The optimizer of a stage sees the params of the stage at their places in the whole network, as
-    `fdg_jax.partition.network.Place.whole` puts them. Layers are numbered from the input, from 0;
-    the equal layers of a `fdg_jax.repeat` count one by one.
+    The optimizer of a stage sees the stage's params at their position in the network, as returned
+    by `fdg_jax.partition.network.Place.whole`. Layers are numbered from the input, from 0; the
+    equal layers of a `fdg_jax.repeat` count individually.
 
     Args:
-      rule: a dictionary from what an array is to its label, of which the first key that fits
-        counts: a layer's number, a ``range`` of numbers, or a name in the array's path, such as
-        "bias". Or a function ``rule(n, name)`` of the layer's number and the array's path in it,
-        such as "attention/kernel".
-      default: the label of an array that no key fits.
+      rule: a dictionary of labels, of which the first matching key is used: a layer's number, a
+        ``range`` of numbers, or a name in the array's path, such as "bias". Or a function
+        ``rule(n, name)`` of the layer's number and the array's path in it, such as
+        "attention/kernel".
+      default: the label of arrays without a matching key.
 
     Returns:
-      A function of the params, a tuple with one entry per layer, or of updates, that returns labels
-      for them.
+      A function of the params (a tuple with one entry per layer) or updates that returns their
+      labels.
 
     Raises:
-      ValueError: ``rule`` is neither. From the function: the params are no tuple; a number or range
-        fits no layer; layers of one `fdg_jax.repeat` have two labels for an array, which has them
-        all.
+      ValueError: ``rule`` is neither. From the function: the params are not a tuple; a number or
+        range matches no layer; layers of one `fdg_jax.repeat`, which share stacked arrays, get
+        different labels.
 
     Example:
       >>> import optax

@@ -17,10 +17,10 @@ class Changes:
     """The average of every stage.
 
     Args:
-      rule: of the pipeline.
-      schedule: which says how stale a stage is; where it is not, or where the rule does not
-        estimate weights, the average stays zero.
-      params: initial, one pytree per stage.
+      rule: the pipeline's gradient rule.
+      schedule: determines the staleness of a stage; if that is 0, or if the rule does not estimate
+        weights, the average stays zero.
+      params: initial params, one pytree per stage.
     """
 
     def __init__(self, rule: GradientRule, schedule: Schedule, params: Sequence[PyTree]) -> None:
@@ -39,5 +39,5 @@ class Changes:
             )
 
     def ago(self, k: int, now: PyTree, updates: int) -> PyTree:
-        """The weights used instead of those of the given number of updates ago."""
+        """The estimate of the weights of the given number of updates ago."""
         return jax.tree.map(lambda w, d: w - updates * d, now, self.average[k])

@@ -49,13 +49,13 @@ def train(
       loss_fn: ``loss_fn(outputs, labels) -> (mean loss, dict of metrics)``, or ``((sum, weight),
         dict of metrics)``; or one for every stage.
       optimizer: ``optimizer(k)`` for stage k.
-      schedule: for K stages.
-      params, model_state: initial, one pytree per stage.
+      schedule: a schedule for K stages.
+      params, model_state: initial values, one pytree per stage.
       key: the root key of dropout.
-      batches: (inputs, labels) each.
-      gradient: as in `fdg_jax.Pipeline`; "stale" and "recompute_stale" are the same gradient. Of
-        rules that estimate weights, `fdg_jax.engine.reconstruct.Reconstruct`.
-      synthesizers: of the stages that predict, and their initial states.
+      batches: pairs (inputs, labels).
+      gradient: as in `fdg_jax.Pipeline`; "stale" and "recompute_stale" give the same gradient. Of
+        rules that estimate weights, only `fdg_jax.engine.reconstruct.Reconstruct`.
+      synthesizers: synthesizers of the stages that predict, and their initial states.
       message_dtype, tie: as in `fdg_jax.Pipeline`.
 
     Returns:
@@ -106,10 +106,10 @@ def train(
         labels: PyTree,
         pins: list[PyTree] | None = None,
     ) -> tuple[tuple[jax.Array, tuple[Any, ...]], tuple[Any, Any]]:
-        """Loss, what each stage got and the state it left, the weight of the loss, and the gradient
-        of the whole network and of a tied array where it is lent.
+        """Loss, inputs and new states of all stages, the weight of the loss, and the gradients with
+        respect to all params and to the tied array in its second use.
 
-        With pins, every stage gets the pinned value and passes gradients as if it had not been.
+        With pins, every stage gets the pinned value, and gradients pass as if it were not pinned.
         """
 
         def loss(
@@ -139,9 +139,9 @@ def train(
     used: dict[tuple[int, int], PyTree] = {}  # -> weights of its forward, then of its backward
     lent: dict[int, jax.Array | None] = {}  # micro-batch -> the tied array of its forward
     met: dict[int, tuple[Any, ...]] = {}  # micro-batch -> state, inputs, weight, gradient
-    back: dict[int, jax.Array] = {}  # micro-batch -> gradient of the tied array where it is lent
+    back: dict[int, jax.Array] = {}  # micro-batch -> gradient of the second use of the tied array
     due: list[list[tuple[PyTree, Any]]] = [[] for _ in stages]
-    extra: list[dict[str, Any]] = [{} for _ in stages]  # of the last gradient
+    extra: list[dict[str, Any]] = [{} for _ in stages]  # extra arguments, of the last gradient
 
     for action in (a for tick in schedule.stream(len(batches)) for a in tick):
         k, n = action.stage, action.batch * count + (action.micro or 0)
@@ -190,7 +190,7 @@ def train(
 
 
 def _pin(y: jax.Array, value: jax.Array) -> jax.Array:
-    """The value of x with the gradient of y."""
+    """An array with the value of ``value`` and the gradient of ``y``."""
     if not jnp.issubdtype(y.dtype, jnp.inexact):
         return value
     return y - jax.lax.stop_gradient(y) + value

@@ -28,7 +28,7 @@ class Result(NamedTuple):
 def total_of(found: tuple[Any, Any], parts: int) -> tuple[jax.Array, Any]:
     """The differentiated value of one part of a mini-batch, and its weight or None.
 
-    A mini-batch that is not divided has its loss, sum / weight.
+    For an undivided mini-batch the value is the loss, sum / weight.
     """
     loss = found[0]
     if not isinstance(loss, tuple | list):
@@ -40,7 +40,7 @@ def total_of(found: tuple[Any, Any], parts: int) -> tuple[jax.Array, Any]:
 
 
 def reduced(values: list[tuple[PyTree, Any]], mean: bool = True) -> PyTree:
-    """The mean or sum of gradients or losses; with weights, all sums by all weights."""
+    """The mean or sum of gradients or losses; with weights, the total sum by the total weight."""
     count = len(values)
     scale: Any = count
     if values[0][1] is not None:

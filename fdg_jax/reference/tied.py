@@ -17,7 +17,7 @@ class Shared:
 
     Args:
       stages: the network.
-      tie: which array; None: none.
+      tie: the tied array, or None.
     """
 
     def __init__(self, stages: Sequence[Layer], tie: Tie | None) -> None:

@@ -1,8 +1,8 @@
 """Schedules as streams of actions: which stage does what in which tick.
 
 A schedule is a rule that maps a tick to actions. ``F3@1``: stage 1 forwards batch 3; ``B1@0``:
-stage 0 back-propagates batch 1; ``U@0``: stage 0 applies the gradient that it has accumulated.
-Everything else (delay, staleness, what is in flight) is counted from the stream of actions.
+stage 0 back-propagates batch 1; ``U@0``: stage 0 applies its accumulated gradient. Everything else
+(delay, staleness, batches in flight) is counted from the stream of actions.
 
 FDG with three stages, ticks downwards; no stage waits for another inside a tick:
 
@@ -54,14 +54,14 @@ def create(name: str, num_stages: int, **options: Any) -> Schedule:
       name: one of `NAMED`.
       num_stages: K.
       **options: such as ``microbatches``, ``accumulate``, ``reduction``, ``order``. None is the
-        schedule's own default. What only other schedules have is ignored, so that one set of
-        settings serves all.
+        schedule's default. Options of other schedules are ignored, so that one set of settings
+        works for all.
 
     Returns:
       The schedule.
 
     Raises:
-      ValueError: no such schedule, an option that no schedule has, or one out of bounds.
+      ValueError: unknown schedule, an option of no schedule, or an option out of bounds.
 
     Example:
       >>> create("adl", 2, accumulate=4, microbatches=8).staleness(0)

@@ -5,9 +5,9 @@
     B      cotangent of hop 0     cotangent to hop -1          closes      adds
     U                                                                      applies
 
-Hop 0 is the stage itself, +1 the next stage, -1 the one before. A stage with a loss gives the
-cotangent of its own output to itself when it forwards. Everything that is counted from a schedule
-(delay, staleness, what is held) follows from such a table and the stream of actions.
+Hop 0 is the stage itself, +1 the next stage, -1 the previous one. A stage with a loss gives the
+cotangent of its output to itself in its forward. All counts of a schedule (delay, staleness,
+contents of stages) follow from such a table and the stream of actions.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 ACTIVATION, COTANGENT, OUTPUT_COTANGENT = "activation", "cotangent", "output_cotangent"
-# An array that two stages use (`fdg_jax.tie`), and the gradient of its second use.
+# An array used by two stages (`fdg_jax.tie`), and the gradient of its second use.
 TIED, TIED_GRADIENT = "tied", "tied_gradient"
-OUTPUT = "output"  # of the stage itself, and the labels, for its synthesizer
+OUTPUT = "output"  # the stage's output and labels, for its synthesizer
 
 
 class Port(NamedTuple):
@@ -27,7 +27,7 @@ class Port(NamedTuple):
 
     Attributes:
       name: such as "activation" or "cotangent".
-      hop: 0 of the stage itself, +1 of the next, -1 of the one before.
+      hop: 0: the stage itself; +1: the next stage; -1: the previous stage.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Kind:
     """A kind of action.
 
     Args:
-      name: a capital letter, which stands in the grid before the number of the mini-batch.
+      name: a capital letter, printed in the grid before the number of the mini-batch.
       takes: messages that it consumes, from the stage's own inbox (hop 0).
       gives: messages that it sends.
-      in_flight: what it does to the micro-batch's place in the stage: "opens" it (a forward),
-        "reads" it, "closes" it (the last use of what the forward left), or "none".
+      in_flight: its effect on the stage's stored data of the micro-batch: "opens" (a forward),
+        "reads", "closes" (the last use), or "none".
       gradient: "adds" one to the stage's sum, "applies" the sum (an update), or "none".
 
     Example:
@@ -63,22 +63,22 @@ BACKWARD = Kind("B", (Port(COTANGENT),), (Port(COTANGENT, -1),), "closes", "adds
 UPDATE = Kind("U", gradient="applies")
 KINDS = (FORWARD, BACKWARD, UPDATE)
 
-# A backward in two halves (zero-bubble): B for the input, at once, and W for the weights, later.
+# A split backward (zero-bubble): B for the input, immediately, and W for the weights, later.
 BACKWARD_INPUT = Kind(
     "B", (Port(COTANGENT),), (Port(COTANGENT, -1), Port(OUTPUT_COTANGENT)), "reads"
 )
 BACKWARD_WEIGHTS = Kind("W", (Port(OUTPUT_COTANGENT),), (), "closes", "adds")
 SPLIT_KINDS = (FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHTS, UPDATE)
 
-# A backward that sends nothing down: every stage learns from a loss of its own.
+# A backward without a message: every stage has its own loss.
 LOCAL_BACKWARD = Kind("B", (Port(COTANGENT),), (), "closes", "adds")
 LOCAL_KINDS = (FORWARD, LOCAL_BACKWARD, UPDATE)
 
 
-# Predicted cotangents: P is a backward with the cotangent that the stage's synthesizer predicts, T
-# teaches the synthesizer. The teacher is the cotangent that the stage after it predicted and sent
-# down (PREDICTED_KINDS), or the true one (LATE_KINDS): that passes on as in FDG, through B where it
-# also is the stage's gradient, through D where the stage has learned from the prediction before.
+# Predicted cotangents: P is a backward with the cotangent predicted by the stage's synthesizer, T
+# trains the synthesizer. Its target is the cotangent that the next stage computed from its own
+# prediction (PREDICTED_KINDS), or the true one (LATE_KINDS), which is passed on as in FDG: by B if
+# it also gives the stage's gradient, by D if the stage has already learned from the prediction.
 _PREDICTING = Kind("F", (Port(ACTIVATION),), (Port(ACTIVATION, 1), Port(OUTPUT)), "opens")
 PREDICTED_KINDS = (
     _PREDICTING,
@@ -102,11 +102,10 @@ class Action(NamedTuple):
 
     Attributes:
       kind: name of its `Kind`: "F" forward, "B" backward, "U" update.
-      batch: number of the mini-batch; for an update, of the last batch whose gradient it applies.
-      stage: 0 is next to the input.
-      micro: number of the micro-batch inside the mini-batch, where mini-batches are divided.
-      version: of a forward: which weights it uses, as the number of updates that made them, counted
-        from the last fill. None: the newest.
+      batch: number of the mini-batch; for an update, the last batch whose gradient it applies.
+      stage: 0 is the input stage.
+      micro: number of the micro-batch within the mini-batch, if mini-batches are divided.
+      version: weights of a forward, as the number of updates since the last fill. None: the newest.
 
     Example:
       >>> print(Action("F", 3, 1), Action("U", 3, 1), Action("B", 3, 1, micro=2))
@@ -139,13 +138,13 @@ class Action(NamedTuple):
 
         Args:
           text: such as "F3@1".
-          batch: of an update, which prints without its number.
+          batch: number for an update, which is printed without one.
 
         Returns:
           The action.
 
         Raises:
-          ValueError: the text is no action.
+          ValueError: the text is not an action.
         """
         found = re.fullmatch(r"([A-Z])(\d*)(?:\.(\d+))?(?:v(\d+))?@(\d+)", text)
         if found is None or (not found[2] and found[1] != UPDATE.name):

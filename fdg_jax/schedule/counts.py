@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from fdg_jax.schedule.action import UPDATE, Action
 from fdg_jax.schedule.ledger import Holding, Ledger, Plan
 
-# A window of so many periods in steady state; also rules that do not say their period, of up to
-# four ticks, repeat in it.
+# Number of periods in the steady-state window. Rules that do not declare their period also repeat
+# in it, if it is at most four ticks.
 _WINDOW = 12
 
 
@@ -22,10 +22,10 @@ class Counts:
       delay: ticks between the forward and the backward of a batch, the largest in steady state.
       staleness, mean_staleness: updates between a batch's forward and the use of its gradient.
       in_flight: the most mini-batches forwarded whose gradient is not yet applied.
-      slots: by what is held between two ticks ("flight", "version", "kept", and the ports): how
-        many places are enough, number n in place n modulo that.
-      gradients: the most that one update has.
-      pending: whether a sum of gradients waits between two ticks.
+      slots: number of slots needed between two ticks, by contents ("flight", "version", "kept", and
+        the ports); number n is in slot n modulo that.
+      gradients: the maximum number of gradients in one update.
+      pending: whether a sum of gradients is pending between two ticks.
     """
 
     delay: int = 0
@@ -83,7 +83,7 @@ def count(schedule: Plan, fill: int) -> list[Counts]:
     found = [Counts() for _ in ledger.stages]
     applied: list[list[int]] = [[] for _ in found]  # staleness of each micro-batch in the window
     entered: list[dict[int, int]] = [{} for _ in found]  # tick of each forward
-    waiting: list[list[tuple[int, int]]] = [[] for _ in found]  # closed, and not yet applied
+    waiting: list[list[tuple[int, int]]] = [[] for _ in found]  # gradients not yet applied
     flying: list[Counter[int]] = [Counter() for _ in found]  # micro-batches of each mini-batch
     begin = 2 * (fill + schedule.period)
     window = range(begin, begin + _WINDOW * schedule.period)
@@ -129,7 +129,7 @@ def _widen(counts: Counts, own: Holding, versions: int, steady: bool) -> None:
         held |= {"version": (met | set(kept)) - {own.version}, "kept": kept}
         counts.pending |= own.pending > 0
     for name, numbers in held.items():
-        # Outside of steady state what is held is a part of it, and rarely has to be looked at.
+        # Outside of steady state stages hold less, which rarely needs more slots.
         if numbers and (steady or len(numbers) > counts.slots[name]):
             span = max(numbers) - min(numbers) + 1
             counts.slots[name] = max(counts.slots[name], span)
@@ -152,13 +152,13 @@ class Checker:
         self._schedule = schedule
         self._kinds = schedule.kind_of
         self._done: set[tuple[str, int, int | None, int]] = set()
-        self.pending = [-1] * schedule.num_stages  # the last batch whose gradient waits
+        self.pending = [-1] * schedule.num_stages  # the last batch with a pending gradient
 
     def check(self, t: int, actions: list[Action]) -> None:
         """Validates one tick.
 
         Raises:
-          ValueError: it does what no pipeline can do.
+          ValueError: an action is invalid.
         """
         schedule = self._schedule
         for action in actions:

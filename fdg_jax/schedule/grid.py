@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fdg_jax.schedule.action import UPDATE, Action
 
-# What stands in the cells of a grid.
+# The contents of a grid's cells.
 LEGEND = """\
 F3, B3, U: forward and backward of mini-batch 3, update; F3.1: of its micro-batch 1;
 W3: the part of a backward that is for the weights, where it is split.
@@ -21,7 +21,7 @@ def write(ticks: Sequence[Sequence[Action]], num_stages: int) -> str:
       num_stages: K.
 
     Returns:
-      Lines, the first with the heads.
+      Lines, the first with the column heads.
 
     Example:
       >>> print(write([[Action("F", 0, 0)], [Action("F", 1, 0), Action("F", 0, 1)]], 2))
@@ -51,11 +51,11 @@ def parse(text: str) -> list[list[Action]]:
       text: as `Schedule.grid` prints it.
 
     Returns:
-      The actions of each tick, stage by stage; the grid does not say in which order the stages of
-      one tick are dispatched. An update gets the number of the last gradient before it.
+      The actions of each tick, stage by stage; a grid does not contain the dispatch order of the
+      stages in a tick. An update gets the number of the last gradient before it.
 
     Raises:
-      ValueError: the text is no grid.
+      ValueError: the text is not a grid.
 
     Example:
       >>> from fdg_jax import schedule

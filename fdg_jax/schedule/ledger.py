@@ -1,7 +1,7 @@
-"""Bookkeeping of what every stage holds, action by action.
+"""Bookkeeping of the contents of every stage, action by action.
 
-The bookkeeping is written once, here, and follows from the kinds of action alone. The engine runs
-it with arrays, checkpoints with names, the simulator with bytes, and counting with nothing.
+The bookkeeping is implemented once, here, and follows from the kinds of action alone. The engine
+runs it with arrays, checkpoints with names, the simulator with bytes, and counting without values.
 """
 
 from __future__ import annotations
@@ -46,11 +46,10 @@ class Holding:
     """The contents of one stage.
 
     Attributes:
-      version: updates made.
-      pending: gradients added and not yet applied.
-      flights: micro-batches in flight: the version of the weights of its forward, and what the
-        forward left.
-      inbox: messages not yet consumed, by port and micro-batch; "label" and "metric", of parts of
+      version: number of updates.
+      pending: number of gradients added and not yet applied.
+      flights: micro-batches in flight: the weight version of the forward, and its stored data.
+      inbox: messages not yet consumed, by port and micro-batch; "label" and "metric", for parts of
         an unfinished mini-batch, are ports, too.
     """
 
@@ -74,10 +73,10 @@ class Holding:
 class Ledger:
     """The contents of all stages.
 
-    Micro-batches are numbered through: number m of mini-batch n is n * microbatches + m.
+    Micro-batches are numbered consecutively: m of mini-batch n is n * microbatches + m.
 
     Args:
-      schedule: whose kinds say what an action takes, gives and keeps.
+      schedule: its kinds determine what an action takes, gives and stores.
     """
 
     def __init__(self, schedule: Plan) -> None:
@@ -136,9 +135,9 @@ def holdings(schedule: Plan, batches: int) -> Sequence[Holding]:
     """The contents of each stage after the given number of mini-batches.
 
     Args:
-      schedule: whose.
-      batches: how many have entered since the last drain, >= 0; any number costs the same, since a
-        schedule repeats itself.
+      schedule: the schedule.
+      batches: number of mini-batches since the last drain, >= 0; the cost does not depend on it,
+        because schedules are periodic.
 
     Returns:
       One `Holding` per stage.
@@ -152,9 +151,9 @@ def holdings(schedule: Plan, batches: int) -> Sequence[Holding]:
       4
     """
     period, count = schedule.period, schedule.microbatches
-    # From twice the fill on every period is like the last.
+    # After twice the fill every period is like the previous one.
     steady = 2 * (schedule.fill + 1) + 2 * period
-    whole = max(0, (batches - steady) // period)  # periods that need not be gone through
+    whole = max(0, (batches - steady) // period)  # periods that are skipped
     ticks = batches - whole * period
     ledger = Ledger(schedule)
     before = [0] * schedule.num_stages

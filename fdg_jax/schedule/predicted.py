@@ -10,7 +10,7 @@ from fdg_jax.schedule.schedule import Schedule
 
 @dataclass(frozen=True)
 class Predicted:
-    """Tick t of DNI: stage k forwards and trains on batch t-k; the target is of batch t-k-2."""
+    """Tick t of DNI: stage k forwards and trains on batch t-k; targets are of batch t-k-2."""
 
     num_stages: int
 
@@ -55,7 +55,7 @@ def dni(num_stages: int) -> Schedule:
     """Decoupled neural interfaces: a stage trains immediately on a predicted cotangent.
 
     A synthesizer in every stage but the last predicts the cotangent of the stage's output. Its
-    teacher is the cotangent that the next stage computes, itself from a prediction,
+    target is the cotangent computed by the next stage, itself from a prediction,
 
     .. math::
         \\hat\\delta_k = S_k(h_k), \\qquad
@@ -63,7 +63,7 @@ def dni(num_stages: int) -> Schedule:
         \\, \\partial h_{k+1} / \\partial h_k \\right\\rVert^2
 
     with the true cotangent in the last stage. In a tick a stage forwards a batch, runs backward
-    with the prediction (P), updates, and teaches its synthesizer (T) with what the next stage sent.
+    with the prediction (P), updates, and trains its synthesizer (T) on the next stage's message.
 
     Args:
       num_stages: K; its pipeline needs K-1 synthesizers.
@@ -94,16 +94,16 @@ def dni(num_stages: int) -> Schedule:
 def dni_late(num_stages: int, predicted: int = 1, true: int = 0) -> Schedule:
     """DNI with the true cotangent as target, which FDG delivers 2(K-1-k) ticks later.
 
-    The true cotangent passes down as in `fdg`, through the stages at the weights of the batch's
-    forward, and teaches every synthesizer on its way. In predicted batches the stages learn at once
-    from the synthesizers, and the true cotangent only passes on (D); in true ones they learn from
-    it as in `fdg`, with its delay (B). Late targets are specific to this project and, to our
+    The true cotangent is back-propagated as in `fdg`, at the weights of the batch's forward, and is
+    the target of every synthesizer on its way. In predicted batches the stages train immediately
+    with the synthesizers, and the true cotangent is only passed on (D); in true batches they train
+    with it as in `fdg`, with its delay (B). Late targets are specific to this project and, to our
     knowledge, unpublished; the phases are those of ADA-GP.
 
     Args:
       num_stages: K; its pipeline needs K-1 synthesizers.
       predicted: the number of consecutive mini-batches trained with predictions.
-      true: the number of mini-batches trained with the true cotangent after them.
+      true: the number of subsequent mini-batches trained with the true cotangent.
 
     Returns:
       Delay 2(K-1-k) in stage k; staleness 0 of predicted batches, about 2(K-1-k) of true ones.

@@ -99,8 +99,8 @@ class Schedule:
 
     @functools.cached_property
     def sources(self) -> dict[str, list[list[tuple[tuple[str, int], ...]]]]:
-        """For each kind and stage: kind and stage of the actions that it needs, of one batch; each
-        need is one of several alternatives."""
+        """For each kind and stage: the dependencies within a batch, each a tuple of alternative
+        actions, given as kind and stage."""
         opener = next((kind.name for kind in self.kinds if kind.in_flight == "opens"), "F")
         found: dict[str, list[list[tuple[tuple[str, int], ...]]]] = {}
         for kind in self.kinds:
@@ -113,7 +113,7 @@ class Schedule:
                     if port.name == ACTIVATION and k == 0:
                         continue  # the mini-batch itself
                     if port.name == COTANGENT and k in self.losses:
-                        continue  # of the loss: given by the stage's own forward
+                        continue  # of the loss: from the stage's own forward
                     givers = tuple(
                         (other.name, k - hop)
                         for other in self.kinds
@@ -127,13 +127,13 @@ class Schedule:
     def needs(self, action: Action) -> list[Action]:
         """The dependencies of an action.
 
-        Where one of several actions may give an input, all of them are named.
+        If one of several actions may give an input, all of them are listed.
 
         Args:
-          action: of this schedule.
+          action: an action of this schedule.
 
         Returns:
-          Actions of the same micro-batch; of an update, none.
+          Actions of the same micro-batch; none for an update.
 
         Example:
           >>> from fdg_jax import schedule
@@ -142,7 +142,7 @@ class Schedule:
         """
         found = self.sources[action.kind][action.stage]
         every = dict.fromkeys(need for alternatives in found for need in alternatives)
-        every.pop((action.kind, action.stage), None)  # what gives back what it took
+        every.pop((action.kind, action.stage), None)  # kinds that return the message they take
         return [Action(kind, action.batch, k, action.micro) for kind, k in every]
 
     def tick(self, t: int, end: int | None = None) -> list[Action]:
@@ -150,10 +150,10 @@ class Schedule:
 
         Args:
           t: number of the tick; 0 is the first of the fill.
-          end: batches 0..end-1 exist; None: there is no last one.
+          end: batches 0..end-1 exist; None: no limit.
 
         Returns:
-          Actions in an order in which they can be dispatched.
+          Actions in a valid dispatch order.
 
         Example:
           >>> from fdg_jax import schedule
@@ -166,14 +166,14 @@ class Schedule:
         """The actions of a run, tick by tick, from the fill to the drain.
 
         Args:
-          batches: how many enter.
+          batches: number of mini-batches.
 
         Returns:
-          The actions of each tick. A last, partial accumulation is applied at the very end.
+          The actions of each tick. A last, incomplete accumulation is applied at the end.
 
         Raises:
-          ValueError: the rule is no pipeline: something is done twice, before what it needs, by a
-            stage that does not exist, or never.
+          ValueError: the rule is not a valid pipeline: an action occurs twice, before its
+            dependencies, in a stage that does not exist, or never.
         """
         return stream(self, batches)
 
@@ -182,7 +182,7 @@ class Schedule:
         """The number of ticks before the first backward of stage 0.
 
         Raises:
-          ValueError: there is none.
+          ValueError: there is no such backward.
         """
         return fill_of(self)
 
@@ -191,7 +191,7 @@ class Schedule:
         """The counts of every stage; see `Counts`.
 
         Raises:
-          ValueError: the rule is no pipeline, as in `stream`.
+          ValueError: the rule is not a valid pipeline, as in `stream`.
         """
         return count(self, self.fill)
 
@@ -204,7 +204,7 @@ class Schedule:
         """The contents of each stage after the given number of mini-batches.
 
         Args:
-          batches: how many have entered since the last drain.
+          batches: number of mini-batches since the last drain.
 
         Returns:
           One `Holding` per stage.
@@ -260,7 +260,7 @@ class Schedule:
           k: the stage, 0..K-1.
 
         Returns:
-          Mini-batches; one of which only parts are in flight counts as one.
+          Mini-batches; one that is partly in flight counts as one.
 
         Raises:
           ValueError: there is no stage k.
@@ -274,7 +274,7 @@ class Schedule:
           k: the stage, 0..K-1.
 
         Returns:
-          1 where nothing is accumulated.
+          1 without accumulation.
 
         Raises:
           ValueError: there is no stage k.
@@ -290,8 +290,7 @@ class Schedule:
     def fingerprint(self) -> str:
         """A short hash of all properties of the schedule.
 
-        A rule that is a dataclass enters by its fields, any other by the actions of the fill and of
-        the ticks after it.
+        A dataclass rule is hashed by its fields, others by their actions during and after the fill.
         """
         fields = [field.name for field in dataclasses.fields(self)]
         values = [getattr(self, name) for name in fields if name != "tied" or self.tied]
@@ -304,10 +303,10 @@ class Schedule:
         """The schedule as text, with ticks down and stages across.
 
         Args:
-          ticks: how many, from the start of the fill.
+          ticks: number of ticks, from the start of the fill.
 
         Returns:
-          Lines, the first with the heads; `fdg_jax.schedule.parse` reads them back.
+          Lines, the first with the column heads; `fdg_jax.schedule.parse` reads them.
         """
         return grid.write([self.tick(t) for t in range(ticks)], self.num_stages)
 

@@ -29,7 +29,7 @@ class Phases:
 
     @functools.cached_property
     def drain(self) -> list[Action]:
-        """The actions left to the first schedule after its last mini-batch."""
+        """The remaining actions of the first schedule after its last mini-batch."""
         left: list[Action] = []
         longest = 2 * (self.first.fill + self.first.period) + 2
         for t in range(self.steps, self.steps + longest):
@@ -51,7 +51,7 @@ class Then(Schedule):
 
     @property
     def phases(self) -> Phases:
-        """Both, and the step between them."""
+        """Both schedules, and the step between them."""
         assert isinstance(self.rule, Phases)
         return self.rule
 
@@ -65,7 +65,7 @@ class Then(Schedule):
 
     @functools.cached_property
     def counts(self) -> list[Counts]:
-        """Delay and staleness of the second schedule; contents as the larger of both."""
+        """Delay and staleness of the second schedule; maxima of both for all other counts."""
         found = []
         both = (self.phases.first, self.phases.second)
         for one, two in zip(*(count(part, part.fill) for part in both), strict=True):
@@ -100,20 +100,20 @@ def then(first: Schedule, steps: int, second: Schedule) -> Schedule:
     """Switches from one schedule to another; the pipeline is drained in between.
 
     The usual start of asynchronous training: synchronous while the weights change fast, then
-    without waiting. What the first schedule has in flight after ``steps`` mini-batches is finished
-    in the tick in which the second begins. A `Pipeline.drain` begins the sequence anew.
+    asynchronous. Mini-batches in flight after ``steps`` mini-batches are finished in the tick in
+    which the second schedule begins. `Pipeline.drain` restarts the sequence.
 
     Args:
-      first: for the first ``steps`` mini-batches.
+      first: the schedule of the first ``steps`` mini-batches.
       steps: >= 1.
-      second: from then on; it must divide mini-batches and reduce gradients as the first does, and
-        its forwards must not name versions (`pipedream_2bw`).
+      second: the schedule from then on; must have the same micro-batches and reduction as the
+        first, and forwards that do not name versions (unlike `pipedream_2bw`).
 
     Returns:
       A schedule whose delay and staleness are those of the second.
 
     Raises:
-      ValueError: the two do not fit together.
+      ValueError: the two are incompatible.
 
     Example:
       >>> from fdg_jax import schedule

@@ -38,7 +38,7 @@ class Microbatched:
     def _plan(self) -> list[Action]:
         """The actions of batch 0 in a valid dispatch order.
 
-        In every round each stage does the next action of its order if its inputs were there before.
+        In every round each stage runs the next action of its order if its inputs are available.
         """
         order = {"gpipe": _gpipe, "one_f_one_b": _one_f_one_b, "zero_bubble": _zero_bubble}
         rows = [order[self.name](k, self.num_stages, self.microbatches) for k in self._stages]
@@ -50,7 +50,7 @@ class Microbatched:
             if kind == "F":
                 return k == 0 or ("F", m, k - 1) in done
             if kind == "W":
-                return True  # its own stage's B comes before it in the order
+                return True  # the same stage's B precedes it in the order
             return ("F", m, k) in done if k == last else ("B", m, k + 1) in done
 
         while any(position[k] < len(row) for k, row in enumerate(rows)):
@@ -129,7 +129,7 @@ def gpipe(num_stages: int, microbatches: int = 4) -> Schedule:
 
     Args:
       num_stages: K.
-      microbatches: M, the parts of a mini-batch. Batch statistics are those of a part.
+      microbatches: M micro-batches per mini-batch; batch statistics are per micro-batch.
 
     Returns:
       Delay 0, staleness 0.
@@ -158,7 +158,7 @@ def one_f_one_b(num_stages: int, microbatches: int = 4) -> Schedule:
 
     Args:
       num_stages: K.
-      microbatches: M, the parts of a mini-batch. Batch statistics are those of a part.
+      microbatches: M micro-batches per mini-batch; batch statistics are per micro-batch.
 
     Returns:
       Delay 0, staleness 0.
@@ -184,14 +184,14 @@ def one_f_one_b(num_stages: int, microbatches: int = 4) -> Schedule:
 def zero_bubble(num_stages: int, microbatches: int = 4) -> Schedule:
     """ZB-H1: `one_f_one_b` with split backwards, which fill part of the bubble.
 
-    B is the half of a backward that the stage before waits for, W the half that only the stage's
-    own update waits for; W is done where the stage would idle. With equal times of F, B and W the
-    bubble is a third of 1F1B's. Here a stage's W walks through its layers a second time, since what
-    XLA keeps is the forward alone: take the schedule to compare, or where a stage is one layer.
+    B is the half of a backward needed by the previous stage, W the half needed only by the stage's
+    own update; W runs where the stage would idle. With equal times of F, B and W the bubble is a
+    third of 1F1B's. Here W repeats the backward through the stage's layers, since only residuals
+    of the forward are stored: use it for comparisons, or for stages of one layer.
 
     Args:
       num_stages: K.
-      microbatches: M, the parts of a mini-batch. Batch statistics are those of a part.
+      microbatches: M micro-batches per mini-batch; batch statistics are per micro-batch.
 
     Returns:
       Delay 0, staleness 0.

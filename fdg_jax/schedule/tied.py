@@ -12,14 +12,14 @@ from fdg_jax.schedule.sequence import Then, then
 def tied(schedule: Schedule, owner: int, user: int) -> Schedule:
     """The same actions with two more messages per micro-batch, for `fdg_jax.tie`.
 
-    A forward of the owner's stage gives the array to the user's stage, whose forward takes it; the
-    backward there gives its gradient to the owner's, whose backward takes it. Both messages are
-    there when they are taken, since the owner forwards before the user and back-propagates after.
+    A forward of the owner's stage sends the array to the user's stage, whose forward takes it; the
+    user's backward sends its gradient to the owner's stage, whose backward takes it. Both messages
+    arrive in time, since the owner forwards before the user and back-propagates after it.
 
     Args:
       schedule: the actions.
-      owner: the stage that has the array.
-      user: the stage that uses it, a later one.
+      owner: the stage that owns the array.
+      user: the later stage that uses it.
 
     Returns:
       A schedule that is otherwise the same.

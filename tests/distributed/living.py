@@ -1,9 +1,9 @@
-"""One process that is called, and then does as it is told; for tests.
+"""A process that joins a rendezvous and then ends as requested; for tests.
 
     python -m tests.distributed.living OWN COUNT HOST:PORT DEED
 
-DEED: stay, leave (well), fail (by an exception nobody catches), quit (status 3 by os._exit, and the
-others told).
+DEED: stay, leave (success), fail (uncaught exception), quit (status 3 by os._exit, after a notice
+to the others).
 """
 
 from __future__ import annotations

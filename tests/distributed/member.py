@@ -1,8 +1,8 @@
-"""One process of a run of several, for tests: trains a small network and says what came out.
+"""One of several processes of a run, for tests: trains a small network and prints the result.
 
     python -m tests.distributed.member JSON
 
-The JSON has coordinator, num_processes, process_id, and what `result` takes.
+The JSON has coordinator, num_processes, process_id, and the arguments of `result`.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def result(
     """Trains and returns hashes of parameters and losses, in the process of the last stage.
 
     Args:
-      schedule: in `SCHEDULES`.
+      schedule: a name in `SCHEDULES`.
       num_stages: K.
-      steps: in all.
+      steps: total number of steps.
       save: folder for a checkpoint after ``at`` steps.
-      restore: folder to go on from.
+      restore: folder of the checkpoint to resume from.
       at: see ``save``.
-      replace: whether to begin with the weights of another state.
-      options: of the pipeline.
+      replace: whether to start with the weights of another state.
+      options: options of the pipeline.
     """
     pipe = pipeline(schedule, num_stages, **options)
     data = networks.batches(steps)

@@ -1,4 +1,4 @@
-"""A NaN in a batch, an error in a stage: what a pipeline says of them."""
+"""Errors of a pipeline for a NaN in a batch and for an error in a stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests import networks
 
 
 def failing(at: int) -> fdg.Layer:
-    """A layer that raises when a batch begins with ``at``."""
+    """A layer that raises if a batch begins with ``at``."""
 
     def check(x: np.ndarray) -> np.ndarray:
         if x[0, 0] == at:
@@ -40,7 +40,7 @@ def error_in_stage_1(schedule: Schedule) -> StageError:
 
 
 def nan_in_a_batch(on_nonfinite: str) -> str:
-    """Mini-batch 5 holds a NaN, K = 3."""
+    """Mini-batch 5 contains a NaN, K = 3."""
     layers = [
         networks.dense(networks.WIDTH),
         networks.batch_norm(),

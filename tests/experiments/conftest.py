@@ -1,4 +1,4 @@
-"""Settings that the tests of the benchmark share."""
+"""Settings shared by the tests of the benchmark."""
 
 import jax
 import pytest
@@ -11,8 +11,8 @@ from tests.experiments.tiny import QUIET, tiny_network
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path) -> Settings:
-    """Settings of a network that compiles in a moment, on an idle machine."""
-    # Starts JAX with the devices of all tests: a benchmark asks for as many as there are cores.
+    """Settings of a network that compiles quickly, on an idle machine."""
+    # Starts JAX with the devices of all tests: a benchmark requests as many as there are cores.
     assert len(jax.devices()) == 4
     monkeypatch.setattr(fdg.models, "create", tiny_network)
     monkeypatch.setattr(machine, "at_rest", lambda max_load: (dict(QUIET), None))

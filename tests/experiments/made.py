@@ -1,4 +1,4 @@
-"""Folders of runs, made in a moment, for the tests of what is exported from them."""
+"""Folders of runs, created quickly, for tests of exports."""
 
 import jax
 import numpy as np
@@ -46,7 +46,7 @@ class Nnx(nnx.Module):
 
 
 def create(name, num_classes=10, channels=3, unroll=None, compute=None, dropout=0.0):
-    """Real models, and one that is made of ordinary modules and compiles in a moment."""
+    """Real models, and a small one of ordinary modules that compiles quickly."""
     if name != "tiny":
         return REAL(name, num_classes, channels, unroll, compute, dropout)
     block, head = fdg.from_nnx(Nnx), lambda rngs: nnx.Linear(6, num_classes, rngs=rngs)
@@ -68,14 +68,14 @@ def begin(folder, **settings):
 
 
 def save(folder, run, state, step):
-    """A checkpoint; what is predicted after it, and the hash of its parameters."""
+    """Saves a checkpoint; returns predictions after it, and the hash of its parameters."""
     with Checkpointer(folder / "checkpoints", run.pipe) as checkpoints:
         checkpoints.save(state, step)
     return np.asarray(run.pipe.predict(state, X)), params_sha256(run.pipe.params(state))
 
 
 def scattered(folder, **settings):
-    """A checkpoint of random numbers: a network that takes long to compile is not trained here."""
+    """A checkpoint of random numbers, for networks that would take long to compile."""
     run, state = begin(folder, **settings)
     rng = np.random.default_rng(1)
 

@@ -1,4 +1,4 @@
-"""A network that compiles in a moment, for the tests of the benchmark."""
+"""A network that compiles quickly, for the tests of the benchmark."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def made(settings: Settings, name: str, steps: int | None = None) -> contender.C
 
 
 def params(one: contender.Contender) -> list[np.ndarray]:
-    """All parameters in the order of the layers, however they are cut."""
+    """All parameters in the order of the layers, independent of the cuts."""
     if isinstance(one, contender.Plain):
         return list(map(np.asarray, jax.tree.leaves(one.state.params)))
     return list(map(np.asarray, jax.tree.leaves(one.pipe.params(one.state))))

@@ -1,12 +1,12 @@
-"""Kills trainings again and again, and sees whether every run ends as if it never was.
+"""Kills trainings repeatedly and checks that every run ends as without kills.
 
     python -m tests.kills --kills=192 --output=runs/kills
 
-Trains each of `SETTINGS`, of experiments.cifar or experiments.lm, once undisturbed and once killed
-with SIGKILL at its share of the moments: aimed ones, at which the program kills itself
-(watched.py), and ones at a random time, from outside. After each kill the same command is started
-again. In the end summary.json with the SHA-256 of the parameters, and metrics.jsonl, must be those
-of the undisturbed run, but for times.
+Trains each of `SETTINGS`, of experiments.cifar or experiments.lm, once undisturbed and once with
+SIGKILL at its share of the moments: chosen ones, at which the program kills itself (watched.py),
+and random times, from outside. After each kill the command is repeated. In the end summary.json
+with the SHA-256 of the parameters, and metrics.jsonl, must equal those of the undisturbed run,
+except times.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
         folder = output / setting.name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        # A seed of its own for each, so that one alone is killed as it is among all.
+        # One seed per setting, so that its kills do not depend on the other settings.
         orders = plan(setting, share, random.Random(f"{FLAGS.seed} {setting.name}"))
         result = torment(setting, orders, data, folder)
         (folder / "kills.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -2,10 +2,10 @@
 
     python -m tests.kills.members --kills=5
 
-Each kill falls between the start and the end of the process, and happens twice. Under
+Each kill happens between the start and the end of the process, in two runs. Under
 `experiments.launch --restarts=1` the run must end with the parameters of an undisturbed one. In two
-processes that nobody watches, the other must end within 30 seconds, with one error line, which
-names the process that was killed.
+processes without a launcher, the other must end within 30 seconds, with one error line that names
+the killed process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROGRAM = [
     "--num_stages=2",
     "--partition=flops",
     "--checkpoint_every_steps=4",
-    # Of one that is killed before it has come nobody can know that it will not.
+    # A process killed before it has connected cannot be detected until this time.
     "--connect_seconds=25",
 ]
 NUMBERS = ("params_sha256", "test_error", "test_loss", "best_test_error", "steps")
@@ -45,7 +45,7 @@ LONGEST = 30.0  # seconds that the other process may take to end
 
 
 class Kill(NamedTuple):
-    """Which process, and how many seconds after its start."""
+    """The process to kill, and the seconds after its start."""
 
     process: int
     seconds: float
@@ -57,10 +57,10 @@ def result(folder: pathlib.Path) -> list[object]:
 
 
 def watched(folder: pathlib.Path, kill: Kill | None) -> tuple[float, str]:
-    """Under the launcher: how many seconds the processes took, and what was said.
+    """Runs under the launcher; returns the seconds and the output.
 
     Raises:
-      ProcessLookupError: the process had ended before it was to be killed.
+      ProcessLookupError: the process had ended before the kill.
     """
     program = [sys.executable, "-m", *PROGRAM, f"--workdir={folder}"]
     line = ["experiments.launch", "--num_processes=2", "--restarts=1", "--", *program]
@@ -81,7 +81,7 @@ def watched(folder: pathlib.Path, kill: Kill | None) -> tuple[float, str]:
 
 
 def unwatched(folder: pathlib.Path, kill: Kill) -> tuple[float, str]:
-    """Nobody ends the other: the seconds until it has, and its error line.
+    """Runs without a launcher; returns the seconds until the other ends, and its error line.
 
     Raises:
       ProcessLookupError: as above.
@@ -113,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         folder = pathlib.Path(root)
         seconds, _ = watched(folder / "whole", None)
-        seconds, _ = watched(folder / "again", None)  # all programs are in the cache now
+        seconds, _ = watched(folder / "again", None)  # now with all programs in the cache
         expected = result(folder / "whole")
         print(
             f"undisturbed: {seconds:.1f} s, params_sha256 {expected[0]}\n",

@@ -1,4 +1,4 @@
-"""What is trained, and when it is killed."""
+"""Settings of trainings, and the times of their kills."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 METHODS = ("fdg", "adl", "gpipe")
 GRADIENTS = ("stale", "recompute_stale", "recompute")
 MODEL = "wrn10_1"
-# Methods in which stage 0 learns from a mini-batch in the tick that it enters.
+# Methods in which stage 0 trains on a mini-batch in the tick in which it enters.
 UNDELAYED = ("gpipe", "dgl", "dni")
-# A kill from outside comes at most so many seconds after the moment that is awaited.
+# Maximum seconds from the awaited moment to a kill from outside.
 LATEST = 0.1
 
 # Moments of watched.py, with the number of the pass.
@@ -40,7 +40,7 @@ ENDS = [
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is trained."""
+    """A setting of a training."""
 
     method: str
     gradient: str
@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def extras(self) -> list[str]:
-        """What is not as in most settings."""
+        """The differences from most settings, as parts of its name."""
         remedy = [] if self.remedy == "none" else [self.optimizer, self.remedy]
         model = [] if self.model == MODEL else [self.model]
         messages = [] if self.message_dtype == "float32" else [self.message_dtype]
@@ -70,7 +70,7 @@ class Setting:
 
     @property
     def in_flight(self) -> bool:
-        """Whether anything is between two steps, so that the drain has ticks."""
+        """Whether mini-batches are in flight between steps, so that the drain has ticks."""
         return self.method != "gpipe" and self.num_stages > 1
 
     @property
@@ -81,7 +81,7 @@ class Setting:
     @property
     def _images(self) -> list[str]:
         k = self.num_stages
-        # Of five layers; the reversible ones have more, and no dropout.
+        # The usual model has five layers; the reversible one has more, and no dropout.
         usual = self.model == MODEL
         partition = ("flops", "2", "2,3", "1,2,3")[k - 1] if usual else "flops"
         return [
@@ -97,7 +97,7 @@ class Setting:
 
     @property
     def _text(self) -> list[str]:
-        """Of four layers that can be cut; three evaluations."""
+        """A network of four layers, with three evaluations."""
         return [
             f"--model={self.model}",
             "--width=8",
@@ -122,7 +122,7 @@ class Setting:
             f"--num_stages={k}",
             f"--message_dtype={self.message_dtype}",
             "--synthesizer_width=8",
-            # Turns of four mini-batches, so that checkpoints every 3 come to all places of one.
+            # Turns of four mini-batches, so that checkpoints every 3 cover all positions of a turn.
             "--phases=3:1",
             f"--optimizer={self.optimizer}",
             f"--remedy={self.remedy}",
@@ -137,7 +137,7 @@ class Setting:
         ]
 
 
-# Every method meets every gradient and every K.
+# Every method with every gradient rule and every K.
 SETTINGS = [
     Setting(method, GRADIENTS[(i + k) % 3], k)
     for i, method in enumerate(METHODS)
@@ -152,8 +152,8 @@ SETTINGS += [
     Setting("adl", "stale", 3, "muon", "recipe"),
     Setting("fdg", "stale", 4, "muon", "error_feedback"),
 ]
-# What has more in a checkpoint: streams without residuals, heads, synthesizers, earlier weights,
-# encoded messages.
+# Settings with additional contents of checkpoints: streams without residuals, heads, synthesizers,
+# earlier weights, encoded messages.
 SETTINGS += [
     Setting("petra", "reversible", 4, model="small_revnet"),
     Setting("dgl", "stale", 3),
@@ -170,12 +170,12 @@ SETTINGS += [
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """When a process is to be killed.
+    """The time at which a process is killed.
 
     Attributes:
-      moment: of watched.py, with a number; empty: from outside.
-      lines: of its log, that are awaited before a kill from outside.
-      seconds: that pass after those.
+      moment: a moment of watched.py, with a number; empty: killed from outside.
+      lines: number of log lines awaited before a kill from outside.
+      seconds: delay after those lines.
     """
 
     moment: str = ""
@@ -184,11 +184,11 @@ class Order:
 
 
 def plan(setting: Setting, share: int, rng: random.Random) -> list[Order]:
-    """``share`` moments to be killed at, of as many kinds as can be, in the order of a run."""
+    """``share`` kills of as many kinds as possible, in the order of a run."""
     place = SETTINGS.index(setting)
 
     def turn(moments: Sequence[str], number: int = place) -> Order:
-        """Settings take turns, so that together they come to all moments of a kind."""
+        """Settings take turns, so that together they cover all moments of a kind."""
         return Order(moments[number % len(moments)])
 
     def outside(lines: int) -> Order:
@@ -196,7 +196,7 @@ def plan(setting: Setting, share: int, rng: random.Random) -> list[Order]:
 
     steady = [f"steady:{n}" for n in range(1, 9)]
     fill = [f"fill:{n + 1}" for n in range(setting.fill)]
-    # With its place in a run; what has the same place comes in any order.
+    # Each with its position in a run; equal positions come in any order.
     kinds = [
         (1, Order(rng.choice(fill or steady))),
         (0, turn(CONFIG)),
@@ -210,8 +210,8 @@ def plan(setting: Setting, share: int, rng: random.Random) -> list[Order]:
         (5, turn(DRAINS if setting.in_flight else DRAINS[:2], place + place // 4)),
         (6, turn(ENDS, place + place // 4)),
     ]
-    # These may find a run at its end; then they wait for another one.
+    # A run may end before these; they are then repeated in another one.
     kinds += [(4, outside(150)) for _ in range(share - len(kinds))]
-    # A smaller share is other kinds in other settings, but always the fill where there is one.
+    # With a smaller share, settings have different kinds, but always the fill if there is one.
     kinds = [kinds[0], *rng.sample(kinds[1:], len(kinds) - 1)][:share]
     return [order for _, order in sorted(rng.sample(kinds, share), key=lambda pair: pair[0])]

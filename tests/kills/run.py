@@ -1,4 +1,4 @@
-"""A run that is killed and started again, beside one that is not."""
+"""Compares a run that is killed and restarted with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tests.kills.plan import Order, Setting
 
 ROOT = pathlib.Path(__file__).parents[2]
 TIMES = ("images_per_second", "bytes_per_second", "seconds", "train_seconds")
-# Seconds of one process, which takes 7 on two idle cores and has taken 240 on busy ones.
+# Time limit of a process in seconds: it takes 7 on two idle cores, up to 240 on busy ones.
 DEADLINE = 1200
-# Of a process that was killed before it could say where it is.
+# The state of a process that was killed before its first log line.
 BEFORE = {"moment": "", "main": "start", "save": "none", "step": 0}
-# Runs, at most, until all kills of a setting have found their moment.
+# Maximum number of runs until all kills of a setting have happened.
 ATTEMPTS = 3
 
 
 def make_data(folder: pathlib.Path) -> None:
-    """A data set of 8x8 images in two classes: five steps of 8 an epoch, two evaluation batches.
+    """A data set of 8x8 images in two classes: five steps of 8 per epoch, two evaluation batches.
 
-    Beside it a text, whose tenth is two evaluation batches as well.
+    Also a text, a tenth of which is two evaluation batches.
     """
     rng = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 6)):
@@ -80,7 +80,7 @@ def end(process: subprocess.Popen[str]) -> int:
 def attempt(
     setting: Setting, data: pathlib.Path, workdir: pathlib.Path, order: Order | None
 ) -> dict[str, Any] | None:
-    """Starts the run, or goes on with it, until it is killed: where it was then. None: it ended."""
+    """Starts or resumes a run; returns where it was killed, or None if it ended."""
     log = workdir.with_suffix(".log")
     log.unlink(missing_ok=True)
     kill = order.moment if order else ""
@@ -119,7 +119,7 @@ def attempt(
 
 
 def differences(run: pathlib.Path, whole: pathlib.Path) -> list[str]:
-    """What two runs do not agree in, but for times."""
+    """The differences between two runs, except times."""
 
     def content(folder: pathlib.Path) -> dict[str, Any]:
         summary = json.loads((folder / "summary.json").read_text())
@@ -138,12 +138,12 @@ def differences(run: pathlib.Path, whole: pathlib.Path) -> list[str]:
 def torment(
     setting: Setting, orders: Sequence[Order], data: pathlib.Path, folder: pathlib.Path
 ) -> dict[str, Any]:
-    """Trains undisturbed, then killed at ``orders``; in another run those that the first did not
-    come to, because it was at its end before.
+    """Trains without kills, then with kills at ``orders``; orders that a run did not reach before
+    its end are repeated in another run.
 
     Returns:
-      The kills, each with the newest checkpoint from which the next process had to go on; for each
-      disturbed run what differs from the undisturbed one; the orders that no run came to.
+      The kills, each with the newest checkpoint from which the next process resumed; the
+      differences of each disturbed run from the undisturbed one; orders that no run reached.
     """
     whole = folder / "whole"
     if end(start(setting, data, whole, f"experiments.{setting.program}")) != 0:
@@ -160,7 +160,7 @@ def torment(
             kills.append(where)
             print(f"  {setting.name}: {json.dumps(where)}", flush=True)
         outcomes.append(differences(run, whole))
-        # Behind the next: what one run never comes to may need a kill before it.
+        # After the next order, since an unreached moment may need a kill before it.
         for order in missed:
             left.insert(1, order)
         if not left:

@@ -1,18 +1,17 @@
-"""A program that trains, a log of where it is, and a moment at which it kills itself.
+"""Runs a training program that logs its progress and kills itself at a given moment.
 
     WATCH_PROGRAM=cifar WATCH_LOG=where.jsonl WATCH_KILL="arrays written:2" \
         python -m tests.kills.watched --workdir=...
 
 The program has no hooks for tests. Its functions are wrapped here before it starts, so that each of
-the moments below is a line in the log before the program goes on; at its n-th pass of the moment
-that WATCH_KILL names it sends itself SIGKILL. The last line says where a process was when it died,
-whoever killed it:
+the moments below is logged before the program continues; at the n-th pass of the moment in
+WATCH_KILL it sends itself SIGKILL. The last line tells where a process was when it was killed:
 
     {"moment": "arrays", "main": "steady", "save": "arrays", "step": 12}
 
-`main` is what the loop is doing: start, fill (stage 0 has applied no gradient yet), steady,
-evaluation, drain, end. `save` is what the thread that writes checkpoints is doing: none, copies
-(they are fetched from the devices), arrays, manifest, rename, removing (older checkpoints).
+`main` is the phase of the loop: start, fill (stage 0 has applied no gradient yet), steady,
+evaluation, drain, end. `save` is the phase of the thread that writes checkpoints: none, copies
+(fetching them from the devices), arrays, manifest, rename, removing (older checkpoints).
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from experiments.training import evaluation, resume
 from fdg_jax.checkpoint import checkpointer, manifest
 from fdg_jax.engine import dispatch, pipeline
 
-# Pauses between two looks at what a library, of which no function is wrapped, has written so far.
+# Polling interval for files written by a library without wrapped functions.
 LOOK_SECONDS = 0.0002
 
 
 class Watch:
-    """The log, and the moment to die at.
+    """The log, and the moment of the kill.
 
     Args:
-      log: lines are appended to it.
-      kill: ``moment:n``, or nothing.
+      log: the file to which lines are appended.
+      kill: ``moment:n``, or empty.
     """
 
     def __init__(self, log: str, kill: str) -> None:
@@ -52,20 +51,20 @@ class Watch:
         self._kill = kill
         self.main, self.save, self.step = "start", "none", 0
         self.behind = ""  # the phase after an evaluation
-        self.last = False  # whether the checkpoint being written is that of the drained state
+        self.last = False  # whether the current checkpoint is of the drained state
 
     def at(self, moment: str, *, main: str | None = None, save: str | None = None) -> None:
-        """The program is at ``moment``, and in another phase from now on if one is named.
+        """Logs ``moment`` and changes phases if given.
 
-        With "last " before them, moments of the thread that writes are those of the checkpoint of
-        the drained state.
+        Moments of the checkpoint thread have the prefix "last " for the checkpoint of the drained
+        state.
         """
         if self.last and threading.current_thread() is not threading.main_thread():
             moment = f"last {moment}"
         with self._lock:
             self.main, self.save = main or self.main, save or self.save
             where = {"moment": moment, "main": self.main, "save": self.save, "step": self.step}
-            # One system call, past all buffers: what is written outlives the process.
+            # One unbuffered system call, so that the line survives the process.
             os.write(self._file, (json.dumps(where) + "\n").encode())
             self._passed[moment] += 1
             if f"{moment}:{self._passed[moment]}" == self._kill:
@@ -73,9 +72,9 @@ class Watch:
 
     @contextlib.contextmanager
     def files(self, folder: pathlib.Path) -> Iterator[None]:
-        """Meanwhile every file that appears in ``folder`` is a moment, if one of them is aimed at.
+        """Makes every new file in ``folder`` a moment, if the kill is at such a moment.
 
-        A look takes time, which a program that is not to die from it should not lose.
+        Otherwise polling would only cost time.
         """
         if not self._kill.startswith("array file:"):
             yield
@@ -101,7 +100,7 @@ class Watch:
 
 
 def wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replaces a function by one that is made of it."""
+    """Replaces a function by a wrapper of it."""
     setattr(owner, name, make(getattr(owner, name)))
 
 
@@ -114,14 +113,14 @@ def around(
     main: str | None = None,
     then_save: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A wrapper with a moment before the call and one after it.
+    """A wrapper with one moment before the call and one after it.
 
     Args:
       watch: the log.
       before, after: the moments' names.
-      when: of the call's arguments, whether it counts.
-      main: the phase of the loop from before the call on.
-      then_save: what the thread of the checkpoints does from after the call on.
+      when: a predicate of the call's arguments; other calls are not logged.
+      main: the phase of the loop from the call on.
+      then_save: the phase of the checkpoint thread after the call.
     """
 
     def make(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,12 +138,12 @@ def around(
 
 
 def watch_main(watch: Watch) -> None:
-    """Wraps what the training loop calls."""
+    """Wraps functions called by the training loop."""
     wrap(resume.Checkpoints, "restore", around(watch, "restore", "restored"))
 
     def replacing(write: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(self: workdir.Workdir, name: str, content: bytes) -> None:
-            # A run that was killed after its last checkpoint comes here without an evaluation.
+            # A run killed after its last checkpoint gets here without an evaluation.
             result = name in ("curves.png", "summary.json")
             watch.at(f"write {name}", main="end" if result else None)
             write(self, name, content)
@@ -195,7 +194,7 @@ def watch_main(watch: Watch) -> None:
 
 
 def watch_saves(watch: Watch) -> None:
-    """Wraps what the thread that writes checkpoints calls."""
+    """Wraps functions called by the checkpoint thread."""
     wrap(checkpointer.Checkpointer, "save", around(watch, "save", "save begun"))
 
     def writing(write: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,7 +228,7 @@ def watch_saves(watch: Watch) -> None:
 
     renaming = around(watch, "rename", "renamed", partial, then_save="removing")
     wrap(pathlib.Path, "rename", renaming)
-    # Of what shutil.rmtree calls: an older checkpoint is gone in part then.
+    # Called by shutil.rmtree, so that an older checkpoint is partly removed.
     unlinking = around(watch, "remove", "removed", lambda *_: watch.save == "removing")
     wrap(os, "unlink", unlinking)
 

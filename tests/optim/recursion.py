@@ -13,7 +13,7 @@ STEPS = 30
 
 
 def gradient(x: np.ndarray, step: int) -> np.ndarray:
-    """Of a loss that is not quadratic, and differs from step to step."""
+    """The gradient of a non-quadratic loss that differs from step to step."""
     return np.sin(x) + 0.3 * x + 0.1 * np.cos(step + np.arange(x.size)).reshape(x.shape)
 
 
@@ -22,8 +22,8 @@ def start(shape: tuple[int, ...] = (5,)) -> np.ndarray:
 
 
 def run(optimizer: optax.GradientTransformation, delay: int, shape=(5,), steps: int = STEPS):
-    """The parameters after every update with the gradient at those of ``delay`` updates before,
-    and the last state."""
+    """The parameters after every update with a gradient that is ``delay`` updates old, and the last
+    state."""
     params = [jnp.asarray(start(shape))]
     state = optimizer.init(params[0])
     update = jax.jit(optimizer.update)
@@ -41,11 +41,11 @@ def two_variables(
     shape=(5,),
     steps: int = STEPS,
 ):
-    """The papers' form: w is updated, and forwards are made at ``ahead(w, step)``.
+    """The papers' form: w is updated, and forwards run at ``ahead(w, step)``.
 
     Args:
-      advance: (w, gradient, step) -> the next w; it keeps its own state.
-      ahead: (w, updates made so far) -> the prediction.
+      advance: (w, gradient, step) -> the next w; keeps its own state.
+      ahead: (w, number of updates) -> the prediction.
     """
     w = start(shape)
     predicted, weights = [w], [w]
@@ -57,7 +57,7 @@ def two_variables(
 
 
 def rate(count):
-    """A learning rate that is another at every update."""
+    """A learning rate that differs at every update."""
     return 0.02 / (1 + 0.1 * count)
 
 

@@ -1,4 +1,4 @@
-"""Ways to damage a checkpoint: by accident, or as a stranger who makes all hashes fit."""
+"""Ways to damage a checkpoint: by accident, or maliciously with valid hashes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tensorstore as ts
 
 from fdg_jax.checkpoint import manifest
 
-# Without the pieces in pieces that Orbax writes.
+# Without the sharding codec that Orbax uses.
 PLAIN = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "zstd", "configuration": {"level": 1}},
@@ -21,7 +21,7 @@ Damage = Callable[[pathlib.Path], object]
 
 
 def reseal(folder: pathlib.Path, change: Callable[[dict[str, Any]], object] | None = None) -> None:
-    """Changes the manifest, if asked to, and makes all hashes fit."""
+    """Optionally changes the manifest, and recomputes all hashes."""
     path = folder / manifest.NAME
     body = json.loads(path.read_text())["body"]
     del body["files"]
@@ -32,13 +32,13 @@ def reseal(folder: pathlib.Path, change: Callable[[dict[str, Any]], object] | No
 
 
 def store(folder: pathlib.Path, stage: int = 0) -> Any:
-    """What a stage's arrays are kept in: keys and bytes, such as params/0/zarr.json."""
+    """The store of a stage's arrays, from keys such as params/0/zarr.json to bytes."""
     base = {"driver": "file", "path": f"{folder}/arrays/stage_{stage}/"}
     return ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
 
 
 def metadata(folder: pathlib.Path, name: str, **changes: Any) -> None:
-    """Changes what the store says of an array of stage 0."""
+    """Changes the metadata of an array of stage 0."""
     own = store(folder)
     key = f"{name}/zarr.json"
     own[key] = json.dumps({**json.loads(own[key]), **changes}).encode()
@@ -46,7 +46,7 @@ def metadata(folder: pathlib.Path, name: str, **changes: Any) -> None:
 
 
 def content(folder: pathlib.Path, name: str, value: bytes | None) -> None:
-    """Changes or removes the values of an array of two axes of stage 0."""
+    """Changes the values of an array of stage 0 with two axes, or removes its metadata."""
     own = store(folder)
     if value is None:
         del own[f"{name}/zarr.json"]
@@ -56,7 +56,7 @@ def content(folder: pathlib.Path, name: str, value: bytes | None) -> None:
 
 
 def bomb(size: int) -> bytes:
-    """A zstd frame of so many zeros, in a 30,000th of their size."""
+    """A zstd frame of ``size`` zeros, compressed by a factor of 30,000."""
     block = 1 << 17
     frame = bytearray(b"\x28\xb5\x2f\xfd\x00\x58")
     for left in range(size // block, 0, -1):
@@ -65,7 +65,7 @@ def bomb(size: int) -> bytes:
 
 
 def regular(shape: list[int]) -> dict[str, Any]:
-    """How an array is cut into pieces."""
+    """The chunk grid of an array."""
     return {"name": "regular", "configuration": {"chunk_shape": shape}}
 
 
@@ -89,7 +89,7 @@ def folder_instead(path: pathlib.Path) -> None:
 
 
 def link_instead(path: pathlib.Path) -> None:
-    """To the same content elsewhere."""
+    """Replaces a file by a link to the same content."""
     elsewhere = path.rename(_checkpoint(path).parent / "elsewhere")
     path.symlink_to(elsewhere)
 
@@ -130,7 +130,7 @@ def _text(text: str) -> Damage:
     return _of("manifest.json", lambda path: path.write_text(text))
 
 
-# Of a checkpoint of the network of tests/checkpoint/test_checkpointer.py, K = 3, step 5.
+# For a checkpoint of the network in tests/checkpoint/test_checkpointer.py, K = 3, step 5.
 ACCIDENTS: dict[str, Damage] = {
     "manifest cut": _of("manifest.json", cut),
     "manifest emptied": _of("manifest.json", empty),

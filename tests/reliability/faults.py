@@ -1,9 +1,9 @@
-"""Injects faults and says what came of each.
+"""Injects faults and reports the outcome of each.
 
     python -m tests.reliability.faults --output=faults.md     # a table, some minutes
 
-Every function below makes one fault happen, fails unless it was found and named, and returns what
-was said. The tests call the same functions.
+Every function below causes one fault, fails unless it is detected and named, and returns the
+message. The tests call the same functions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FULL = "No space left on device"
 
 
 def two_checkpoints(folder: pathlib.Path) -> fdg.Pipeline:
-    """Those of steps 3 and 5, whose extra is the step; and the pipeline that made them."""
+    """Saves checkpoints of steps 3 and 5, with the step as extra; returns their pipeline."""
     import jax
 
     pipe, data = make(), networks.batches(5)
@@ -49,7 +49,7 @@ def two_checkpoints(folder: pathlib.Path) -> fdg.Pipeline:
 
 
 def restored(pipe: fdg.Pipeline, folder: pathlib.Path) -> tuple[int, list[str]]:
-    """The step of the checkpoint that was used, and what was said."""
+    """The step of the restored checkpoint, and the warnings."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         state, extra = Checkpointer(folder, pipe).restore(networks.batches(1)[0])
@@ -58,7 +58,7 @@ def restored(pipe: fdg.Pipeline, folder: pathlib.Path) -> tuple[int, list[str]]:
 
 
 def damaged(pipe: fdg.Pipeline, folder: pathlib.Path, harm: damage.Damage) -> str:
-    """Harm to the newest of two checkpoints: it is named, and the older one used."""
+    """Damages the newest of two checkpoints: it is named, and the older one is used."""
     harm(folder / "step-000000005")
     step, said = restored(pipe, folder)
     assert step == 3, said
@@ -70,7 +70,7 @@ def damaged(pipe: fdg.Pipeline, folder: pathlib.Path, harm: damage.Damage) -> st
 
 
 def half_written(pipe: fdg.Pipeline, folder: pathlib.Path) -> str:
-    """What a killed save leaves is not looked at, and gone after the next."""
+    """The remains of a killed save are not used as a checkpoint."""
     (folder / "step-000000005").rename(folder / ".step-000000007")
     step, said = restored(pipe, folder)
     assert (step, said) == (3, [])
@@ -78,7 +78,7 @@ def half_written(pipe: fdg.Pipeline, folder: pathlib.Path) -> str:
 
 
 def all_damaged(pipe: fdg.Pipeline, folder: pathlib.Path) -> str:
-    """Where none is whole, one line says so."""
+    """If no checkpoint is intact, the error is one line."""
     for path in folder.glob("step-*/manifest.json"):
         damage.flip(path)
     with pytest.raises(ValueError, match=r"none of the .* is whole") as caught:
@@ -103,8 +103,7 @@ def make_images(root: pathlib.Path) -> pathlib.Path:
 def cifar(
     images: pathlib.Path, workdir: pathlib.Path, *more: str, within: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """A short run, perhaps inside of another command, which may put the program into a disk of its
-    own."""
+    """A short run, optionally within another command, such as one that provides a small disk."""
     arguments = [
         f"--dataset=folder:{images}",
         f"--workdir={workdir}",
@@ -130,8 +129,8 @@ def cifar(
 
 
 def disk(point: pathlib.Path, size: int, copy: pathlib.Path) -> tuple[str, ...]:
-    """A command before another: that runs with a disk of so many bytes at ``point``, of which a
-    copy is left."""
+    """A command prefix that mounts a disk of ``size`` bytes at ``point`` and copies it at the
+    end."""
     point.mkdir(parents=True)
     script = (
         'mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99; point=$2; copy=$3; shift 3; "$@"; '
@@ -141,7 +140,7 @@ def disk(point: pathlib.Path, size: int, copy: pathlib.Path) -> tuple[str, ...]:
 
 
 def small_disks() -> bool:
-    """Whether this machine lets a program have a disk of its own."""
+    """Whether this machine allows programs to mount a disk."""
     with tempfile.TemporaryDirectory() as folder:
         command = disk(pathlib.Path(folder) / "disk", 4096, pathlib.Path(folder) / "copy")
         try:
@@ -156,15 +155,15 @@ def sha(workdir: pathlib.Path) -> str:
 
 
 def whole_run(images: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """A run that nothing happens to."""
+    """An undisturbed run."""
     done = cifar(images, folder / "whole")
     assert done.returncode == 0, done.stderr
     return folder / "whole"
 
 
 def full_while_saving(images: pathlib.Path, whole: pathlib.Path, folder: pathlib.Path) -> str:
-    """No room for a second checkpoint: the run goes on, and ends as on a large disk."""
-    # Room for one, but not for another beside it before it is compressed.
+    """No space for a second checkpoint: the run continues and ends as on a large disk."""
+    # Space for one checkpoint, but not for a second one.
     sizes = [
         sum(path.stat().st_blocks * 512 for path in step.rglob("*"))
         for step in (whole / "checkpoints").glob("step-*")
@@ -184,7 +183,7 @@ def full_while_saving(images: pathlib.Path, whole: pathlib.Path, folder: pathlib
 
 
 def full_at_the_end(images: pathlib.Path, whole: pathlib.Path, folder: pathlib.Path) -> str:
-    """No room for the run's own files: one line, and no half of a file."""
+    """No space for the run's own files: one error line, and no partial file."""
     within = disk(folder / "disk", 5 * 4096, folder / "copy")
     done = cifar(images, folder / "disk" / "run", "--checkpoint_every_steps=0", within=within)
     assert done.returncode == 2, done.stderr
@@ -207,7 +206,7 @@ def refused(done: subprocess.CompletedProcess[str], folder: pathlib.Path) -> str
 
 
 def image_unreadable(images: pathlib.Path, whole: pathlib.Path, folder: pathlib.Path) -> str:
-    """An image that may not be read, by a program without the rights of root."""
+    """An image without read permission, for a program without root privileges."""
     own = pathlib.Path(shutil.copytree(images, folder / "images"))  # not decoded before
     path = own / "train" / "a" / "3.png"
     path.chmod(0)
@@ -220,7 +219,7 @@ def image_unreadable(images: pathlib.Path, whole: pathlib.Path, folder: pathlib.
 
 
 def data_gone(images: pathlib.Path, whole: pathlib.Path, folder: pathlib.Path) -> str:
-    """A run is to go on, and its data set has gone."""
+    """A run is resumed after its data set was removed."""
     run = pathlib.Path(shutil.copytree(whole, folder / "run"))
     (run / "summary.json").unlink()
     before = sorted(run.rglob("*"))
@@ -251,7 +250,7 @@ RUNS = {
 
 
 def rows() -> list[tuple[str, str]]:
-    """Every fault and what was said."""
+    """Every fault and its message."""
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -276,7 +275,7 @@ def rows() -> list[tuple[str, str]]:
 
 
 def _cell(said: str) -> str:
-    """For a table: without random names, and of no more than two lines."""
+    """A message as a table cell, shortened and without random names."""
     text = re.sub("[0-9a-f]{32}", "...", said).replace("|", "/")
     return text if len(text) < 160 else text[:160] + " ..."
 

@@ -1,4 +1,4 @@
-"""Changes that fuzzing makes to files and JSON, drawn by Hypothesis."""
+"""Mutations of files and JSON for fuzzing, drawn by Hypothesis."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ANY_JSON = st.recursive(
 
 
 def examples(share: float) -> hypothesis.settings:
-    """So many of the profile's examples: 100 in ordinary runs, many more in a long one."""
+    """Settings with a share of the profile's examples: 100 in ordinary runs, more in long ones."""
     checks = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
     number = max(1, round(share * hypothesis.settings.default.max_examples))
     return hypothesis.settings(max_examples=number, suppress_health_check=checks, deadline=None)
 
 
 def changed_bytes(draw: Any, content: bytes) -> bytes:
-    """A file's content cut, flipped, overwritten, grown, emptied, or replaced."""
+    """A file's content, truncated, flipped, overwritten, extended, emptied, or replaced."""
     at = draw(st.integers(0, max(len(content) - 1, 0)), label="at")
     kind = draw(st.sampled_from(["flip", "write", "cut", "grow", "empty", "other"]), label="kind")
     match kind:
@@ -48,7 +48,7 @@ def changed_bytes(draw: Any, content: bytes) -> bytes:
 
 
 def changed_json(draw: Any, value: Any) -> Any:
-    """A JSON value with one part removed, or replaced by any other."""
+    """A JSON value with one part removed or replaced."""
     value = copy.deepcopy(value)
     holder, part = None, value
     while isinstance(part, dict | list) and part and (holder is None or draw(st.booleans())):
@@ -65,6 +65,6 @@ def changed_json(draw: Any, value: Any) -> Any:
 
 
 def one_line(error: Exception, names: object = "") -> None:
-    """What the user sees of an error names something to mend, and has an end."""
+    """Checks that an error contains ``names`` and has a reasonable length."""
     assert str(names) in str(error)
     assert 10 < len(" ".join(str(error).split())) < 2000

@@ -1,4 +1,4 @@
-"""A record that nothing has been written to."""
+"""An empty record."""
 
 import pytest
 

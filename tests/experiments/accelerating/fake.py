@@ -1,4 +1,4 @@
-"""A machine, a runner and pieces that are made up."""
+"""A fake machine, runner and pieces."""
 
 import json
 
@@ -26,7 +26,7 @@ def chosen(*arguments: str) -> accelerator.Settings:
 
 
 def timed(ms: float, network: str, dtype: str, loop: str, peak: int | None = 2_500_000_000) -> str:
-    """What the process of a case prints."""
+    """The output of the process of a case."""
     found = {
         "network": network,
         "about": "32x32, batch 128, SGD",
@@ -41,10 +41,10 @@ def timed(ms: float, network: str, dtype: str, loop: str, peak: int | None = 2_5
 
 
 class Fake:
-    """Runs nothing: every piece takes a while and ends as it is told.
+    """A fake runner: every piece takes a given time and ends with a given status.
 
     Args:
-      seconds: of every piece.
+      seconds: duration of every piece.
       ends: exit status and standard error by the piece's name.
     """
 

@@ -25,7 +25,7 @@ def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Grows by one entry with each image that Pillow opens."""
+    """A list with one entry per image opened by Pillow."""
     opened: list[object] = []
     original = Image.open
 
@@ -57,7 +57,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 @dataclasses.dataclass
 class FakeCifar:
-    """A synthetic archive: what `cifar.read` needs, and what it must return."""
+    """A synthetic archive: the arguments of `cifar.read`, and its expected result."""
 
     cifar: Cifar
     members: dict[str, bytes]
@@ -86,7 +86,7 @@ def fake_cifar(tmp_path: Path) -> Callable[[str], FakeCifar]:
         def records(count: int) -> tuple[bytes, np.ndarray, np.ndarray]:
             labels = rng.integers(0, official.num_classes, count, dtype=np.uint8)
             images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-            # The coarse label of CIFAR-100 is a decoy that must be passed over.
+            # The coarse label of CIFAR-100 must be ignored.
             columns = [np.full((count, 1), 3, np.uint8)] * (official.label_bytes - 1)
             columns += [labels[:, None], images.transpose(0, 3, 1, 2).reshape(count, -1)]
             return np.concatenate(columns, axis=1).tobytes(), images, labels.astype(np.int32)
