@@ -116,7 +116,7 @@ def test_every_split_is_made_from_the_same_costs(tiny, monkeypatch):
     assert given.split(2).cuts == (3,)
     assert len(given.split(4)) == 4
     assert calls == [1]
-    assert jnp.asarray(given.images).dtype == jnp.float32
+    assert jnp.asarray(given.inputs).dtype == jnp.float32
 
 
 def test_a_contender_that_saves_trains_no_other_way(tiny, monkeypatch):

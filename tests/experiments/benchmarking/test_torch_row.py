@@ -121,7 +121,8 @@ def test_torch_itself(settings):
             row.turn(10)
             here = contender.make("fdg", work)
             here.turn(1 + 1 + 1 + 10)
-            assert row.loss == pytest.approx(here.loss, rel=1e-4)
+            # Rounding may turn a ReLU on or off; another delay would change the loss by more.
+            assert row.loss == pytest.approx(here.loss, rel=5e-3)
         else:
             row.turn(30)
             assert row.loss < first
