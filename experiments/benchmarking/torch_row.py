@@ -116,7 +116,7 @@ class Torch(OtherProcess):
             )
         # Batch norm sees a part of the mini-batch where it is divided.
         own = np.split(work.inputs, parts), np.split(work.labels, parts)
-        layer, key = work.split(1)[0], batch_key(work.key, np.zeros((), np.int32))
+        layer, key = work.split(1)[0], batch_key(work.key, 0)
 
         @jax.jit
         def loss(x: jax.Array, labels: jax.Array) -> jax.Array:

@@ -215,7 +215,7 @@ class Workload:
         if settings.model == "transformer":
             shape: tuple[int, ...] = (settings.batch_size, settings.context)
             self.classes = VOCABULARY
-            self.inputs = rng.integers(VOCABULARY, size=shape, dtype=np.int32)
+            self.inputs: np.ndarray = rng.integers(VOCABULARY, size=shape, dtype=np.int32)
             self.labels = rng.integers(VOCABULARY, size=shape, dtype=np.int32)
         else:
             shape = (settings.batch_size, size, size, CHANNELS)

@@ -118,9 +118,9 @@ def layer_times(
             made, places[n][setting] = network.benches(*setting, "backward" in setting.programs)
             for i, benches in enumerate(made):
                 for program in setting.programs:
-                    run = functools.partial(_sample, benches, program, [])
-                    run()  # compiles
-                    runs[n, setting, program, i] = run
+                    key = n, setting, program, i
+                    runs[key] = functools.partial(_sample, benches, program, [])
+                    runs[key]()  # compiles
     samples: dict[Any, list[float]] = {key: [] for key in runs}
     began = time.perf_counter()
     for done in range(ROUNDS):
