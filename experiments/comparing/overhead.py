@@ -18,7 +18,12 @@ from experiments.comparing.study import Row, Study
 Curve = Sequence[tuple[float, float]]  # (step, value) of every evaluation
 
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)))
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4B2A")
+COLOURS = (
+    *("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"),
+    *("#56B4E9", "#7A4B2A", "#6A3D9A", "#808000", "#888888"),
+)
+# More rows than this have their legend below the panels.
+MOST_INSIDE = 8
 
 
 def curve(metrics: Sequence[Mapping[str, Any]], metric: str) -> Curve:
@@ -175,7 +180,8 @@ def draw(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> b
     Curves are means over the seeds, with bands from minimum to maximum.
     """
     factor = 100.0 if study.metric == "error" else 1.0
-    figure = Figure(figsize=(13, 5.4), layout="constrained")
+    many = len(found) > MOST_INSIDE
+    figure = Figure(figsize=(13, 6.8 if many else 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     # A series has one colour in both panels, its rows one dash pattern per K.
@@ -207,7 +213,11 @@ def draw(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> b
         )
     left.set_xlabel("step")
     left.set_ylabel("error (%)" if factor > 1 else "loss")
-    left.legend(fontsize=8, frameon=False)
+    if many:
+        handles = left.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower left", ncols=5, fontsize=8, frameon=False)
+    else:
+        left.legend(fontsize=8, frameon=False)
     compared = [row for row in found if row["name"] != row["baseline"] and row["overhead"]]
     for name in series:
         own = sorted((r for r in compared if r["series"] == name), key=lambda r: r["stages"])
@@ -228,7 +238,7 @@ def draw(study: Study, found: Sequence[Mapping[str, Any]], fraction: float) -> b
             marker="o",
             markersize=5,
             linewidth=1.6,
-            label=name if missed == 0 else f"{name}: {missed} of {total} runs not there",
+            label=name if missed == 0 else f"{name}: {missed} of {total} runs not reached",
         )
         for k, values in reached:
             right.vlines(k, min(values), max(values), color=colour, linewidth=1)
