@@ -95,6 +95,7 @@ class Torch(OtherProcess):
                 super().__init__(name, *commands)
             except (RuntimeError, OSError) as error:
                 raise LeftOut(f"{settings.torch_python} cannot run torch ({error})") from error
+        self.stages = 1 if whole else count
         first = self.ready[0]
         self.about = f"PyTorch {first['torch']}, {ABOUT[name]}, {first['threads']} threads"
         if count > 1:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import fdg_jax as fdg
+from experiments.text.operations import causal_attention, gelu, layer_norm
 from fdg_jax.layer import Layer
 from fdg_jax.typing import Key, PyTree
 
@@ -143,7 +144,7 @@ def _attention(params: PyTree, x: jax.Array, heads: int) -> jax.Array:
     batch, length, width = x.shape
     qkv = _dense(params["qkv"], _norm(params["attention_norm"], x))
     q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, heads, width // heads), 2, 0)
-    attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    attended = causal_attention(q, k, v)
     return _dense(params["projection"], attended.reshape(x.shape))
 
 
@@ -156,7 +157,7 @@ def _perceptron_params(keys: Key, width: int, out_std: float) -> PyTree:
 
 
 def _perceptron(params: PyTree, x: jax.Array) -> jax.Array:
-    hidden = jax.nn.gelu(_dense(params["expand"], _norm(params["mlp_norm"], x)))
+    hidden = gelu(_dense(params["expand"], _norm(params["mlp_norm"], x)))
     return _dense(params["contract"], hidden)
 
 
@@ -181,7 +182,10 @@ def _dense_params(key: Key, inputs: int, outputs: int, std: float) -> PyTree:
 
 
 def _dense(params: PyTree, x: jax.Array) -> jax.Array:
-    return x @ params["kernel"] + params["bias"]
+    # With one axis of rows the kernel's gradient is a plain matrix product, which XLA computes much
+    # faster on CPU.
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ params["kernel"]).reshape(*x.shape[:-1], -1) + params["bias"]
 
 
 def _norm_params(width: int) -> PyTree:
@@ -190,4 +194,4 @@ def _norm_params(width: int) -> PyTree:
 
 def _norm(params: PyTree, x: jax.Array) -> jax.Array:
     """Layer normalisation."""
-    return jax.nn.standardize(x, epsilon=1e-5) * params["scale"] + params["bias"]
+    return layer_norm(x, params["scale"], params["bias"])

@@ -437,7 +437,14 @@ def test_extra_is_what_it_was_when_save_was_called(tmp_path):
     assert found == {"seen": [1], "last": 0.5, "pair": [1, 2], "array": [1, 2], "big": 2**70}
 
 
-@pytest.mark.parametrize("extra", [b"x" * (26 << 20), {"a": "x" * (33 << 20)}, [0] * (12 << 20)])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        b"x" * (26 << 20),
+        {"a": "x" * (33 << 20)},
+        pytest.param([0] * (12 << 20), marks=pytest.mark.slow),
+    ],
+)
 def test_extra_too_large_to_be_read_back_is_refused(extra, tmp_path):
     pipe, batch = make(), networks.batches(1)[0]
     state = pipe.init(jax.random.key(0), *batch)

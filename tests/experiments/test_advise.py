@@ -90,6 +90,7 @@ def run(folder, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own(folder):
     out = folder / "run"
     arguments = ("--model=its_model:make", "--seconds=0", f"--workdir={out}", "--measure")

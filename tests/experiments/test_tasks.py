@@ -105,7 +105,7 @@ def test_an_exported_model_predicts_the_held_out_text(trained, tmp_path):
     assert float(metrics["error"]) == pytest.approx(summary["validation_error"], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["fdg", "adl"])
+@pytest.mark.parametrize("method", ["fdg", pytest.param("adl", marks=pytest.mark.slow)])
 def test_a_run_that_was_stopped_goes_on_to_the_bit(folder, method, monkeypatch):
     options = {
         "method": method,
