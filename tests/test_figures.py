@@ -23,6 +23,21 @@ CONTENDERS = {
     "fdg_recompute": "FDG, recompute",
     "backprop_torch": "PyTorch 2.13, both cores",
 }
+PEERS = {
+    "backprop": "JAX, one device, both cores",
+    "backprop_one_core": "JAX, one core",
+    "data_parallel": "JAX, data parallel",
+    "one_f_one_b": "1F1B",
+    "fdg": "FDG",
+    "fdg_two_processes": "FDG, two processes",
+    "backprop_torch": "PyTorch, two threads",
+    "backprop_torch_one_core": "PyTorch, one core",
+    "ddp_torch": "PyTorch, DistributedDataParallel",
+    "gpipe_torch": "PyTorch, GPipe",
+    "one_f_one_b_torch": "PyTorch, 1F1B",
+    "zero_bubble_torch": "PyTorch, zero-bubble",
+    "fdg_torch": "PyTorch, FDG",
+}
 
 
 def text(document: str) -> str:
@@ -173,18 +188,24 @@ def test_tables_of_studies_are_those_of_the_results(study):
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "section"),
+    ("benchmark", "section", "labels"),
     [
-        ("benchmark_cpu", "Two stages on two devices: 16 equal convolutions"),
-        ("benchmark_resnet56", "Two stages on two devices: ResNet-56"),
+        ("benchmark_cpu", "Two stages on two devices: 16 equal convolutions", CONTENDERS),
+        ("benchmark_resnet56", "Two stages on two devices: ResNet-56", CONTENDERS),
+        ("benchmark_peers", "16 equal convolutions, batch 32", PEERS),
+        (
+            "benchmark_peers_transformer",
+            "Transformer: 8 blocks of width 256, 128 tokens, batch 16",
+            PEERS,
+        ),
     ],
 )
-def test_tables_of_benchmarks_are_those_of_the_results(benchmark, section):
+def test_tables_of_benchmarks_are_those_of_the_results(benchmark, section, labels):
     document = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8").replace("**", "")
-    part = document.split(f"## {section}\n")[1].split("\n## ")[0]
+    part = re.split(r"\n###? ", document.split(f"# {section}\n")[1])[0]
     names = [each["name"] for each in json.loads(results(benchmark))["contenders"]]
-    for name in set(names) & set(CONTENDERS):
-        cells = re.search(rf"^\| {re.escape(CONTENDERS[name])} \|(.*)$", part, re.MULTILINE)
+    for name in set(names) & set(labels):
+        cells = re.search(rf"^\| {re.escape(labels[name])} \|(.*)$", part, re.MULTILINE)
         assert cells, name
         milliseconds, spread, *_ = (cell.strip() for cell in cells[1].split("|"))
         seconds = contender(benchmark, name)["seconds"]
