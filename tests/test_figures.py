@@ -83,12 +83,16 @@ def quotes() -> list[tuple[str, str]]:
     """Documents, and what stands in them, white space and emphasis aside."""
     one, both, new = "backprop_one_core", "backprop", "_jax012"
     cpu, resnet = "benchmark_cpu", "benchmark_resnet56"
+    three = cpu, resnet, "benchmark_peers_transformer"
     gains = [
-        ("on one core", speedup(cpu, one), speedup(resnet, one)),
-        ("on both cores, jax 0.10", speedup(cpu, both), speedup(resnet, both)),
+        ("on one core", *(speedup(each, one) for each in three)),
+        ("on both cores, jax 0.10", *(speedup(each, both) for each in three)),
         ("on both cores, jax 0.12", speedup(cpu + new, both), speedup(resnet + new, both)),
     ]
-    found = [("README.md", f"| back-propagation {n} | {a:.2f} | {b:.2f} |") for n, a, b in gains]
+    found = []
+    for words, *values in gains:
+        cells = " | ".join(f"{value:.2f}" for value in values)
+        found.append(("README.md", f"| back-propagation {words} | {cells} |"))
     sgd = [cifar(row)[0] for row in ("backprop, SGD", "FDG, K = 4, SGD", "FDG, K = 4, SGD recipe")]
     muon = [cifar(row)[0] for row in ("backprop, Muon", "FDG, K = 4, Muon recipe")]
     adamw, short, long = (
