@@ -157,8 +157,8 @@ def _norm_backward(kept: Kept, cotangent: jax.Array) -> tuple[jax.Array, jax.Arr
     down = inner - inner.mean(-1, keepdims=True)
     down = over * (down - normal * (inner * normal).mean(-1, keepdims=True))
     axes = tuple(range(x.ndim - 1))
-    own = ((cotangent * normal).sum(axes), cotangent.sum(axes))
-    return down.astype(x.dtype), *(one.astype(scale.dtype) for one in own)
+    of_scale, of_bias = (cotangent * normal).sum(axes), cotangent.sum(axes)
+    return down.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
 
 
 layer_norm.defvjp(_norm_forward, _norm_backward)
