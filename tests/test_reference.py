@@ -151,16 +151,19 @@ def test_recomputing_at_todays_weights_is_another_gradient():
 
 @pytest.mark.parametrize(
     "schedule",
-    [
-        fdg.schedule.gpipe(2, microbatches=4),
-        fdg.schedule.one_f_one_b(2, microbatches=2),
-        fdg.schedule.one_f_one_b(1, microbatches=2),
-        fdg.schedule.gpipe(5, microbatches=1),
-        fdg.schedule.one_f_one_b(5, microbatches=2),
-        fdg.schedule.pipedream_2bw(2),
-        fdg.schedule.adl(4, accumulate=5),
-        fdg.schedule.ddg(5),
-    ],
+    thinned(
+        [
+            fdg.schedule.gpipe(2, microbatches=4),
+            fdg.schedule.one_f_one_b(2, microbatches=2),
+            fdg.schedule.one_f_one_b(1, microbatches=2),
+            fdg.schedule.gpipe(5, microbatches=1),
+            fdg.schedule.one_f_one_b(5, microbatches=2),
+            fdg.schedule.pipedream_2bw(2),
+            fdg.schedule.adl(4, accumulate=5),
+            fdg.schedule.ddg(5),
+        ],
+        keep=3,
+    ),
     ids=lambda schedule: f"{schedule.name}-{schedule.num_stages}",
 )
 def test_other_numbers_of_stages_and_parts(schedule):

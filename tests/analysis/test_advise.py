@@ -194,6 +194,7 @@ def test_crossing_that_there_is_not():
     assert crossing(Costs([0.01, 1.0], [0.01, 2.0]), gain=0.9) is None
 
 
+@pytest.mark.slow
 def test_a_network_is_measured():
     block = networks.dense(6)
     layers = [networks.batch_norm(), fdg.repeat(fdg.chain([networks.dense(4)]), 3), block]

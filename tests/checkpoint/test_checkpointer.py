@@ -17,6 +17,7 @@ import fdg_jax as fdg
 from fdg_jax.checkpoint import Checkpointer, manifest
 from fdg_jax.partition.cuts import units_of
 from tests import networks
+from tests.thinned import thinned
 
 SCHEDULES = {
     "fdg": fdg.schedule.fdg,
@@ -88,7 +89,7 @@ CASES += [("fdg", "reversible", 3, 6), ("adl", "reversible", 4, 7), ("gpipe", "r
 CASES += [("fdg", "reconstruct", 3, 2), ("ddg", "reconstruct", 3, 6), ("adl", "reconstruct", 3, 7)]
 
 
-@pytest.mark.parametrize(("name", "gradient", "num_stages", "before"), CASES)
+@pytest.mark.parametrize(("name", "gradient", "num_stages", "before"), thinned(CASES, keep=3))
 def test_a_restored_run_goes_on_to_the_bit(name, gradient, num_stages, before, tmp_path):
     pipe = make(SCHEDULES[name](num_stages), gradient=gradient)
     data = networks.batches(12)
@@ -484,7 +485,7 @@ if how == "interrupt":
 """
 
 
-@pytest.mark.parametrize("how", ["return", "exit", "error", "interrupt"])
+@pytest.mark.parametrize("how", thinned(["return", "exit", "error", "interrupt"], keep=2))
 def test_whatever_ends_the_program_the_save_is_not_lost(how, tmp_path):
     subprocess.run(
         [sys.executable, "-c", ENDS, str(tmp_path), how],

@@ -67,7 +67,7 @@ def equal(one, two):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", thinned(SCHEDULES, keep=3))
 def test_schedules(name):
     with jax.enable_x64(True):
         data = batches(2 * STEPS if name == "adl_12" else STEPS)

@@ -14,6 +14,7 @@ from fdg_jax.checkpoint import Checkpointer, convert
 from fdg_jax.engine.encoding import Encoded, decode, encode, message_dtype, rounded
 from fdg_jax.partition.cuts import units_of
 from tests import networks
+from tests.thinned import thinned
 
 INT8, BFLOAT16, FLOAT16 = map(jnp.dtype, ("int8", "bfloat16", "float16"))
 DATA = networks.batches(16)
@@ -134,7 +135,7 @@ CASES += [
 ]
 
 
-@pytest.mark.parametrize(("name", "gradient", "num_stages", "dtype"), CASES)
+@pytest.mark.parametrize(("name", "gradient", "num_stages", "dtype"), thinned(CASES, keep=3))
 def test_training_equals_the_oracle(name, gradient, num_stages, dtype):
     networks.assert_equals_oracle(
         stages_of(num_stages),
@@ -160,7 +161,7 @@ def test_local_losses_equal_the_oracle():
     )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", thinned(["bfloat16", "int8"], keep=2))
 def test_reconstructed_inputs_are_rounded_too(dtype):
     layers = networks.reversible_network()
     stages = fdg.partition(layers, 3, DATA[0][0], cost=[1] * len(units_of(layers)))

@@ -39,6 +39,7 @@ import jax, numpy as np
 from tests import networks
 from tests.engine.test_interrupt import DATA, pipeline
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job
 STEPS, pipe, key, interrupts = 300, pipeline(), jax.random.key(7), 0
 state, step = pipe.init(key, *DATA[0]), 0
 for _ in range(8):  # compiles

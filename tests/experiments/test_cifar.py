@@ -190,7 +190,13 @@ STALENESS = {
 }
 
 
-@pytest.mark.parametrize("name", thinned(methods.METHODS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("adl", "fdg", "gpipe") else pytest.mark.slow)
+        for name in methods.METHODS
+    ],
+)
 def test_every_method_trains(name, images, tmp_path, monkeypatch):
     # Which devices and caches there are is settled for all tests.
     monkeypatch.setattr(setup, "prepare_jax", lambda *arguments: None)
@@ -264,46 +270,49 @@ def without_times(workdir: pathlib.Path) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["--method=gpipe", "--microbatches=3"], "--microbatches=3"),
-        (["--method=one_f_one_b", "--microbatches=0"], "--microbatches=0"),
-        (["--method=adl", "--accumulate=0"], "--accumulate=0"),
-        (["--method=pipedream_2bw", "--accumulate=1"], "accumulate=1"),
-        (["--method=adl", "--accumulate=100000", "--steps=5"], "--accumulate=100000"),
-        (["--gradient=fresh"], "--gradient=fresh"),
-        (["--reduction=max"], "--reduction=max"),
-        (["--dtype=float16"], "--dtype=float16"),
-        (["--message_dtype=int4"], "--message_dtype=int4"),
-        (["--method=data_parallel", "--batch_size=15"], "--batch_size=15"),
-        (["--lr_milestones=5,1e300,inf"], "--lr_milestones=inf"),
-        (["--crop_padding=9"], "--crop_padding=9"),
-        (["--steps=99999999999"], "--steps=99999999999"),
-        (["--flagfile=/bin/ls"], "error"),
-        (["--dataset=folder:~nobody-of-this-name/x"], "--dataset=folder:~nobody"),
-        (["--model=resnet21"], "--model"),
-        (["--dataset=imagenet"], "--dataset=imagenet"),
-        (["--method=magic"], "--method=magic"),
-        (["--num_stages=6", "--partition=flops"], "--num_stages=6"),
-        (["--num_stages=0", "--partition=flops"], "--num_stages=0"),
-        (["--partition=3,2"], "--partition=3,2"),
-        (["--partition=first"], "--partition=first"),
-        (["--beta=0"], "--beta=0.0"),
-        (["--beta=1.5"], "--beta=1.5"),
-        (["--beta=nan"], "--beta=nan"),
-        (["--dropout=1"], "--dropout=1.0"),
-        (["--dropout=0.1"], "dropout=0.1: small_resnet has none"),
-        (["--learning_rate=inf"], "--learning_rate=inf"),
-        (["--lr_milestones=10,nan"], "--lr_milestones=nan"),
-        (["--lr_milestones=a"], "--lr_milestones=a"),
-        (["--momentum=1"], "--momentum=1"),
-        (["--batch_size=81"], "--batch_size=81"),
-        (["--batch_size=many"], "--batch_size=many"),
-        (["--seed=-1"], "--seed=-1"),
-        (["--dataset=folder:/no/such/folder"], "/no/such/folder"),
-        (["--flagfile=/no/such/file"], "/no/such/file"),
-        (["--betta=1"], "betta"),
-        (["something"], "something"),
-    ],
+    thinned(
+        [
+            (["--method=gpipe", "--microbatches=3"], "--microbatches=3"),
+            (["--method=one_f_one_b", "--microbatches=0"], "--microbatches=0"),
+            (["--method=adl", "--accumulate=0"], "--accumulate=0"),
+            (["--method=pipedream_2bw", "--accumulate=1"], "accumulate=1"),
+            (["--method=adl", "--accumulate=100000", "--steps=5"], "--accumulate=100000"),
+            (["--gradient=fresh"], "--gradient=fresh"),
+            (["--reduction=max"], "--reduction=max"),
+            (["--dtype=float16"], "--dtype=float16"),
+            (["--message_dtype=int4"], "--message_dtype=int4"),
+            (["--method=data_parallel", "--batch_size=15"], "--batch_size=15"),
+            (["--lr_milestones=5,1e300,inf"], "--lr_milestones=inf"),
+            (["--crop_padding=9"], "--crop_padding=9"),
+            (["--steps=99999999999"], "--steps=99999999999"),
+            (["--flagfile=/bin/ls"], "error"),
+            (["--dataset=folder:~nobody-of-this-name/x"], "--dataset=folder:~nobody"),
+            (["--model=resnet21"], "--model"),
+            (["--dataset=imagenet"], "--dataset=imagenet"),
+            (["--method=magic"], "--method=magic"),
+            (["--num_stages=6", "--partition=flops"], "--num_stages=6"),
+            (["--num_stages=0", "--partition=flops"], "--num_stages=0"),
+            (["--partition=3,2"], "--partition=3,2"),
+            (["--partition=first"], "--partition=first"),
+            (["--beta=0"], "--beta=0.0"),
+            (["--beta=1.5"], "--beta=1.5"),
+            (["--beta=nan"], "--beta=nan"),
+            (["--dropout=1"], "--dropout=1.0"),
+            (["--dropout=0.1"], "dropout=0.1: small_resnet has none"),
+            (["--learning_rate=inf"], "--learning_rate=inf"),
+            (["--lr_milestones=10,nan"], "--lr_milestones=nan"),
+            (["--lr_milestones=a"], "--lr_milestones=a"),
+            (["--momentum=1"], "--momentum=1"),
+            (["--batch_size=81"], "--batch_size=81"),
+            (["--batch_size=many"], "--batch_size=many"),
+            (["--seed=-1"], "--seed=-1"),
+            (["--dataset=folder:/no/such/folder"], "/no/such/folder"),
+            (["--flagfile=/no/such/file"], "/no/such/file"),
+            (["--betta=1"], "betta"),
+            (["something"], "something"),
+        ],
+        keep=5,
+    ),
 )
 def test_bad_input_is_one_line_and_status_2_and_leaves_nothing(
     images, cache, tmp_path, arguments, message

@@ -34,6 +34,7 @@ from tests.experiments.made import (
     save,
     scattered,
 )
+from tests.thinned import thinned
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -114,7 +115,7 @@ def test_the_model_predicts_what_the_stages_predict(trained, tmp_path, kind):
     assert [p.name for p in tmp_path.iterdir()] == [kind]
 
 
-@pytest.mark.parametrize("remedy", ["none", "recipe"])
+@pytest.mark.parametrize("remedy", thinned(["none", "recipe"], keep=2))
 def test_an_average_of_the_weights(tmp_path, remedy):
     folder = tmp_path / "run"
     run, state = begin(folder, model="tiny", remedy=remedy, average_decay=0.5)
@@ -139,7 +140,7 @@ def test_no_average_to_export(trained, tmp_path):
         export.export(str(trained[0]), str(tmp_path / "m"), "safetensors", "last", False, True)
 
 
-@pytest.mark.parametrize("remedy", ["none", "recipe"])
+@pytest.mark.parametrize("remedy", thinned(["none", "recipe"], keep=2))
 def test_a_run_that_reconstructs_weights(tmp_path, remedy):
     # An average of the weight changes is in the optimizer's state, beside what the remedy keeps.
     folder = tmp_path / "run"

@@ -109,6 +109,7 @@ def test_what_is_wrong_with_the_command_is_one_line():
         assert len(found.text.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thinned(RUNS))
 def test_a_process_that_is_killed_leaves_no_trace_in_the_result(name, tmp_path):
     """One of two dies by SIGKILL; with a restart the parameters are those of an undisturbed run."""

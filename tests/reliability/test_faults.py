@@ -65,6 +65,7 @@ def test_a_disk_that_is_full_while_saving(images, whole, tmp_path):
     assert "step-000000010 whole" in faults.full_while_saving(images, whole, tmp_path)
 
 
+@pytest.mark.slow
 @SMALL_DISKS
 def test_a_disk_that_is_full_at_the_end(images, whole, tmp_path):
     assert "cannot be written (No space left on device)" in faults.full_at_the_end(

@@ -41,6 +41,7 @@ def test_it_is_left_out_where_a_process_cannot_be_held_to_a_core(monkeypatch):
         OneCore("backprop_one_core", SETTINGS)
 
 
+@pytest.mark.slow
 def test_untuned_trains_what_jax_makes_of_it_and_its_memory_is_not_kept():
     row = benchmark.make("backprop_untuned", Workload(SETTINGS))
     try:

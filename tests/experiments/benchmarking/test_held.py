@@ -14,21 +14,25 @@ from experiments.training import setup
 from fdg_jax.analysis import message_bytes
 from fdg_jax.engine.state import StageWork
 from tests.experiments.tiny import made
+from tests.thinned import thinned
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "fdg",
-        "fdg_recompute_stale",
-        "fdg_recompute",
-        "ddg",
-        "adl",
-        "pipedream_2bw",
-        "gpipe",
-        "pipemare",
-        "dgl",
-    ],
+    thinned(
+        [
+            "fdg",
+            "fdg_recompute_stale",
+            "fdg_recompute",
+            "ddg",
+            "adl",
+            "pipedream_2bw",
+            "gpipe",
+            "pipemare",
+            "dgl",
+        ],
+        keep=3,
+    ),
 )
 def test_bytes_are_those_that_the_simulator_predicts(tiny, name):
     """Within 1 %: at this size nothing but the kinds that are listed apart differs."""
