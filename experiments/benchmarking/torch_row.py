@@ -137,9 +137,12 @@ def network(work: Workload) -> dict[str, Any]:
     """The arguments of `experiments.peers.network.layers`.
 
     Raises:
-      LeftOut: the model is not written in PyTorch.
+      LeftOut: the model is not written in PyTorch, or not in this dtype.
     """
     settings = work.settings
+    for name in ("dtype", "message_dtype"):
+        if (value := getattr(settings, name)) != "float32":
+            raise LeftOut(f"--{name}={value}: the networks in PyTorch compute and send float32")
     if settings.model == "transformer":
         names = ("model", "width", "blocks", "heads", "context")
         return {"classes": work.classes, **{name: getattr(settings, name) for name in names}}

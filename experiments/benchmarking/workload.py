@@ -58,7 +58,7 @@ TORCH = (
     "fdg_torch",
 )
 OTHER_PROCESSES = ("backprop_one_core", "backprop_untuned", "fdg_two_processes", *TORCH)
-# Contenders that divide a mini-batch, one part or micro-batch each.
+# PyTorch's pipelines, which divide a mini-batch into --microbatches.
 MICROBATCHED = ("gpipe_torch", "one_f_one_b_torch", "zero_bubble_torch")
 NAMES = ("backprop", "backprop_xla", "engine_k1", "data_parallel", *PIPED, *OTHER_PROCESSES)
 ALLOWED = f"{', '.join(NAMES)}, one_device_k<K>, one_device_k<K>_dispatched"

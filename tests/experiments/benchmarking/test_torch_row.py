@@ -89,6 +89,9 @@ def test_torch_is_left_out_where_it_does_not_run():
     other = dataclasses.replace(PLAIN, model="small_resnet")
     with pytest.raises(LeftOut, match="plain16 and transformer are"):
         Torch("backprop_torch", workload("false", other))
+    half = dataclasses.replace(PLAIN, dtype="bfloat16")
+    with pytest.raises(LeftOut, match="--dtype=bfloat16: the networks in PyTorch"):
+        Torch("backprop_torch", workload("false", half))
 
 
 @pytest.mark.parametrize("settings", [PLAIN, TEXT], ids=["plain16", "transformer"])
